@@ -1,0 +1,364 @@
+"""Every option of a run: frozen dataclasses (the only place with defaults), YAML recipes over them, the command line over those.
+
+The defaults are the embedded compressibility run, so that no option at all is a run that works on a laptop.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NoReturn, Optional
+
+import jsonargparse
+import yaml
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+SD_LATENT_DIM = 4 * 64 * 64
+"""Latent elements of a 512x512 picture of Stable Diffusion 1.x: the dimension at which `train.clip_range` is stated."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = str(Path(__file__).resolve().parent / "embedded" / "model")
+    """Folder in diffusers format, or hub id, of a Stable Diffusion 1.x or 2.x pipeline (epsilon or v-prediction).
+    Default: the small model that ships with the package."""
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Compute type of the networks; latents, log-probs and trainable weights are fp32 in any case. auto: fp16 on a
+    GPU, fp32 on a CPU. bf16's log-prob noise (about 1e-4) is as large as the clip range."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    scope: str = "all"
+    """Where LoRA goes: 'all', 'mid_up' (mid and up blocks), block names joined by commas ('up_blocks.2,up_blocks.3'),
+    or 'none' = full fine-tuning of the UNet."""
+    targets: list[Literal["attention", "feed_forward", "convolution", "projection"]] = field(
+        default_factory=lambda: ["attention", "feed_forward", "convolution", "projection"]
+    )
+    """Which layers of those blocks get a LoRA. SD needs no more than ['attention']; a small model needs all."""
+    rank: int = 16
+    """Rank r of the update s B A."""
+    alpha: float = 16.0
+    """Scale s = alpha / rank."""
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    name: Optional[Literal["simple_animals"]] = "simple_animals"
+    """A prompt set of the paper. simple_animals: 45 bare nouns."""
+    file: Optional[str] = None
+    """A text file with one prompt a line, instead of a named set."""
+    limit: Optional[int] = None
+    """Use only the first so many prompts of the set."""
+    samples_per_prompt: int = 1
+    """Each prompt drawn is used for this many samples in a row, so that per-prompt advantages have company."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    name: str = "jpeg_compressibility"
+    """jpeg_compressibility | jpeg_incompressibility | embedded_alignment, or your own: path/to/file.py:function or
+    package.module:function. Signature: (images (B,3,H,W) fp32 in [0,1], prompts: list of B str, **kwargs) -> (B,)
+    numbers, higher is better."""
+    kwargs: dict = field(default_factory=dict)
+    """Keyword arguments for the reward function."""
+    timeout_s: float = 600.0
+    """A call that takes longer counts as failed: its samples are left out of the update."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    num_samples: int = 48
+    """Pictures an iteration, over all ranks."""
+    batch_size: int = 48
+    """Pictures denoised together on one rank. Speed and memory only: a sample does not depend on it."""
+    num_steps: int = 10
+    """DDIM steps S."""
+    guidance_scale: float = 3.0
+    """Classifier-free guidance w in uncond + w (cond - uncond), in sampling and in training; 1 turns it off and halves
+    the work."""
+    eta: float = 1.0
+    """DDIM noise, 0 < eta <= 1. At 0 sampling is deterministic and has no policy gradient."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    algorithm: Literal["ddpo_is", "ddpo_sf"] = "ddpo_is"
+    """ddpo_is: importance sampling with PPO's clip. ddpo_sf: score function (REINFORCE), exactly one update an
+    iteration."""
+    num_minibatches: int = 4
+    """Optimizer updates per pass over an iteration's samples."""
+    inner_epochs: int = 1
+    """Passes over an iteration's samples."""
+    micro_batch: int = 48
+    """Transitions (sample, step) per forward and backward on one rank. Speed and memory only: the gradient does not
+    depend on it."""
+    learning_rate: float = 4e-3
+    """AdamW's; constant. About 3e-4 for LoRA on SD, 1e-5 for its full UNet."""
+    clip_range: float = 3e-4
+    """PPO's clip range at SD's 16,384 latent elements. The log-prob is a mean over latent elements, so 1e-4 there is a
+    true ratio range of exp(1.6); for D elements the range used is clip_range * 16384 / D, the same trust region."""
+    advantage_clip: float = 5.0
+    """Advantages are clamped to +- this."""
+    max_grad_norm: float = 1.0
+    """Gradient norm clip of every update."""
+    timestep_fraction: float = 1.0
+    """Share of each sample's steps that is trained on, drawn anew every pass. Below 1 is another estimator, not only a
+    faster one."""
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    buffer_size: int = 16
+    """Rewards remembered per prompt."""
+    min_count: int = 16
+    """With fewer than this many rewards of a prompt, the whole iteration's mean and standard deviation stand in."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay rates of the gradient's mean and square."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay."""
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    stage: Literal[0, 1, 2] = 0
+    """DeepSpeed ZeRO stage: 1 shards the optimizer state over the ranks, 2 the gradients too. For LoRA there is
+    nothing to shard: 0."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 5
+    """Evaluate every so many iterations (and before the first and after the last)."""
+    num_samples: int = 48
+    """Pictures of the fixed evaluation set: same prompts, same noise every time."""
+    prompts: Optional[list[str]] = None
+    """Prompts of the evaluation set, in turn. Default: the training prompts."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: Optional[str] = None
+    """Run directory. Default: runs/<reward>-<date>-<time>."""
+    seed: int = 0
+    """Every random number of the run is a function of this seed and of what it is for."""
+    iterations: int = 14
+    """Rounds of sampling and training."""
+    checkpoint_every: int = 1
+    """Save everything for exact resume every so many iterations (and at the end)."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    resume: bool = False
+    """Continue the newest checkpoint of run.dir with that run's config. `--resume` for short."""
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    reward: RewardConfig = RewardConfig()
+    sample: SampleConfig = SampleConfig()
+    train: TrainConfig = TrainConfig()
+    baseline: BaselineConfig = BaselineConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    zero: ZeroConfig = ZeroConfig()
+    eval: EvalConfig = EvalConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self):
+        for option, valid, ok in _RULES:
+            value = self[option]
+            if not ok(value, self):
+                raise ValueError(f"{option}={value}: valid is {valid}")
+
+    def __getitem__(self, option: str):
+        section, key = option.split(".")
+        return getattr(getattr(self, section), key)
+
+    def replace(self, **options) -> "Config":
+        """A copy with `section__key=value` changed."""
+        sections = {}
+        for option, value in options.items():
+            section, key = option.split("__")
+            sections.setdefault(section, {})[key] = value
+        return dataclasses.replace(self, **{s: dataclasses.replace(getattr(self, s), **kv) for s, kv in sections.items()})
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def _number(low, high=math.inf, open_low=False):
+    """A check that a number is finite and in [low, high], or (low, high]."""
+    return lambda value, _: math.isfinite(value) and (value > low if open_low else value >= low) and value <= high
+
+
+def _updates_per_iteration(config: Config) -> int:
+    return config.train.num_minibatches * config.train.inner_epochs
+
+
+_positive = _number(1), "a whole number >= 1"
+_SCOPE = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)(,(down_blocks\.\d+|mid_block|up_blocks\.\d+))*")
+_RULES = [
+    *(
+        (option, _positive[1], _positive[0])
+        for option in (
+            "lora.rank",
+            "prompts.samples_per_prompt",
+            "sample.num_samples",
+            "sample.batch_size",
+            "sample.num_steps",
+            "train.num_minibatches",
+            "train.inner_epochs",
+            "train.micro_batch",
+            "baseline.min_count",
+            "eval.every",
+            "eval.num_samples",
+            "run.iterations",
+            "run.checkpoint_every",
+            "run.keep_checkpoints",
+        )
+    ),
+    *(
+        (option, "a finite number > 0", _number(0, open_low=True))
+        for option in (
+            "lora.alpha",
+            "reward.timeout_s",
+            "train.learning_rate",
+            "train.clip_range",
+            "train.advantage_clip",
+            "train.max_grad_norm",
+            "optimizer.eps",
+        )
+    ),
+    ("model.path", "a folder with model_index.json, or a hub id such as org/name", lambda v, c: _is_model(v)),
+    (
+        "lora.scope",
+        "all, mid_up, none, or block names joined by commas, such as mid_block,up_blocks.2",
+        lambda v, c: v in ("all", "mid_up", "none") or bool(_SCOPE.fullmatch(v)),
+    ),
+    ("lora.targets", "at least one of attention, feed_forward, convolution, projection", lambda v, c: len(v) > 0),
+    ("prompts.file", "a text file with at least one line", lambda v, c: v is None or _has_lines(v)),
+    ("prompts.name", "simple_animals, unless prompts.file is given", lambda v, c: v is not None or c.prompts.file is not None),
+    ("prompts.limit", "a whole number >= 1", lambda v, c: v is None or v >= 1),
+    ("prompts.samples_per_prompt", "a divisor of sample.num_samples", lambda v, c: c.sample.num_samples % v == 0),
+    ("sample.guidance_scale", "a finite number >= 1; 1 is no guidance", _number(1)),
+    (
+        "sample.eta",
+        "0 < eta <= 1; at 0 DDIM is deterministic: a step has no density, so there is no policy gradient",
+        _number(0, 1, open_low=True),
+    ),
+    ("sample.num_samples", "a multiple of train.num_minibatches", lambda v, c: v % c.train.num_minibatches == 0),
+    (
+        "train.algorithm",
+        "ddpo_is, or exactly one update an iteration (train.num_minibatches=1, train.inner_epochs=1): "
+        "the score function is only unbiased on-policy",
+        lambda v, c: v != "ddpo_sf" or _updates_per_iteration(c) == 1,
+    ),
+    ("train.timestep_fraction", "0 < fraction <= 1", _number(0, 1, open_low=True)),
+    ("baseline.buffer_size", "a whole number >= baseline.min_count", lambda v, c: v >= c.baseline.min_count),
+    ("optimizer.betas", "two numbers in [0, 1)", lambda v, c: len(v) == 2 and all(0 <= b < 1 for b in v)),
+    ("optimizer.weight_decay", "a finite number >= 0", _number(0)),
+    ("eval.prompts", "a list with at least one prompt, or null", lambda v, c: v is None or len(v) > 0),
+    ("run.seed", "a whole number in [0, 2^63)", _number(0, 2**63 - 1)),
+    ("run.dir", "a folder, not a file", lambda v, c: v is None or not Path(v).is_file()),
+    (
+        "run.dir",
+        "the directory of a run with a checkpoint, when run.resume is set",
+        lambda v, c: not c.run.resume or (v is not None and any(Path(v, "checkpoints").glob("[0-9]*"))),
+    ),
+    (
+        "run.dir",
+        "a directory that holds no run yet; to continue the one in it, add --resume",
+        lambda v, c: c.run.resume or v is None or not Path(v, "metrics.jsonl").exists(),
+    ),
+]
+
+
+def _is_model(path: str) -> bool:
+    if Path(path).exists():
+        return Path(path, "model_index.json").is_file()
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
+
+
+def _has_lines(path: str) -> bool:
+    try:
+        return any(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog="deepspeed ddpo_fast/train.py",
+        description="Improves a text-to-image diffusion model by reinforcement learning (DDPO). Without options, the embedded "
+        "model learns to draw pictures that compress well.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="A recipe: a YAML file of differences from the defaults.")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse(argv: list[str]) -> Config:
+    """The config of a command line. Raises ValueError with one line that names the option, its value and what is
+    valid."""
+    argv = ["--run.resume=true" if arg == "--resume" else arg for arg in argv if not arg.startswith("--local_rank")]
+    parser = _parser()
+    try:
+        options = parser.parse_args(argv)
+        if options.run.resume and options.config is None and options.run.dir and Path(options.run.dir, "config.yaml").exists():
+            options = parser.parse_args(["--config", str(Path(options.run.dir, "config.yaml")), *argv])
+        sections = parser.instantiate(options)
+        return Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)})
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(_one_line(str(error), parser)) from None
+
+
+def _one_line(message: str, parser) -> str:
+    """jsonargparse's message as one line that names the option, its value and what is valid."""
+    if found := re.match(r"""Parser key "([\w.]+)":\s*(.*?)\.? Got value: (.*)""", message, re.S):
+        option, expected, value = found.groups()
+        expected = re.sub(r"typing\.|<class '(\w+)'>", r"\1", expected)
+        return " ".join(f"{option}={value}: {expected[0].lower()}{expected[1:]}".split())
+    options = sorted(f"{s.name}.{o.name}" for s in dataclasses.fields(Config) for o in dataclasses.fields(s.type))
+    if found := re.match(r"unrecognized arguments: (?:--)?([^\s=]*)", message):
+        unknown = found[1]
+    elif found := re.match(r"Option '(.*)' is not accepted", message):
+        unknown = found[1]
+    elif found := re.match(r"Group '(.*)' does not accept option '(.*)'", message):
+        unknown = ".".join(found.groups())
+    else:
+        return " ".join(message.split())
+    close = difflib.get_close_matches(unknown, options, n=3, cutoff=0.5)
+    return f"{unknown}: no such option; {'did you mean ' + ' or '.join(close) + '?' if close else 'see --help'}"
+
+
+def parse_or_exit(argv: list[str]) -> Config:
+    """`parse`, with a bad command line ended by `user_error`."""
+    try:
+        return parse(argv)
+    except ValueError as error:
+        user_error(error)
+
+
+def user_error(error: Exception) -> NoReturn:
+    """Ends the program for a user's mistake: one line on standard error (once, whatever the number of ranks), exit
+    code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)

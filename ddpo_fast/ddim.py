@@ -1,0 +1,91 @@
+"""The denoising process as a table of per-step Gaussians.
+
+Shape letters: S denoising steps, B rows, (C, H, W) one row's latents.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from ddpo_fast.kernels import reference as ops
+
+
+@dataclass(frozen=True)
+class DDIMSchedule:
+    """Every step of stochastic DDIM (eta > 0) as x_p ~ N(c_x x_t + c_out out, s^2), `out` the guided UNet output.
+
+    With a_t, a_p the cumulative alphas at t and t - T//S (arXiv:2010.02502, eq. 12 and 16):
+        s     = eta sqrt((1 - a_p) / (1 - a_t) (1 - a_t / a_p))
+        mean  = sqrt(a_p) x0 + sqrt(1 - a_p - s^2) e
+    x0 and e are affine in (x_t, out) for epsilon, v and sample prediction, hence so is the mean.
+    """
+
+    timesteps: Tensor
+    """(S,) int64, from noise to picture."""
+    coefficients: Tensor
+    """(S, 4) fp32: c_x, c_out, s, log(s sqrt(2 pi))."""
+
+    @classmethod
+    def from_scheduler(cls, scheduler, num_steps: int, eta: float, device="cpu") -> "DDIMSchedule":
+        """Builds the table, in fp64, from any diffusers scheduler's config. Raises ValueError where a step has no density."""
+        config = scheduler.config
+        if not 0 < eta <= 1:
+            raise ValueError(f"sample.eta={eta}: valid is 0 < eta <= 1; at 0 DDIM is deterministic, so a step has no density")
+        if getattr(config, "clip_sample", False) or getattr(config, "thresholding", False):
+            raise ValueError("scheduler_config.json: clip_sample and thresholding must be false for a latent diffusion model")
+        scheduler = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+        num_train_steps = scheduler.config.num_train_timesteps
+        if not 1 <= num_steps <= num_train_steps:
+            raise ValueError(f"sample.num_steps={num_steps}: valid is 1 to {num_train_steps}, the model's training steps")
+        scheduler.set_timesteps(num_steps)
+        timesteps = scheduler.timesteps.long()
+        previous = timesteps - num_train_steps // num_steps
+
+        alphas = torch.cumprod(1 - scheduler.betas.double(), 0)
+        final = torch.ones((), dtype=torch.float64) if scheduler.config.set_alpha_to_one else alphas[0]
+        a_t, a_p = alphas[timesteps], torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
+        s = eta * ((1 - a_p) / (1 - a_t) * (1 - a_t / a_p)).sqrt()
+        if not (s > 0).all():
+            step = int((~(s > 0)).nonzero()[0])
+            raise ValueError(
+                f"scheduler_config.json: step {step} (t={timesteps[step]}) has zero variance, so no density; "
+                "steps_offset must be 1 and set_alpha_to_one false"
+            )
+        direction = (1 - a_p - s**2).clamp(min=0).sqrt()
+        sa_t, sb_t, sa_p = a_t.sqrt(), (1 - a_t).sqrt(), a_p.sqrt()
+        match scheduler.config.prediction_type:
+            case "epsilon":  # x0 = (x_t - sqrt(1-a_t) e) / sqrt(a_t)
+                c_x, c_out = sa_p / sa_t, direction - sa_p * sb_t / sa_t
+            case "v_prediction":  # x0 = sqrt(a_t) x_t - sqrt(1-a_t) v,  e = sqrt(a_t) v + sqrt(1-a_t) x_t
+                c_x, c_out = sa_p * sa_t + direction * sb_t, direction * sa_t - sa_p * sb_t
+            case "sample":  # e = (x_t - sqrt(a_t) x0) / sqrt(1-a_t)
+                c_x, c_out = direction / sb_t, sa_p - direction * sa_t / sb_t
+            case other:
+                raise ValueError(f"scheduler_config.json: prediction_type={other}: valid are epsilon, v_prediction, sample")
+        if not c_x.isfinite().all():
+            raise ValueError(
+                "scheduler_config.json: rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
+                "at zero signal-to-noise epsilon says nothing of the picture"
+            )
+        table = torch.stack([c_x, c_out, s, s.log() + 0.5 * math.log(2 * math.pi)], 1)
+        return cls(timesteps.to(device), table.float().to(device))
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    def initial_latents(self, shape: tuple[int, int, int], seed: int, sample_ids: Tensor) -> Tensor:
+        """x_T ~ N(0, I) of each sample: (B, C, H, W) fp32, a function of (seed, sample id) alone."""
+        steps = torch.full_like(sample_ids, ops.INITIAL_STEP)
+        return ops.normal_noise(seed, sample_ids, steps, math.prod(shape)).view(-1, *shape)
+
+    def step(self, noise_pred: Tensor, latents: Tensor, steps: Tensor, seed: int, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples x_p and its mean log-density; see `kernels.reference.ddim_step`."""
+        return ops.ddim_step(noise_pred, latents, self.coefficients, steps, seed, sample_ids)
+
+    def log_prob(self, noise_pred: Tensor, latents: Tensor, next_latents: Tensor, steps: Tensor) -> Tensor:
+        """Mean log-density of given transitions (B,); see `kernels.reference.ddim_log_prob`."""
+        return ops.ddim_log_prob(noise_pred, latents, next_latents, self.coefficients, steps)

@@ -1,0 +1,96 @@
+"""What a run records: metrics.jsonl, TensorBoard, stage times, grids of pictures."""
+
+import json
+import resource
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class StageTimer:
+    """Wall seconds by stage; a stage ends when the device has done its work."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str):
+        start = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + self._now() - start
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory held so far: the device's on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class MetricsWriter:
+    """Appends one row an iteration to <run_dir>/metrics.jsonl and <run_dir>/tensorboard/. Rows after `iteration` are dropped first."""
+
+    def __init__(self, run_dir: Path, iteration: int | None = None):
+        self.path = run_dir / "metrics.jsonl"
+        if iteration is not None:
+            kept = [row for row in read_metrics(run_dir) if row["iteration"] <= iteration]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=None if iteration is None else iteration + 1)
+
+    def write(self, row: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if value is not None and name != "iteration":
+                self.tensorboard.add_scalar(name, value, row["iteration"])
+        self.tensorboard.flush()
+
+    def write_images(self, grid: Image.Image, iteration: int) -> None:
+        self.tensorboard.add_image("evaluation", np.asarray(grid), iteration, dataformats="HWC")
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The rows of <run_dir>/metrics.jsonl; a last line that a kill cut short is left out."""
+    rows = []
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def image_grid(images: Tensor, prompts: list[str], rewards: Tensor, columns: int = 8, cell: int = 128) -> Image.Image:
+    """Pictures (B, 3, H, W) in [0, 1] side by side, each with its prompt and reward below; each `cell` pixels wide."""
+    rows = -(-len(prompts) // columns)
+    grid = Image.new("RGB", (columns * cell, rows * (cell + 28)), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    for i, (picture, prompt, reward) in enumerate(zip(pixels, prompts, rewards.tolist())):
+        x, y = i % columns * cell, i // columns * (cell + 28)
+        grid.paste(Image.fromarray(picture).resize((cell - 4, cell - 4), Image.Resampling.BICUBIC), (x + 2, y + 2))
+        draw.text((x + 4, y + cell - 2), _fit(prompt, font, cell - 8), "black", font)
+        draw.text((x + 4, y + cell + 11), f"{reward:.3f}", "gray", font)
+    return grid
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

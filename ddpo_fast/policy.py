@@ -1,0 +1,141 @@
+"""The diffusion model as a policy: loading, LoRA, text encoding, guided noise prediction, decoding."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()  # it warns that torchvision is missing, for image processors that are not used here
+transformers.logging.disable_progress_bar()
+diffusers.utils.logging.disable_progress_bar()
+
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from ddpo_fast.kernels import reference as ops
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+    "convolution": ("conv1", "conv2", "conv_shortcut", "conv"),
+    "projection": ("proj_in", "proj_out", "time_emb_proj"),
+}
+"""Ends of the names that diffusers gives the layers inside a UNet's blocks."""
+
+
+class Policy:
+    """A Stable Diffusion pipeline whose UNet is trained, by LoRA or whole.
+
+    `forward` is what the UNet is called through: the UNet itself until the engine puts its wrapper there, after which rollout
+    and update both run through the wrapper. Trainable weights are fp32; frozen ones are in the compute dtype.
+    """
+
+    def __init__(self, path: str, dtype: str, device: torch.device, scope: str, targets: list[str], rank: int, alpha: float):
+        check_model_class(path)
+        self.device, self.dtype = device, DTYPES[dtype]
+        try:
+            self.pipe = StableDiffusionPipeline.from_pretrained(
+                path, dtype=self.dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            )
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"model.path={path}: {' '.join(str(error).split())}") from error
+        self.pipe.to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        for module in (self.pipe.vae, self.pipe.text_encoder, self.pipe.unet):
+            module.requires_grad_(False).eval()
+        self.unet, self.forward = self.pipe.unet, self.pipe.unet
+        self.full = scope == "none"
+        if self.full:
+            self.unet.requires_grad_(True).float()
+        else:
+            self._add_lora(scope, targets, rank, alpha)
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.latent_shape = (self.unet.config.in_channels, height, width)
+        self._prompt_embeds: dict[str, Tensor] = {}
+
+    def _add_lora(self, scope: str, targets: list[str], rank: int, alpha: float) -> None:
+        blocks = [name for name, _ in self.unet.named_modules() if name.count(".") == (0 if name == "mid_block" else 1)]
+        blocks = [name for name in blocks if name.split(".")[0] in ("down_blocks", "mid_block", "up_blocks")]
+        chosen = {
+            "all": blocks,
+            "mid_up": [name for name in blocks if not name.startswith("down_blocks")],
+        }.get(scope, scope.split(","))
+        if unknown := set(chosen) - set(blocks):
+            raise ValueError(f"lora.scope={scope}: this UNet has no {', '.join(sorted(unknown))}; its blocks are {', '.join(blocks)}")
+        ends = tuple(f".{end}" for target in targets for end in LORA_TARGETS[target])
+        names = [
+            name
+            for name, module in self.unet.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and name.endswith(ends) and name.startswith(tuple(f"{b}." for b in chosen))
+        ]
+        if not names:
+            raise ValueError(f"lora.scope={scope}: {', '.join(chosen)} have no layers of lora.targets={targets}")
+        self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian"))
+        for parameter in self.trainable_parameters():
+            parameter.data = parameter.data.float()
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """Text embeddings (B, L, E) in the compute dtype. Each prompt is encoded once and alone: no batch changes its embedding."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._prompt_embeds:
+                self._prompt_embeds[prompt] = self.pipe.encode_prompt(prompt, self.device, 1, False)[0]
+        return torch.cat([self._prompt_embeds[prompt] for prompt in prompts])
+
+    def predict_noise(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance_scale: float) -> Tensor:
+        """The guided UNet output uncond + w (cond - uncond), in rollout and update alike; just cond at w = 1.
+
+        latents (B, C, H, W) fp32, timesteps (B,) int64, prompt_embeds (B, L, E). Returns (B, C, H, W) fp32; what it predicts
+        (noise, v, picture) is the scheduler's prediction_type.
+        """
+        if guidance_scale == 1:
+            return self._unet(latents, timesteps, prompt_embeds).float()
+        uncond_embeds = self.encode_prompts([""]).expand_as(prompt_embeds)
+        both = self._unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([uncond_embeds, prompt_embeds]))
+        return ops.guide(both, guidance_scale)
+
+    def _unet(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.forward(latents.to(self.dtype), timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) fp32 in [0, 1] of final latents (B, C, h, w)."""
+        vae = self.pipe.vae
+        images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def export(self, folder: Path) -> None:
+        """Writes <folder>/lora for `pipe.load_lora_weights`, or, fully fine-tuned, <folder>/unet for `UNet2DConditionModel`."""
+        if self.full:
+            self.unet.save_pretrained(folder / "unet")
+            return
+        StableDiffusionPipeline.save_lora_weights(
+            folder / "lora",
+            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet)),
+            unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
+        )
+
+
+def check_model_class(path: str) -> None:
+    """Raises ValueError for a local folder that is not a Stable Diffusion 1.x or 2.x pipeline."""
+    index = Path(path, "model_index.json")
+    if not index.is_file():
+        return  # a hub id: from_pretrained will tell
+    try:
+        name = json.loads(index.read_text()).get("_class_name")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"model.path={path}: model_index.json cannot be read: {error}") from None
+    if name != "StableDiffusionPipeline":
+        raise ValueError(f"model.path={path}: it holds a {name}; valid is a StableDiffusionPipeline (SD 1.x or 2.x)")

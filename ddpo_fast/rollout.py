@@ -1,0 +1,81 @@
+"""Sampling under the current policy, and which transitions each update trains on.
+
+Shape letters: B samples of this rank, S denoising steps, (C, H, W) one sample's latents, L tokens, E embedding width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpo_fast.ddim import DDIMSchedule
+from ddpo_fast.policy import Policy
+
+
+@dataclass
+class Rollout:
+    """Trajectories of B samples. Transition (i, k) is latents[i, k] -> latents[i, k + 1]: each latent is stored once."""
+
+    prompt_embeds: Tensor
+    """(B, L, E) in the compute dtype."""
+    latents: Tensor
+    """(B, S + 1, C, H, W) fp32."""
+    log_probs: Tensor
+    """(B, S) fp32, mean log-density of each transition under the policy that made it."""
+
+    @classmethod
+    def cat(cls, parts: list["Rollout"]) -> "Rollout":
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy, schedule: DDIMSchedule, sample_ids: Tensor, prompts: list[str], seed: int, guidance_scale: float, progress=None
+) -> tuple[Rollout, Tensor]:
+    """Denoises one batch of samples. Returns its Rollout and the final latents decoded: images (B, 3, H, W) fp32 in [0, 1].
+
+    sample_ids: (B,) int64, which with `seed` fix all noise. `progress(n)` is called with B after every step.
+    """
+    prompt_embeds = policy.encode_prompts(prompts)
+    latents, log_probs = [schedule.initial_latents(policy.latent_shape, seed, sample_ids)], []
+    for step in range(schedule.num_steps):
+        steps = torch.full_like(sample_ids, step)
+        noise_pred = policy.predict_noise(latents[-1], schedule.timesteps[steps], prompt_embeds, guidance_scale)
+        next_latents, log_prob = schedule.step(noise_pred, latents[-1], steps, seed, sample_ids)
+        latents.append(next_latents)
+        log_probs.append(log_prob)
+        if progress is not None:
+            progress(len(prompts))
+    return Rollout(prompt_embeds, torch.stack(latents, 1), torch.stack(log_probs, 1)), policy.decode_latents(latents[-1])
+
+
+def minibatches(num_samples: int, num_minibatches: int, rank: int, world_size: int, key: tuple[int, ...]) -> list[np.ndarray]:
+    """This rank's rows of every minibatch of one pass over `num_samples` samples of which each rank holds a block in order.
+
+    Samples come in strata of `num_minibatches` neighbours, and each stratum gives one sample, at random, to every minibatch.
+    So the minibatches depend on `key` (seed, iteration, epoch) alone, and each holds equally many samples of every rank.
+    """
+    size = num_samples // num_minibatches
+    order = np.random.default_rng(key).permuted(np.tile(np.arange(num_minibatches), (size, 1)), axis=1)
+    rows = order + num_minibatches * np.arange(size)[:, None]
+    block = num_samples // world_size
+    mine = rows[rank * size // world_size : (rank + 1) * size // world_size] - rank * block
+    return list(mine.T)
+
+
+def transitions(rows: np.ndarray, first_row: int, num_steps: int, fraction: float, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The (row, step) pairs that a minibatch trains on: round(fraction * S) steps, at least one, of each of its samples.
+
+    Which steps depends on `key` and the sample's index in the iteration, `first_row + row`, not on the rank that holds it.
+    """
+    count = max(1, round(fraction * num_steps))
+    steps = [np.sort(np.random.default_rng((*key, first_row + row)).permutation(num_steps)[:count]) for row in rows]
+    return np.repeat(rows, count), np.concatenate(steps)
+
+
+def micro_batches(rows: np.ndarray, steps: np.ndarray, size: int, device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Transitions in pieces of at most `size`: (rows, steps), int64 tensors on the device."""
+    pairs = torch.from_numpy(np.stack([rows, steps])).to(device)
+    yield from zip(*(part.split(size) for part in pairs))

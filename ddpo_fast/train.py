@@ -1,0 +1,310 @@
+"""DDPO (arXiv:2305.13301): sample pictures, score them, raise the probability of the better ones.
+
+    deepspeed ddpo_fast/train.py --config configs/X.yaml --section.key value ...
+
+`train` is the whole algorithm, top to bottom; `update` is its PPO pass. Shape letters: B samples of this rank, S denoising steps.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    if not __package__:  # run as a file: sys.path[0] is this folder, whose module names are not meant for the top level
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from ddpo_fast.config import parse_or_exit
+
+    parse_or_exit(sys.argv[1:])  # --help and a wrong option are answered before the imports below take their seconds
+
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpo_fast import checkpoint
+from ddpo_fast.advantages import PromptBaseline
+from ddpo_fast.config import Config, parse_or_exit, user_error
+from ddpo_fast.ddim import DDIMSchedule
+from ddpo_fast.engine import Engine, all_gather, all_reduce, broadcast, init_distributed, shutdown
+from ddpo_fast.losses import UpdateStatistics, policy_loss, scaled_clip_range
+from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
+from ddpo_fast.policy import Policy, check_model_class
+from ddpo_fast.prompts import draw_prompts, load_prompts
+from ddpo_fast.report import write_report
+from ddpo_fast.rewards import load_reward, score, score_or_nan
+from ddpo_fast.rollout import Rollout, generate, micro_batches, minibatches, transitions
+
+logger = logging.getLogger("ddpo_fast")
+
+EVAL_SAMPLE_ID = 1 << 48
+"""Evaluation samples are numbered from here, training samples from 0: their noise never meets."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of once the options have been found good."""
+
+    config: Config
+    run_dir: Path
+    rank: int
+    world_size: int
+    prompts: list[str]
+    reward: object
+    policy: Policy
+    schedule: DDIMSchedule
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command line. A wrong option is one line on standard error and exit code 2."""
+    config = parse_or_exit(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        setup = prepare(config)
+    except ValueError as error:
+        user_error(error)
+    try:
+        train(setup)
+    finally:
+        shutdown()
+
+
+def prepare(config: Config) -> Setup:
+    """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault."""
+    reward = load_reward(config.reward.name, config.reward.kwargs)
+    check_model_class(config.model.path)
+    prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit)
+    rank, world_size, device = init_distributed()
+    for option, multiple in (("sample.num_samples", world_size * config.train.num_minibatches), ("eval.num_samples", world_size)):
+        if config[option] % multiple:
+            raise ValueError(f"{option}={config[option]}: valid is a multiple of {multiple} with {world_size} ranks")
+    if config.model.dtype == "auto":
+        config = config.replace(model__dtype="fp16" if device.type == "cuda" else "fp32")
+    run_dir = config.run.dir or f"runs/{Path(config.reward.name).name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = config.replace(run__dir=broadcast(run_dir))
+    torch.manual_seed(config.run.seed)  # LoRA's initial weights
+    lora = config.lora
+    policy = Policy(config.model.path, config.model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha)
+    schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
+    return Setup(config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule)
+
+
+def train(setup: Setup) -> None:
+    """The run: evaluate, then iterations of sample, score, update; metrics, pictures and checkpoints as it goes."""
+    config, policy, rank, world_size = setup.config, setup.policy, setup.rank, setup.world_size
+    mine = _block(config.sample.num_samples, rank, world_size)
+    clip_range = scaled_clip_range(config.train.clip_range, int(np.prod(policy.latent_shape)))
+    baseline = PromptBaseline(config.baseline.buffer_size, config.baseline.min_count)
+    optimizer = torch.optim.AdamW(
+        policy.trainable_parameters(),
+        lr=config.train.learning_rate,
+        betas=tuple(config.optimizer.betas),
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    engine = Engine(policy.unet, optimizer, zero_stage=config.zero.stage, max_grad_norm=config.train.max_grad_norm, dtype=policy.dtype)
+    policy.forward = engine.module
+
+    if config.run.resume:
+        state = checkpoint.load(setup.run_dir, engine)
+        baseline.load_state_dict(state["baseline"])
+    else:
+        state = {"iteration": 0, "device_hours": 0.0, "bad_rewards": 0}
+    writer = _open_run(setup, clip_range, resumed_at=state["iteration"] if config.run.resume else None)
+    bar = tqdm(total=config.run.iterations, initial=state["iteration"], desc="iterations", unit="it", disable=rank != 0, dynamic_ncols=True)
+
+    for iteration in range(state["iteration"] + 1 if config.run.resume else 0, config.run.iterations + 1):
+        timer, row = StageTimer(policy.device), dict.fromkeys(METRICS)
+        with timer("total"):
+            if iteration > 0:  # iteration 0 only evaluates the untrained model
+                all_prompts = draw_prompts(
+                    setup.prompts, config.sample.num_samples, config.prompts.samples_per_prompt, config.run.seed, iteration
+                )
+                first_id = (iteration - 1) * config.sample.num_samples
+                rollout, rewards, _ = sample(setup, timer, first_id + mine.start, all_prompts[mine], score_or_nan, "sample")
+                all_rewards = all_gather(rewards)
+                if not all_rewards.isfinite().any():
+                    raise RuntimeError(f"iteration {iteration}: no sample got a finite reward; mend the reward, then --resume")
+                limit = config.train.advantage_clip
+                advantages = baseline.update(all_prompts, all_rewards)[mine].clamp(-limit, limit)
+                with timer("train"):
+                    row |= update(setup, engine, rollout, advantages.float().to(policy.device), clip_range, iteration)
+                _warn_of_ratio_error(row, clip_range, setup.schedule, rank)
+                state["bad_rewards"] += int((~all_rewards.isfinite()).sum())
+                good = all_rewards[all_rewards.isfinite()]
+                row |= {"reward_mean": good.mean().item(), "reward_std": good.std(correction=0).item()}
+            if iteration % config.eval.every == 0 or iteration == config.run.iterations:
+                with timer("eval"):
+                    row |= evaluate(setup, writer, iteration, state)
+        seconds = timer.seconds
+        state["iteration"] = iteration
+        state["device_hours"] += seconds["total"] * world_size / 3600
+        row |= {
+            "iteration": iteration,
+            "samples": iteration * config.sample.num_samples,
+            "bad_rewards": state["bad_rewards"],
+            "device_hours": state["device_hours"],
+            "cache_hit_fraction": 0.0,
+            "peak_memory_mib": peak_memory_mib(policy.device),
+            **{f"time_{stage}_s": seconds.get(stage, 0.0) for stage in ("sample", "reward", "train", "eval", "total")},
+        }
+        if iteration > 0:
+            row["images_per_s"] = config.sample.num_samples / seconds["sample"]
+            row["transitions_per_s"] = row["transitions"] / seconds["train"]
+            row["learning_rate"] = config.train.learning_rate
+        if rank == 0:
+            writer.write(row)
+            tqdm.write(_line(row))
+        if iteration > 0 and (iteration % config.run.checkpoint_every == 0 or iteration == config.run.iterations):
+            everything = state | {"baseline": baseline.state_dict()}
+            checkpoint.save(setup.run_dir, iteration, engine, everything, rank, config.run.keep_checkpoints)
+            if rank == 0:
+                policy.export(setup.run_dir)
+                write_report(setup.run_dir)
+        bar.update(iteration > 0)
+    bar.close()
+    if rank == 0:
+        _print_result(setup, state)
+
+
+def sample(
+    setup: Setup, timer: StageTimer, first_id: int, prompts: list[str], score_function, stage: str
+) -> tuple[Rollout, Tensor, Tensor]:
+    """Pictures for `prompts`, numbered from `first_id`, and their rewards. Returns the Rollout, rewards (B,) fp64, images (B, 3, H, W)."""
+    config, policy = setup.config, setup.policy
+    rollouts, rewards, pictures = [], [], []
+    total = len(prompts) * config.sample.num_steps
+    with tqdm(total=total, desc=f"  {stage}", unit="step", leave=False, disable=setup.rank != 0, dynamic_ncols=True) as bar:
+        for start in range(0, len(prompts), config.sample.batch_size):
+            batch = prompts[start : start + config.sample.batch_size]
+            ids = torch.arange(first_id + start, first_id + start + len(batch), device=policy.device)
+            with timer("sample"):
+                rollout, images = generate(policy, setup.schedule, ids, batch, config.run.seed, config.sample.guidance_scale, bar.update)
+            with timer("reward"):
+                rewards.append(score_function(setup.reward, images, batch, config.reward.kwargs, config.reward.timeout_s))
+            rollouts.append(rollout)
+            pictures.append((images * 255).round().to(torch.uint8))
+    return Rollout.cat(rollouts), torch.cat(rewards), torch.cat(pictures)
+
+
+def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, clip_range: float, iteration: int) -> dict[str, float]:
+    """One iteration's optimizer updates: inner epochs x minibatches of samples x micro-batches of transitions.
+
+    The gradient of an update is the mean over all of its minibatch's transitions on all ranks. advantages: (B,) fp32.
+    """
+    options, policy, schedule = setup.config.train, setup.policy, setup.schedule
+    num_samples, guidance_scale = setup.config.sample.num_samples, setup.config.sample.guidance_scale
+    statistics, grad_norms = UpdateStatistics(schedule), []
+    bar = tqdm(desc="  train", unit="transition", leave=False, disable=setup.rank != 0, dynamic_ncols=True)
+    bar.total = options.inner_epochs * len(advantages) * max(1, round(options.timestep_fraction * schedule.num_steps))
+    for epoch in range(options.inner_epochs):
+        key = (setup.config.run.seed, iteration, epoch)
+        for index, samples in enumerate(minibatches(num_samples, options.num_minibatches, setup.rank, setup.world_size, key)):
+            pairs = transitions(samples, len(advantages) * setup.rank, schedule.num_steps, options.timestep_fraction, key)
+            parts = list(micro_batches(*pairs, options.micro_batch, policy.device))
+            for part, (rows, steps) in enumerate(parts, start=1):
+                latents, next_latents = rollout.latents[rows, steps], rollout.latents[rows, steps + 1]
+                noise_pred = policy.predict_noise(latents, schedule.timesteps[steps], rollout.prompt_embeds[rows], guidance_scale)
+                log_prob = schedule.log_prob(noise_pred, latents, next_latents, steps)
+                loss, ratio = policy_loss(options.algorithm, log_prob, rollout.log_probs[rows, steps], advantages[rows], clip_range)
+                engine.backward(loss.sum() / len(pairs[0]), last=part == len(parts))
+                statistics.add(steps, loss.detach(), ratio, clip_range, first_minibatch=epoch == index == 0)
+                bar.update(len(rows))
+            grad_norms.append(engine.step())
+    bar.close()
+    return statistics.summary(all_reduce) | {"grad_norm": sum(grad_norms) / len(grad_norms)}
+
+
+def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -> dict[str, float]:
+    """Rewards of the fixed evaluation set (same prompts and noise every time); its pictures go to <run_dir>/images/.
+
+    A reward that fails before training has begun ends the run: it would fail on every sample.
+    """
+    config = setup.config
+    prompts = config.eval.prompts or setup.prompts
+    prompts = [prompts[i % len(prompts)] for i in range(config.eval.num_samples)]
+    mine = _block(len(prompts), setup.rank, setup.world_size)
+    score_function = score if iteration == 0 else score_or_nan
+    _, rewards, images = sample(setup, StageTimer(setup.policy.device), EVAL_SAMPLE_ID + mine.start, prompts[mine], score_function, "eval")
+    rewards, images = all_gather(rewards), all_gather(images)
+    good = rewards[rewards.isfinite()]
+    result = {"eval_reward_mean": good.mean().item(), "eval_reward_std": good.std(correction=0).item(), "eval_samples": len(good)}
+    state.setdefault("eval_before", result)
+    state["eval_after"] = result
+    if setup.rank == 0:
+        shown = slice(48)
+        grid = image_grid(images[shown].float() / 255, prompts[shown], rewards[shown])
+        grid.save(setup.run_dir / "images" / f"iteration_{iteration:05d}.png")
+        writer.write_images(grid, iteration)
+    return result
+
+
+METRICS = (
+    "iteration samples reward_mean reward_std eval_reward_mean eval_reward_std eval_samples loss ratio_error ratio_error_step "
+    "clip_fraction approx_kl grad_norm learning_rate time_sample_s time_reward_s time_train_s time_eval_s time_total_s "
+    "images_per_s transitions transitions_per_s device_hours peak_memory_mib cache_hit_fraction bad_rewards"
+).split()
+"""The keys of a row of metrics.jsonl; those that an iteration has no value for are null."""
+
+
+def _block(count: int, rank: int, world_size: int) -> slice:
+    """The part of `count` samples that a rank makes."""
+    return slice(rank * count // world_size, (rank + 1) * count // world_size)
+
+
+def _open_run(setup: Setup, clip_range: float, resumed_at: int | None) -> MetricsWriter | None:
+    if setup.rank != 0:
+        return None
+    config, policy = setup.config, setup.policy
+    (setup.run_dir / "images").mkdir(parents=True, exist_ok=True)
+    (setup.run_dir / "config.yaml").write_text(config.replace(run__resume=False).to_yaml())
+    count = sum(parameter.numel() for parameter in policy.trainable_parameters())
+    print(
+        f"{config.run.dir}: {config.train.algorithm} for {config.reward.name} on {config.model.path}\n"
+        f"{count:,} trainable parameters, {config.model.dtype}, {setup.world_size} x {policy.device.type}, "
+        f"{config.sample.num_samples} samples x {config.sample.num_steps} steps an iteration, clip range {clip_range:.3g} "
+        f"at this model's {int(np.prod(policy.latent_shape)):,} latent elements"
+        + ("" if resumed_at is None else f"\nresumed after iteration {resumed_at}"),
+        flush=True,
+    )
+    return MetricsWriter(setup.run_dir, resumed_at)
+
+
+def _warn_of_ratio_error(row: dict, clip_range: float, schedule: DDIMSchedule, rank: int) -> None:
+    if rank == 0 and not row["ratio_error"] <= 0.1 * clip_range:
+        step = row["ratio_error_step"]
+        logger.warning(
+            "ratio_error=%.3g before any update (worst at step %d, t=%d), more than a tenth of the clip range %.3g: rollout and "
+            "update do not compute the same log-prob, so part of the gradient is clipped away; try model.dtype=fp32",
+            row["ratio_error"], step, int(schedule.timesteps[step]), clip_range,
+        )  # fmt: skip
+
+
+def _line(row: dict) -> str:
+    text = f"iteration {row['iteration']:>4}"
+    if row["reward_mean"] is not None:
+        text += f"  reward {row['reward_mean']:.4f}  clip {row['clip_fraction']:.3f}  ratio_error {row['ratio_error']:.1e}"
+        text += f"  sample {row['time_sample_s']:.1f} s  train {row['time_train_s']:.1f} s"
+    if row["eval_reward_mean"] is not None:
+        text += f"  evaluation {row['eval_reward_mean']:.4f} ± {row['eval_reward_std'] / row['eval_samples'] ** 0.5:.4f}"
+    return text
+
+
+def _print_result(setup: Setup, state: dict) -> None:
+    before, after = state["eval_before"], state["eval_after"]
+    difference = after["eval_reward_mean"] - before["eval_reward_mean"]
+    error = sum(result["eval_reward_std"] ** 2 / result["eval_samples"] for result in (before, after)) ** 0.5
+    print(
+        f"reward on the fixed evaluation set: {before['eval_reward_mean']:.4f} -> {after['eval_reward_mean']:.4f} "
+        f"({100 * difference / abs(before['eval_reward_mean']) if before['eval_reward_mean'] else float('nan'):+.1f} %, "
+        f"{difference / error if error else float('nan'):+.1f} standard errors)\n"
+        f"report: {setup.run_dir / 'report.html'}\n"
+        f"{'weights: ' + str(setup.run_dir / ('unet' if setup.policy.full else 'lora'))}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
