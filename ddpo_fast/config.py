@@ -179,7 +179,8 @@ class Config:
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises ValueError, naming the option, its value and what is valid, for what the types do not rule out."""
         for option, valid, ok in _RULES:
             value = self[option]
             if not ok(value, self):
@@ -319,22 +320,46 @@ def parse(argv: list[str]) -> Config:
     valid."""
     argv = ["--run.resume=true" if arg == "--resume" else arg for arg in argv if not arg.startswith("--local_rank")]
     parser = _parser()
+    _check_recipes(argv)
     try:
         options = parser.parse_args(argv)
         if options.run.resume and options.config is None and options.run.dir and Path(options.run.dir, "config.yaml").exists():
             options = parser.parse_args(["--config", str(Path(options.run.dir, "config.yaml")), *argv])
         sections = parser.instantiate(options)
-        return Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)})
+        config = Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)})
+        config.check()
+        return config
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(_one_line(str(error), parser)) from None
 
 
+def _mismatch(option: str, expected: str, value: str) -> str:
+    expected = re.sub(r"typing\.|<class '(\w+)'>", r"\1", expected)
+    return " ".join(f"{option}={value}: expected {expected}".split())
+
+
+def _check_recipes(argv: list[str]) -> None:
+    for option, path in zip(argv, [*argv[1:], ""]):
+        if option.startswith("--config="):
+            path = option.removeprefix("--config=")
+        elif option != "--config":
+            continue
+        try:
+            sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config {path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(sections, dict) or not all(isinstance(values, dict) for values in sections.values()):
+            raise ValueError(f"--config {path}: valid is a mapping of sections, each a mapping of options, as --print_config shows")
+
+
 def _one_line(message: str, parser) -> str:
     """jsonargparse's message as one line that names the option, its value and what is valid."""
-    if found := re.match(r"""Parser key "([\w.]+)":\s*(.*?)\.? Got value: (.*)""", message, re.S):
-        option, expected, value = found.groups()
-        expected = re.sub(r"typing\.|<class '(\w+)'>", r"\1", expected)
-        return " ".join(f"{option}={value}: {expected[0].lower()}{expected[1:]}".split())
+    if found := re.match(r"""Parser key "([\w.]+)":\s*Expected an? (.*?)\.? Got value: (.*)""", message, re.S):
+        return _mismatch(*found.groups())
+    if found := re.match(r"""Parser key "([\w.]+)":.*Subtypes: \[(.*?)\]\s.*Given value: (.*)""", message, re.S):
+        return _mismatch(*found.groups())
     options = sorted(f"{s.name}.{o.name}" for s in dataclasses.fields(Config) for o in dataclasses.fields(s.type))
     if found := re.match(r"unrecognized arguments: (?:--)?([^\s=]*)", message):
         unknown = found[1]

@@ -29,8 +29,11 @@ class DDIMSchedule:
     """(S, 4) fp32: c_x, c_out, s, log(s sqrt(2 pi))."""
 
     @classmethod
-    def from_scheduler(cls, scheduler, num_steps: int, eta: float, device="cpu") -> "DDIMSchedule":
-        """Builds the table, in fp64, from any diffusers scheduler's config. Raises ValueError where a step has no density."""
+    def from_scheduler(cls, scheduler, num_steps: int, eta: float, device="cpu", dtype=torch.float32) -> "DDIMSchedule":
+        """Builds the table, in fp64 and then rounded to `dtype`, from any diffusers scheduler's config.
+
+        Raises ValueError where a step has no density.
+        """
         config = scheduler.config
         if not 0 < eta <= 1:
             raise ValueError(f"sample.eta={eta}: valid is 0 < eta <= 1; at 0 DDIM is deterministic, so a step has no density")
@@ -71,7 +74,7 @@ class DDIMSchedule:
                 "at zero signal-to-noise epsilon says nothing of the picture"
             )
         table = torch.stack([c_x, c_out, s, s.log() + 0.5 * math.log(2 * math.pi)], 1)
-        return cls(timesteps.to(device), table.float().to(device))
+        return cls(timesteps.to(device), table.to(device, dtype))
 
     @property
     def num_steps(self) -> int:

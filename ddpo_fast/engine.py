@@ -1,5 +1,6 @@
 """DeepSpeed: processes, gradient synchronisation, the optimizer step."""
 
+import atexit
 import logging
 import math
 import os
@@ -38,7 +39,9 @@ def init_distributed() -> tuple[int, int, torch.device]:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", 1))))
     # DeepSpeed's ZeRO calls a collective that torch 2.13 renamed
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -63,11 +66,6 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 def barrier() -> None:
     dist.barrier()
-
-
-def shutdown() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 class Engine:

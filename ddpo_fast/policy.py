@@ -12,7 +12,6 @@ transformers.logging.disable_progress_bar()
 diffusers.utils.logging.disable_progress_bar()
 
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -100,13 +99,14 @@ class Policy:
         (noise, v, picture) is the scheduler's prediction_type.
         """
         if guidance_scale == 1:
-            return self._unet(latents, timesteps, prompt_embeds).float()
+            noise_pred = self._unet(latents, timesteps, prompt_embeds)
+            return noise_pred.to(torch.promote_types(noise_pred.dtype, torch.float32))
         uncond_embeds = self.encode_prompts([""]).expand_as(prompt_embeds)
         both = self._unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([uncond_embeds, prompt_embeds]))
         return ops.guide(both, guidance_scale)
 
     def _unet(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16)):
             return self.forward(latents.to(self.dtype), timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class Policy:
             return
         StableDiffusionPipeline.save_lora_weights(
             folder / "lora",
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet)),
+            unet_lora_layers=get_peft_model_state_dict(self.unet),
             unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
         )
 

@@ -28,7 +28,7 @@ from ddpo_fast import checkpoint
 from ddpo_fast.advantages import PromptBaseline
 from ddpo_fast.config import Config, parse_or_exit, user_error
 from ddpo_fast.ddim import DDIMSchedule
-from ddpo_fast.engine import Engine, all_gather, all_reduce, broadcast, init_distributed, shutdown
+from ddpo_fast.engine import Engine, all_gather, all_reduce, broadcast, init_distributed
 from ddpo_fast.losses import UpdateStatistics, policy_loss, scaled_clip_range
 from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
 from ddpo_fast.policy import Policy, check_model_class
@@ -65,10 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         setup = prepare(config)
     except ValueError as error:
         user_error(error)
-    try:
-        train(setup)
-    finally:
-        shutdown()
+    train(setup)
 
 
 def prepare(config: Config) -> Setup:

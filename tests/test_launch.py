@@ -1,0 +1,134 @@
+"""Runs as users start them: real processes, the deepspeed launcher, 1 and 2 gloo ranks, kill -9."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddpo_fast.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMES = re.compile(r"time_|_per_s|device_hours|peak_memory")
+BIN = Path(sys.executable).parent
+DEEPSPEED = [str(BIN / "deepspeed"), "--master_port"]
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+ENVIRONMENT |= {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+_ports = iter(range(29600, 29700))
+
+
+@pytest.fixture
+def options(tiny_model, tmp_path):
+    def make(name, *extra: str) -> list[str]:
+        return [
+            f"--model.path={tiny_model}", f"--run.dir={tmp_path / name}", "--sample.num_samples=8", "--sample.num_steps=5",
+            "--eval.num_samples=4", "--run.iterations=2", "--train.num_minibatches=2", "--train.micro_batch=16", "--lora.rank=2",
+            "--prompts.limit=4", *extra,
+        ]  # fmt: skip
+
+    return make
+
+
+def deepspeed(num_ranks: int, script: Path | str, argv: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [*DEEPSPEED, str(next(_ports)), "--num_gpus", str(num_ranks), str(script), *argv]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def weights(run_dir: Path) -> torch.Tensor:
+    tensors = load_file(run_dir / "lora" / "pytorch_lora_weights.safetensors")
+    return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
+
+
+def test_ranks_and_zero_stages_give_one_gradient(options, tmp_path):
+    """Same noise, same minibatches, same gradient (SGD: two updates with rate 1, unclipped) on 1 and 2 ranks, at every ZeRO stage."""
+    runs = {}
+    for ranks, stage in ((1, 0), (2, 0), (2, 1), (2, 2)):
+        name = f"{ranks}-{stage}"
+        extra = (f"--zero.stage={stage}", "--run.iterations=1", "--train.learning_rate=1", "--train.max_grad_norm=1e9", "--train.clip_range=1e3")
+        done = deepspeed(ranks, ROOT / "tests" / "sgd.py", options(name, *extra))
+        assert done.returncode == 0, done.stdout + done.stderr
+        runs[ranks, stage] = weights(tmp_path / name), read_metrics(tmp_path / name)
+    expected, rows = runs.pop((1, 0))
+    for key, (gradient, other_rows) in runs.items():
+        assert (gradient - expected).abs().max() <= 1e-6, key
+        assert [row["reward_mean"] for row in other_rows] == [row["reward_mean"] for row in rows], key
+        assert other_rows[1]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4) and rows[1]["grad_norm"] > 1e-2, key
+        assert other_rows[1]["ratio_error"] <= 1e-6 and other_rows[1]["transitions"] == 40, key
+
+
+def test_kill_and_resume_is_the_uninterrupted_run(options, tmp_path):
+    extra = ("--run.iterations=6", "--train.inner_epochs=2", "--baseline.min_count=2", "--eval.every=2")
+    trainer = [sys.executable, str(ROOT / "ddpo_fast" / "train.py")]
+    subprocess.run([*trainer, *options("whole", *extra)], env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    victim = subprocess.Popen(
+        [*trainer, *options("killed", *extra)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "killed" / "checkpoints").glob("2")):
+        assert victim.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.2)  # into the third iteration
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert len(read_metrics(tmp_path / "killed")) < 7
+    resumed = [*trainer, f"--run.dir={tmp_path / 'killed'}", "--resume"]
+    done = subprocess.run(resumed, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "resumed after iteration" in done.stdout, done.stderr
+    strip = [
+        [{k: v for k, v in row.items() if not TIMES.search(k)} for row in read_metrics(tmp_path / name)] for name in ("whole", "killed")
+    ]
+    assert strip[0] == strip[1] and len(strip[0]) == 7
+    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+def test_two_ranks_resume_with_sharded_optimizer(options, tmp_path):
+    extra = ("--zero.stage=2", "--run.iterations=3")
+    assert deepspeed(2, "ddpo_fast/train.py", options("whole", *extra)).returncode == 0
+    assert deepspeed(2, "ddpo_fast/train.py", options("parts", "--zero.stage=2", "--run.iterations=2")).returncode == 0
+    done = deepspeed(2, "ddpo_fast/train.py", [f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=3"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("cwd", ["checkout", "elsewhere"])
+@pytest.mark.parametrize("form", ["deepspeed", "file", "module"])
+def test_every_way_to_start(options, tmp_path, form, cwd):
+    folder = ROOT if cwd == "checkout" else tmp_path
+    script = "ddpo_fast/train.py" if cwd == "checkout" else str(ROOT / "ddpo_fast" / "train.py")
+    argv = options("run", "--run.iterations=1")
+    if form == "deepspeed":
+        done = deepspeed(1, script, argv, cwd=folder)
+    else:
+        command = [sys.executable, script] if form == "file" else [sys.executable, "-m", "ddpo_fast.train"]
+        done = subprocess.run([*command, *argv], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "reward on the fixed evaluation set:" in done.stdout and (tmp_path / "run" / "report.html").exists()
+    ours = [line for line in (done.stdout + done.stderr).splitlines() if "launch" not in line and "runner" not in line]
+    assert not [line for line in ours if re.search(r"warn", line, re.I)], ours
+
+
+def test_a_bad_option_costs_one_line_and_little_time(tmp_path):
+    start = time.monotonic()
+    command = [sys.executable, str(ROOT / "ddpo_fast" / "train.py"), "--sample.eta", "0"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: sample\.eta=0\.0: valid is .*\n", done.stderr)
+    assert time.monotonic() - start < 20
+
+
+def test_a_bad_option_on_two_ranks_is_said_once():
+    done = deepspeed(2, "ddpo_fast/train.py", ["--train.micro_batch", "0"])
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("error: train.micro_batch=0: valid is a whole number >= 1") == 1
+
+
+def test_samples_that_do_not_divide_over_the_ranks_are_refused(options):
+    done = deepspeed(2, "ddpo_fast/train.py", options("run", "--sample.num_samples=6"))
+    assert done.returncode == 2
+    assert "error: sample.num_samples=6: valid is a multiple of 4 with 2 ranks" in done.stderr + done.stdout

@@ -1,0 +1,306 @@
+"""Whole runs on a random tiny model, in this process: the gradient, invariances, other models, faults."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from ddpo_fast import train as trainer
+from ddpo_fast.config import parse
+from ddpo_fast.ddim import DDIMSchedule
+from ddpo_fast.engine import Engine
+from ddpo_fast.metrics import StageTimer, read_metrics
+from ddpo_fast.rewards import score
+
+TIMES = re.compile(r"time_|_per_s|device_hours|peak_memory")
+
+REWARDS = """
+import torch
+calls = 0
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+def integers(images, prompts):
+    return (1e6 * redness(images, prompts)).round().long()
+def sometimes_bad(images, prompts):
+    global calls
+    calls += 1
+    rewards = redness(images, prompts)
+    if calls == 3:
+        raise RuntimeError("the third call")
+    if calls > 3:
+        rewards[1] = torch.nan
+    return rewards
+def raising(images, prompts):
+    raise KeyError("always")
+def bad_after_start(images, prompts):
+    global calls
+    calls += 1
+    return redness(images, prompts) * (1 if calls == 1 else torch.nan)
+"""
+
+
+@pytest.fixture(scope="session")
+def rewards_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rewards") / "rewards.py"
+    path.write_text(REWARDS)
+    return path
+
+
+@pytest.fixture
+def options(tiny_model, rewards_file, tmp_path):
+    """Command lines of short runs: keyword arguments with __ for the dot."""
+
+    def make(name="run", **changed) -> list[str]:
+        values = {
+            "model.path": tiny_model, "run.dir": tmp_path / name, "reward.name": f"{rewards_file}:redness",
+            "sample.num_samples": 8, "sample.num_steps": 5, "sample.batch_size": 8, "eval.num_samples": 4, "run.iterations": 2,
+            "train.num_minibatches": 2, "train.micro_batch": 16, "lora.rank": 2, "train.learning_rate": 1e-3,
+            "eval.prompts": '["a", "b"]', "prompts.limit": 4,
+        }  # fmt: skip
+        values |= {key.replace("__", "."): value for key, value in changed.items()}
+        return [f"--{key}={value}" for key, value in values.items()]
+
+    return make
+
+
+def run(argv: list[str]) -> Path:
+    trainer.main(argv)
+    return next(Path(a.split("=")[1]) for a in argv if a.startswith("--run.dir="))
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def untimed(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if not TIMES.search(key)} for row in rows]
+
+
+def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[dict, trainer.Setup, tuple]:
+    """The gradient of the first update of a run, by parameter name, with the rollout and advantages that it came from."""
+    setup = trainer.prepare(parse(argv))
+    config, gradient = setup.config, {}
+    schedule = DDIMSchedule.from_scheduler(setup.policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, dtype=dtype)
+    setup = replace(setup, schedule=schedule)
+    setup.policy.dtype = dtype
+    for module in (setup.policy.unet, setup.policy.pipe.text_encoder, setup.policy.pipe.vae):
+        module.to(dtype)
+    torch.manual_seed(1)
+    for parameter in setup.policy.trainable_parameters():  # LoRA starts at B = 0, where half of the gradient is 0
+        torch.nn.init.normal_(parameter, std=0.02)
+    if dtype == torch.float32:
+        optimizer = torch.optim.AdamW(setup.policy.trainable_parameters())
+        engine = Engine(setup.policy.unet, optimizer, zero_stage=0, max_grad_norm=1.0, dtype=dtype)
+        setup.policy.forward = engine.module
+    else:  # DeepSpeed has no fp64; what it does to a gradient is tested in fp32 and in test_ranks.py
+        engine = SimpleNamespace(backward=lambda loss, last: loss.backward())
+
+    def capture():
+        if not gradient:
+            gradient.update({n: p.grad.clone() for n, p in setup.policy.unet.named_parameters() if p.grad is not None})
+        setup.policy.unet.zero_grad()
+        return 0.0
+
+    monkeypatch.setattr(engine, "step", capture, raising=False)
+    prompts = trainer.draw_prompts(setup.prompts, config.sample.num_samples, 1, config.run.seed, 1)
+    rollout, _, _ = trainer.sample(setup, StageTimer(setup.policy.device), 0, prompts, score, "sample")
+    advantages = torch.linspace(-2, 3, config.sample.num_samples)
+    row = trainer.update(setup, engine, rollout, advantages, 5e-2, 1)
+    assert row["ratio_error"] <= (1e-6 if dtype == torch.float32 else 1e-12)
+    return gradient, setup, (prompts, rollout, advantages)
+
+
+def relative_error(gradient: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference over the norm, of all parameters together."""
+    assert gradient.keys() == expected.keys()
+    a, b = (torch.cat([g[name].flatten().double() for name in expected]) for g in (gradient, expected))
+    assert b.norm() > 1e-3
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("algorithm", ["ddpo_is", "ddpo_sf"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_gradient_is_that_of_the_textbook_loop(options, monkeypatch, algorithm, guidance_scale):
+    """Against the paper's loop: whole minibatch, one timestep at a time, formulas written out anew from the cumulative alphas."""
+    argv = options(train__num_minibatches=1, train__algorithm=algorithm, sample__guidance_scale=guidance_scale)
+    gradient, setup, (prompts, rollout, advantages) = first_gradient(argv, monkeypatch)
+    pipe = setup.policy.pipe
+    pipe.unet.zero_grad()
+    embeds, uncond = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, [""] * len(prompts)))
+    alphas = (1 - pipe.scheduler.betas.double()).cumprod(0)
+    for step, t in enumerate(setup.schedule.timesteps.tolist()):
+        a_t, a_p = alphas[t], alphas[t - 200] if t >= 200 else alphas[0]
+        latents, next_latents = rollout.latents[:, step], rollout.latents[:, step + 1]
+        e = pipe.unet(latents, t, encoder_hidden_states=embeds).sample
+        if guidance_scale != 1:
+            e_uncond = pipe.unet(latents, t, encoder_hidden_states=uncond).sample
+            e = e_uncond + guidance_scale * (e - e_uncond)
+        s = ((1 - a_p) / (1 - a_t) * (1 - a_t / a_p)).sqrt()
+        x0 = (latents - (1 - a_t).sqrt() * e) / a_t.sqrt()
+        density = torch.distributions.Normal(a_p.sqrt() * x0 + (1 - a_p - s**2).sqrt() * e, s)
+        log_prob = density.log_prob(next_latents.double()).mean((1, 2, 3))
+        ratio = (log_prob - rollout.log_probs[:, step].double()).exp()
+        (-(advantages * ratio).mean() / setup.schedule.num_steps).backward()
+    expected = {n: p.grad for n, p in pipe.unet.named_parameters() if p.grad is not None}
+    assert relative_error(gradient, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7, 1000])
+def test_gradient_does_not_depend_on_micro_batch(options, monkeypatch, micro_batch):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        expected, _, _ = first_gradient(options(), monkeypatch, dtype)
+        gradient, _, _ = first_gradient(options(train__micro_batch=micro_batch), monkeypatch, dtype)
+        assert relative_error(gradient, expected) <= tolerance
+
+
+def test_samples_do_not_depend_on_batch_size(options, tmp_path):
+    one, all_ = (untimed(read_metrics(run(options(f"b{b}", sample__batch_size=b, run__iterations=1)))) for b in (3, 8))
+    assert [r["reward_mean"] for r in one] == pytest.approx([r["reward_mean"] for r in all_], abs=1e-6)
+
+
+def test_same_command_same_run(options):
+    a, b = run(options("a")), run(options("b"))
+    assert untimed(read_metrics(a)) == untimed(read_metrics(b))
+    assert all(torch.equal(tensor, weights(b)[name]) for name, tensor in weights(a).items())
+
+
+def test_resume_equals_uninterrupted(options):
+    whole = run(options("whole", run__iterations=4, train__inner_epochs=2))
+    half = options("half", run__iterations=2, train__inner_epochs=2)
+    run(half)
+    trainer.main([a for a in half if a.startswith("--run.dir")] + ["--resume", "--run.iterations=4"])
+    parts = [Path(a.split("=")[1]) for a in half if a.startswith("--run.dir")][0]
+    drop = ("eval_reward_mean", "eval_reward_std", "eval_samples")  # the short run ended with an evaluation
+    strip = [[{k: v for k, v in row.items() if k not in drop} for row in untimed(read_metrics(d))] for d in (whole, parts)]
+    assert strip[0] == strip[1] and len(strip[0]) == 5
+    assert all(torch.equal(tensor, weights(parts)[name]) for name, tensor in weights(whole).items())
+
+
+def test_run_directory_is_the_contract(options):
+    folder = run(options(eval__every=1))
+    rows = read_metrics(folder)
+    assert [row["iteration"] for row in rows] == [0, 1, 2] and [row["samples"] for row in rows] == [0, 8, 16]
+    assert all(list(row) == list(rows[0]) for row in rows) and set(rows[0]) >= set(trainer.METRICS)
+    assert all(value is not None for value in rows[1].values())
+    assert all(row["ratio_error"] <= 1e-6 for row in rows[1:])
+    assert sorted(p.name for p in (folder / "images").iterdir()) == [f"iteration_{i:05d}.png" for i in range(3)]
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["1", "2"]
+    assert list((folder / "tensorboard").iterdir())
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 4 and "http" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.S)
+    again = parse([f"--config={folder / 'config.yaml'}", f"--run.dir={folder}-again"])
+    assert again.model.dtype == "fp32" and again.lora.rank == 2 and not again.run.resume
+
+
+def test_exported_lora_in_plain_diffusers_is_the_policy(options, tiny_model):
+    setup = trainer.prepare(parse(options(lora__alpha=3.0)))
+    torch.manual_seed(2)
+    for parameter in setup.policy.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    setup.policy.export(Path(setup.config.run.dir))
+    base = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    latents, t, embeds = torch.randn(2, 4, 8, 8), torch.tensor([981, 21]), setup.policy.encode_prompts(["a", "b"])
+    with torch.no_grad():
+        before = base.unet(latents, t, encoder_hidden_states=embeds).sample
+        base.load_lora_weights(Path(setup.config.run.dir) / "lora")
+        loaded = base.unet(latents, t, encoder_hidden_states=embeds).sample
+        expected = setup.policy.predict_noise(latents, t, embeds, 1.0)
+    assert (loaded - before).abs().max() > 1e-2
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_other_models_train_without_a_change(options, tmp_path, prediction_type):
+    other = make_pipeline(tmp_path / "m", channels=(24, 48), latent_size=12, latent_channels=3, prediction_type=prediction_type, width=24)
+    rows = read_metrics(run(options(model__path=other, sample__num_steps=7)))
+    assert all(row["ratio_error"] <= 1e-6 for row in rows[1:]) and len(rows) == 3
+
+
+def test_full_fine_tuning(options, tiny_model):
+    folder = run(options(lora__scope="none"))
+    trained, base = (UNet2DConditionModel.from_pretrained(path, subfolder="unet") for path in (folder, tiny_model))
+    changed = [not torch.equal(a, b) for a, b in zip(trained.parameters(), base.parameters())]
+    assert sum(changed) > 0.9 * len(changed)
+
+
+def test_bf16_and_its_ratio(options):
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(run(options(model__dtype="bf16")))[1:])
+
+
+@pytest.mark.parametrize("scope", ["mid_up", "up_blocks.0", "mid_block,down_blocks.1"])
+def test_lora_scope(options, scope):
+    folder = run(options(lora__scope=scope, run__iterations=1))
+    blocks = {".".join(name.split(".")[1:3]).removesuffix(".attentions") for name in weights(folder)}
+    blocks = {"mid_block" if block.startswith("mid_block") else block for block in blocks}
+    assert blocks == ({"mid_block", "up_blocks.0", "up_blocks.1"} if scope == "mid_up" else set(scope.split(",")))
+
+
+def test_half_of_the_steps(options):
+    rows = read_metrics(run(options(train__timestep_fraction=0.4, train__inner_epochs=2)))
+    assert [row["transitions"] for row in rows[1:]] == [8 * 2 * 2] * 2
+
+
+def test_a_mismatch_of_rollout_and_update_is_named(options, monkeypatch, caplog):
+    """Latents rounded to bf16 after their log-prob was taken: the fault of other trainers (PAPER: trap 3)."""
+    generate = trainer.generate
+
+    def rounding(*args):
+        rollout, images = generate(*args)
+        rollout.latents = rollout.latents.bfloat16().float()
+        return rollout, images
+
+    monkeypatch.setattr(trainer, "generate", rounding)
+    rows = read_metrics(run(options(run__iterations=1)))
+    assert rows[1]["ratio_error"] > 1e-3
+    assert f"worst at step {rows[1]['ratio_error_step']}, t=" in caplog.text
+
+
+def test_integer_rewards_are_rewards(options, rewards_file):
+    rows = read_metrics(run(options(reward__name=f"{rewards_file}:integers")))
+    assert rows[1]["reward_std"] > 1 and rows[1]["grad_norm"] > 0
+
+
+def test_bad_rewards_are_left_out_and_counted(options, rewards_file, caplog):
+    """Call 1 evaluates, 2-3 and 4-5 are the iterations' two batches; the third raises, later ones have a NaN."""
+    rows = read_metrics(run(options(reward__name=f"{rewards_file}:sometimes_bad", sample__batch_size=4)))
+    assert [row["bad_rewards"] for row in rows] == [0, 4, 6]
+    assert all(math.isfinite(row["reward_mean"]) and math.isfinite(row["loss"]) for row in rows[1:])
+    assert "raised RuntimeError: the third call; its 4 samples are left out" in caplog.text
+
+
+def test_a_reward_that_never_works_ends_the_run_at_once(options, rewards_file):
+    with pytest.raises(RuntimeError, match="raised KeyError: 'always'"):
+        run(options(reward__name=f"{rewards_file}:raising"))
+
+
+def test_an_iteration_without_any_reward_ends_the_run(options, rewards_file):
+    with pytest.raises(RuntimeError, match="iteration 1: no sample got a finite reward"):
+        run(options(reward__name=f"{rewards_file}:bad_after_start"))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(options, monkeypatch):
+    monkeypatch.setattr(trainer, "policy_loss", lambda *a: [x * torch.nan for x in (a[1], a[1])])
+    with pytest.raises(FloatingPointError, match="gradient norm is nan"):
+        run(options())
+
+
+def test_metrics_survive_a_line_cut_short(options):
+    folder = run(options(run__iterations=1))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 2})[:-4])
+    assert [row["iteration"] for row in read_metrics(folder)] == [0, 1]
+
+
+def test_evaluation_is_the_same_every_time(options):
+    """Learning rate 1e-30: nothing changes, so neither may the evaluation."""
+    rows = read_metrics(run(options(train__learning_rate=1e-30, eval__every=1)))
+    assert np.ptp([row["eval_reward_mean"] for row in rows]) == 0
