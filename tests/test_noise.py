@@ -1,0 +1,161 @@
+"""The counter-based noise: published vectors, statistics, independence of the batch, and Triton's own generator."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from ddpo_fast.kernels.reference import INITIAL_STEP, normal_noise, philox4x32
+
+KNOWN_ANSWERS = [  # Random123, kat_vectors: philox 4x32, 10 rounds: counter, key, result
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+def noise(seed=0, ids=(0,), steps=0, num_elements=64) -> torch.Tensor:
+    ids = torch.tensor(ids) if isinstance(ids, (tuple, list)) else ids
+    steps = torch.full_like(ids, steps) if isinstance(steps, int) else torch.tensor(steps)
+    return normal_noise(seed, ids, steps, num_elements)
+
+
+@pytest.mark.parametrize("counter, key, result", KNOWN_ANSWERS)
+def test_philox_gives_the_published_words(counter, key, result):
+    words = philox4x32(key[0] + (key[1] << 32), *(torch.tensor([c]) for c in counter))
+    assert tuple(word.item() for word in words) == result
+
+
+@pytest.fixture(scope="module")
+def many() -> torch.Tensor:
+    """A million values: 64 samples of SD's latents."""
+    return noise(seed=7, ids=torch.arange(64), steps=3, num_elements=16384).double().flatten()
+
+
+def test_moments_are_those_of_the_standard_normal(many):
+    n = len(many)
+    # within four standard errors of each estimate
+    assert many.mean().item() == pytest.approx(0, abs=4 / n**0.5)
+    assert many.var().item() == pytest.approx(1, abs=4 * (2 / n) ** 0.5)
+    assert many.pow(3).mean().item() == pytest.approx(0, abs=4 * (15 / n) ** 0.5)
+    assert many.pow(4).mean().item() == pytest.approx(3, abs=4 * (96 / n) ** 0.5)
+
+
+def test_distribution_is_the_standard_normal(many):
+    cdf = 0.5 * (1 + torch.erf(many.sort().values / 2**0.5))
+    n = len(many)
+    empirical = torch.arange(n + 1, dtype=torch.float64) / n
+    distance = torch.maximum((cdf - empirical[:-1]).abs(), (cdf - empirical[1:]).abs()).max().item()
+    assert distance * n**0.5 < 1.63  # Kolmogorov-Smirnov, 1 % level
+    assert many.abs().max() > 4.5  # the tail is there: P(no |z| > 4.5 in a million) < 0.1 %
+
+
+def rows_of(what: str, count: int, length: int) -> torch.Tensor:
+    """`count` rows of noise that differ in one argument alone, (count, length)."""
+    match what:
+        case "sample ids":
+            return noise(ids=torch.arange(count), num_elements=length)
+        case "distant sample ids":
+            return noise(ids=torch.arange(count) << 32, num_elements=length)
+        case "steps":
+            return noise(ids=[5] * count, steps=[*range(count - 1), INITIAL_STEP], num_elements=length)
+        case "seeds":
+            return torch.cat([noise(seed=seed, num_elements=length) for seed in range(count)])
+        case "distant seeds":
+            return torch.cat([noise(seed=seed << 32, num_elements=length) for seed in range(count)])
+        case "elements":
+            return noise(ids=torch.arange(length), num_elements=count).T
+
+
+@pytest.mark.parametrize("what", ["sample ids", "distant sample ids", "steps", "seeds", "distant seeds", "elements"])
+def test_noise_is_independent_across(what):
+    count, length = 16, 16384
+    rows = rows_of(what, count, length).double()
+    for values in (rows, rows.square()):  # the squares: Box-Muller pairs share a radius
+        correlation = torch.corrcoef(values) - torch.eye(count)
+        assert correlation.abs().max() < 4.5 / length**0.5
+
+
+def test_neighbouring_elements_are_uncorrelated_at_every_lag(many):
+    length = len(many)
+    lags = torch.stack([(many[:-lag] * many[lag:]).mean() for lag in range(1, 17)])
+    assert lags.abs().max() < 4 / length**0.5
+
+
+@pytest.mark.parametrize("num_elements", [1, 2, 3, 5, 63, 101, 4096])
+def test_a_sample_is_the_same_alone_and_in_a_batch(num_elements):
+    ids = torch.arange(64) * 977 + 2**33
+    steps = (torch.arange(64) % 5).tolist()
+    batch = noise(9, ids, steps, num_elements)
+    assert batch.shape == (64, num_elements) and batch.dtype == torch.float32
+    for row in (0, 1, 31, 63):
+        assert torch.equal(noise(9, ids[row : row + 1], steps[row : row + 1], num_elements)[0], batch[row])
+
+
+@pytest.mark.parametrize("num_elements", [1, 2, 3, 5, 63, 101])
+def test_fewer_elements_are_a_prefix_of_more(num_elements):
+    assert torch.equal(noise(9, (1, 2), 3, num_elements), noise(9, (1, 2), 3, 256)[:, :num_elements])
+
+
+@pytest.mark.parametrize("bit", [0, 1, 31, 32, 33, 40, 62])
+def test_every_bit_of_a_sample_id_counts(bit):
+    assert not torch.isclose(noise(ids=(12345,)), noise(ids=(12345 ^ 1 << bit,))).any()
+
+
+@pytest.mark.parametrize("bit", [0, 31, 32, 63])
+def test_every_bit_of_the_seed_counts(bit):
+    assert not torch.isclose(noise(seed=12345), noise(seed=12345 ^ 1 << bit)).any()
+
+
+TRITON_PROGRAM = """
+import sys
+import torch, triton
+import triton.language as tl
+
+
+@triton.jit
+def _noise_kernel(out_ptr, ids_ptr, steps_ptr, seed, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    quad = tl.arange(0, BLOCK)
+    sample_id, step = tl.load(ids_ptr + row), tl.load(steps_ptr + row)
+    c0, zero = quad.to(tl.uint32), (quad * 0).to(tl.uint32)
+    c1, c2, c3 = zero + step.to(tl.uint32), zero + sample_id.to(tl.uint32), zero + (sample_id >> 32).to(tl.uint32)
+    r0, r1, r2, r3 = tl.philox(seed, c0, c1, c2, c3)
+    u0, u1, u2, u3 = (
+        tl.uint_to_uniform_float(r0), tl.uint_to_uniform_float(r1), tl.uint_to_uniform_float(r2), tl.uint_to_uniform_float(r3)
+    )
+    n0, n1 = tl.pair_uniform_to_normal(u0, u1)
+    n2, n3 = tl.pair_uniform_to_normal(u2, u3)
+    row_ptr = out_ptr + (row * BLOCK + quad) * 4
+    tl.store(row_ptr, n0)
+    tl.store(row_ptr + 1, n1)
+    tl.store(row_ptr + 2, n2)
+    tl.store(row_ptr + 3, n3)
+
+
+seed, ids, steps, block = torch.load(sys.argv[1])
+out = torch.full((len(ids), 4 * block), float("nan"))
+_noise_kernel[(len(ids),)](out, ids, steps, seed, BLOCK=block)
+torch.save(out, sys.argv[2])
+"""
+
+
+def test_noise_is_that_of_triton(tmp_path):
+    pytest.importorskip("triton")
+    program = tmp_path / "triton_noise.py"
+    program.write_text(TRITON_PROGRAM)
+    seed, block = 0x1234_5678_9ABC_DEF0, 256
+    ids = torch.tensor([0, 1, 2**31 + 5, 2**32 - 1, 2**32, 2**45 + 3])
+    steps = torch.tensor([0, 49, 7, 1, 999, INITIAL_STEP])
+    torch.save((seed, ids, steps, block), tmp_path / "in.pt")
+    command = [sys.executable, program, tmp_path / "in.pt", tmp_path / "out.pt"]
+    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    expected = torch.load(tmp_path / "out.pt")
+    assert expected.isfinite().all()
+    torch.testing.assert_close(normal_noise(seed, ids, steps, 4 * block), expected, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,91 @@
+"""Which transitions every update trains on: coverage, balance between ranks, and what the choice depends on."""
+
+import numpy as np
+import pytest
+import torch
+
+from ddpo_fast.rollout import Rollout, micro_batches, minibatches, transitions
+
+KEY = (0, 3, 1)  # seed, iteration, epoch
+
+
+def of_all_ranks(num_samples, num_minibatches, world_size, key=KEY) -> list[list[np.ndarray]]:
+    """Global ids of each minibatch, by rank: [minibatch][rank]."""
+    block = num_samples // world_size
+    ranks = [
+        [rows + rank * block for rows in minibatches(num_samples, num_minibatches, rank, world_size, key)] for rank in range(world_size)
+    ]
+    return [list(parts) for parts in zip(*ranks)]
+
+
+@pytest.mark.parametrize("num_samples, num_minibatches", [(32, 4), (32, 1), (48, 3), (16, 2), (256, 4)])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_epoch_sees_every_sample_once_in_the_same_minibatches_on_any_number_of_ranks(num_samples, num_minibatches, world_size):
+    epoch = of_all_ranks(num_samples, num_minibatches, world_size)
+    assert len(epoch) == num_minibatches
+    for parts, whole in zip(epoch, of_all_ranks(num_samples, num_minibatches, 1)):
+        assert [len(rows) for rows in parts] == [num_samples // num_minibatches // world_size] * world_size
+        assert np.concatenate(parts).tolist() == whole[0].tolist()
+    block = num_samples // world_size
+    for rank in range(world_size):
+        mine = np.sort(np.concatenate([parts[rank] for parts in epoch]))
+        assert mine.tolist() == list(range(rank * block, (rank + 1) * block))
+
+
+@pytest.mark.parametrize("other", [(1, 3, 1), (0, 4, 1), (0, 3, 2)])
+def test_minibatches_depend_on_seed_iteration_and_epoch(other):
+    first, again, different = (minibatches(64, 4, 0, 1, key) for key in (KEY, KEY, other))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(np.sort(first), np.sort(different))
+
+
+def test_every_minibatch_is_as_likely_for_every_sample():
+    counts = np.zeros((16, 4))
+    for epoch in range(400):
+        for number, rows in enumerate(minibatches(16, 4, 0, 1, (0, 0, epoch))):
+            counts[rows, number] += 1
+    assert np.abs(counts - 100).max() < 4.5 * (400 * 0.25 * 0.75) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "num_steps, fraction, count", [(10, 1.0, 10), (10, 0.5, 5), (10, 0.01, 1), (50, 0.9, 45), (7, 0.5, 4), (1, 1.0, 1)]
+)
+def test_fraction_of_steps_is_drawn_for_every_sample(num_steps, fraction, count):
+    rows = np.array([4, 0, 9])
+    row_of, step_of = transitions(rows, 0, num_steps, fraction, KEY)
+    assert row_of.tolist() == np.repeat(rows, count).tolist()
+    for steps in step_of.reshape(3, count):
+        assert (np.diff(steps) > 0).all(), "sorted and distinct"
+        assert 0 <= steps[0] and steps[-1] < num_steps
+
+
+def test_choice_of_steps_does_not_depend_on_the_rank():
+    whole = transitions(np.array([2, 9, 14]), 0, 50, 0.5, KEY)[1].reshape(3, -1)
+    assert np.array_equal(transitions(np.array([2]), 0, 50, 0.5, KEY)[1], whole[0])
+    assert np.array_equal(transitions(np.array([1, 6]), 8, 50, 0.5, KEY)[1].reshape(2, -1), whole[1:])
+
+
+def test_choice_of_steps_depends_on_sample_and_key_and_is_uniform():
+    rows = np.arange(400)
+    steps = transitions(rows, 0, 10, 0.3, KEY)[1].reshape(400, 3)
+    assert not np.array_equal(steps, transitions(rows, 0, 10, 0.3, (0, 3, 2))[1].reshape(400, 3))
+    assert len(np.unique(steps, axis=0)) > 100  # of the 120 there are
+    assert np.abs(np.bincount(steps.ravel(), minlength=10) - 120).max() < 4 * (400 * 0.3 * 0.7) ** 0.5
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 12, 13, 100])
+def test_micro_batches_cover_every_transition_once(size):
+    rows, steps = transitions(np.array([3, 1, 8]), 0, 4, 1.0, KEY)
+    batches = list(micro_batches(rows, steps, size, "cpu"))
+    assert [len(r) for r, _ in batches] == [size] * (12 // size) + ([12 % size] if 12 % size else [])
+    assert all(r.dtype == s.dtype == torch.int64 and len(r) == len(s) for r, s in batches)
+    assert torch.cat([r for r, _ in batches]).tolist() == rows.tolist()
+    assert torch.cat([s for _, s in batches]).tolist() == steps.tolist()
+
+
+def test_rollouts_join_along_the_samples():
+    first = Rollout(torch.zeros(2, 3, 4), torch.zeros(2, 6, 4, 1, 1), torch.zeros(2, 5))
+    second = Rollout(torch.ones(1, 3, 4), torch.ones(1, 6, 4, 1, 1), torch.ones(1, 5))
+    joined = Rollout.cat([first, second])
+    assert joined.prompt_embeds.shape == (3, 3, 4) and joined.latents.shape == (3, 6, 4, 1, 1) and joined.log_probs.shape == (3, 5)
+    assert joined.prompt_embeds[:, 0, 0].tolist() == joined.latents[:, 0, 0, 0, 0].tolist() == joined.log_probs[:, 0].tolist() == [0, 0, 1]
