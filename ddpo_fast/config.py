@@ -328,9 +328,27 @@ def parse(argv: list[str]) -> Config:
         sections = parser.instantiate(options)
         config = Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)})
         config.check()
+        if config.run.resume:
+            _check_resumed(config)
         return config
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(_one_line(str(error), parser)) from None
+
+
+_FREE_ON_RESUME = {
+    "sample.batch_size", "train.micro_batch", "reward.timeout_s", "eval.every",
+    *(f"run.{option.name}" for option in dataclasses.fields(RunConfig) if option.name != "seed"),
+}  # fmt: skip
+
+
+def _check_resumed(config: Config) -> None:
+    """A resumed run goes on as it began: what shapes it cannot be changed halfway."""
+    began = yaml.safe_load(Path(config.run.dir, "config.yaml").read_text(encoding="utf-8"))
+    for section, values in dataclasses.asdict(config).items():
+        for key, value in values.items():
+            option, before = f"{section}.{key}", began[section][key]
+            if value != before and option not in _FREE_ON_RESUME and (option, value) != ("model.dtype", "auto"):
+                raise ValueError(f"{option}={value}: the run in run.dir={config.run.dir} began with {before}; --resume keeps it")
 
 
 def _mismatch(option: str, expected: str, value: str) -> str:

@@ -45,6 +45,11 @@ class DDIMSchedule:
             raise ValueError(f"sample.num_steps={num_steps}: valid is 1 to {num_train_steps}, the model's training steps")
         scheduler.set_timesteps(num_steps)
         timesteps = scheduler.timesteps.long()
+        if len(timesteps) != num_steps or timesteps.min() < 0 or timesteps.max() >= num_train_steps:
+            raise ValueError(
+                f"sample.num_steps={num_steps}: valid is a number whose steps the model has; with timestep_spacing="
+                f"{scheduler.config.timestep_spacing} it gives {len(timesteps)} steps from t={timesteps.max()} to t={timesteps.min()}"
+            )
         previous = timesteps - num_train_steps // num_steps
 
         alphas = torch.cumprod(1 - scheduler.betas.double(), 0)

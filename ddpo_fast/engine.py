@@ -69,11 +69,25 @@ def barrier() -> None:
 
 
 class Engine:
-    """A model and its optimizer under DeepSpeed. An update is some `backward`s, the last with `last=True`, then `step`."""
+    """A model and its optimizer under DeepSpeed. An update is some `backward`s, the last with `last=True`, then `step`.
+
+    Trainable weights, their gradients and the optimizer state are fp32 whatever the compute dtype. In fp16 the loss is scaled up
+    so that gradients of activations do not underflow, and each weight's gradient scaled back as it arrives: DeepSpeed, its clipping
+    and its shards see true gradients. (With torch_autocast, DeepSpeed 0.19 clips gradients at ZeRO 1 and 2 before it unscales them.)
+    """
+
+    FP16_LOSS_SCALE = 2.0**16
+    """What fp16's loss scale starts from; an overflow halves it."""
+    SCALE_GROWTH_UPDATES = 500
+    """Updates in a row without overflow after which the loss scale is doubled."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, zero_stage: int, max_grad_norm: float, dtype: torch.dtype):
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.zero_stage, self.dtype = zero_stage, dtype
+        self.loss_scale, self.good_updates = (self.FP16_LOSS_SCALE if dtype == torch.float16 else 1.0), 0
+        if dtype == torch.float16:
+            for parameter in self.parameters:
+                parameter.register_hook(lambda grad: grad / self.loss_scale)
         config = {
             # a micro-batch here is a set of transitions and their number varies, so DeepSpeed is not told: the loss is already a mean
             "train_micro_batch_size_per_gpu": 1,
@@ -81,45 +95,42 @@ class Engine:
             "gradient_clipping": max_grad_norm,
             "zero_optimization": {"stage": zero_stage},
             "zero_allow_untested_optimizer": True,
-            # half precision by autocast: trainable weights, their gradients and the optimizer state stay fp32, fp16 is loss-scaled
-            "torch_autocast": {
-                "enabled": dtype != torch.float32,
-                "dtype": str(dtype).removeprefix("torch."),
-                "lower_precision_safe_modules": [],
-            },
         }
         self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds a loss's gradient to the update's; the ranks' mean is taken at the `last` one."""
         self.module.set_gradient_accumulation_boundary(last)
-        self.module.backward(loss, scale_wrt_gas=False)
+        self.module.backward(loss * self.loss_scale, scale_wrt_gas=False)
 
     def step(self) -> float:
-        """Clips, updates, clears. Returns the gradient's norm before clipping.
-
-        Raises FloatingPointError when it is not finite; in fp16 that only means a smaller loss scale and no update this time.
-        """
+        """Clips, updates, clears. Returns the gradient's norm before clipping; if it is not finite, no rank has updated."""
         if self.zero_stage == 0:
             norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
-            if scaler := self.module.torch_autocast_z0_gradscaler:
-                norm /= scaler.get_scale()
-            self._check_finite(norm)
-            self.module.step()
+            if math.isfinite(norm):
+                self.module.step()
+            else:
+                self.module.zero_grad()
         else:
-            self.module.step()
+            self.module.step()  # ZeRO leaves out an update that is not finite by itself
             norm = float(self.module.get_global_grad_norm())
-            self._check_finite(norm)
+        if self.dtype == torch.float16:
+            self._adapt_loss_scale(math.isfinite(norm))
         return norm
 
-    def _check_finite(self, norm: float) -> None:
-        if not math.isfinite(norm) and self.dtype != torch.float16:
-            raise FloatingPointError(f"the gradient norm is {norm}; a lower train.learning_rate or another model.dtype may help")
+    def _adapt_loss_scale(self, finite: bool) -> None:
+        self.good_updates = self.good_updates + 1 if finite else 0
+        if not finite:
+            self.loss_scale /= 2
+        elif self.good_updates % self.SCALE_GROWTH_UPDATES == 0:
+            self.loss_scale *= 2
 
     def save(self, folder: Path) -> None:
-        """Writes trainable weights and optimizer state, every rank its own part."""
-        self.module.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=True)
+        """Writes trainable weights, optimizer state and loss scale, every rank its own part."""
+        client_state = {"loss_scale": self.loss_scale, "good_updates": self.good_updates}
+        self.module.save_checkpoint(str(folder), tag="engine", client_state=client_state, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote, bit for bit."""
-        self.module.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        _, client_state = self.module.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        self.loss_scale, self.good_updates = client_state["loss_scale"], client_state["good_updates"]

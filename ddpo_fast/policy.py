@@ -32,8 +32,8 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 class Policy:
     """A Stable Diffusion pipeline whose UNet is trained, by LoRA or whole.
 
-    `forward` is what the UNet is called through: the UNet itself until the engine puts its wrapper there, after which rollout
-    and update both run through the wrapper. Trainable weights are fp32; frozen ones are in the compute dtype.
+    `forward` is what the UNet is called through: the UNet itself until the engine's wrapper is put there, after which rollout
+    and update both run through that. Trainable weights are fp32, frozen ones in the compute dtype; autocast joins them.
     """
 
     def __init__(self, path: str, dtype: str, device: torch.device, scope: str, targets: list[str], rank: int, alpha: float):

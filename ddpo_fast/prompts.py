@@ -28,6 +28,5 @@ def draw_prompts(prompts: list[str], num_samples: int, samples_per_prompt: int, 
 
     A function of (seed, iteration): every rank draws the whole list and takes its part of it.
     """
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=iteration))
-    drawn = generator.integers(len(prompts), size=num_samples // samples_per_prompt)
+    drawn = np.random.default_rng((0, seed, iteration)).integers(len(prompts), size=num_samples // samples_per_prompt)
     return [prompts[i] for i in drawn for _ in range(samples_per_prompt)]

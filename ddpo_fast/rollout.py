@@ -58,7 +58,7 @@ def minibatches(num_samples: int, num_minibatches: int, rank: int, world_size: i
     So the minibatches depend on `key` (seed, iteration, epoch) alone, and each holds equally many samples of every rank.
     """
     size = num_samples // num_minibatches
-    order = np.random.default_rng(key).permuted(np.tile(np.arange(num_minibatches), (size, 1)), axis=1)
+    order = np.random.default_rng((1, *key)).permuted(np.tile(np.arange(num_minibatches), (size, 1)), axis=1)
     rows = order + num_minibatches * np.arange(size)[:, None]
     block = num_samples // world_size
     mine = rows[rank * size // world_size : (rank + 1) * size // world_size] - rank * block
@@ -71,7 +71,7 @@ def transitions(rows: np.ndarray, first_row: int, num_steps: int, fraction: floa
     Which steps depends on `key` and the sample's index in the iteration, `first_row + row`, not on the rank that holds it.
     """
     count = max(1, round(fraction * num_steps))
-    steps = [np.sort(np.random.default_rng((*key, first_row + row)).permutation(num_steps)[:count]) for row in rows]
+    steps = [np.sort(np.random.default_rng((2, *key, first_row + row)).permutation(num_steps)[:count]) for row in rows]
     return np.repeat(rows, count), np.concatenate(steps)
 
 

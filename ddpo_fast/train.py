@@ -16,6 +16,7 @@ if __name__ == "__main__":
     parse_or_exit(sys.argv[1:])  # --help and a wrong option are answered before the imports below take their seconds
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 
@@ -211,7 +212,13 @@ def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, c
                 bar.update(len(rows))
             grad_norms.append(engine.step())
     bar.close()
-    return statistics.summary(all_reduce) | {"grad_norm": sum(grad_norms) / len(grad_norms)}
+    finite = [norm for norm in grad_norms if math.isfinite(norm)]
+    if not finite and engine.dtype != torch.float16:  # fp16 may need some updates to find its loss scale
+        raise FloatingPointError(f"iteration {iteration}: no update had a finite gradient; a lower train.learning_rate may help")
+    return statistics.summary(all_reduce) | {
+        "grad_norm": sum(finite) / len(finite) if finite else None,
+        "skipped_updates": len(grad_norms) - len(finite),
+    }
 
 
 def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -> dict[str, float]:
@@ -226,21 +233,25 @@ def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -
     score_function = score if iteration == 0 else score_or_nan
     _, rewards, images = sample(setup, StageTimer(setup.policy.device), EVAL_SAMPLE_ID + mine.start, prompts[mine], score_function, "eval")
     rewards, images = all_gather(rewards), all_gather(images)
-    good = rewards[rewards.isfinite()]
-    result = {"eval_reward_mean": good.mean().item(), "eval_reward_std": good.std(correction=0).item(), "eval_samples": len(good)}
-    state.setdefault("eval_before", result)
-    state["eval_after"] = result
     if setup.rank == 0:
         shown = slice(48)
         grid = image_grid(images[shown].float() / 255, prompts[shown], rewards[shown])
         grid.save(setup.run_dir / "images" / f"iteration_{iteration:05d}.png")
         writer.write_images(grid, iteration)
+    good = rewards[rewards.isfinite()]
+    if not len(good):
+        if iteration == 0:
+            raise RuntimeError("the reward gave no finite number for any picture of the untrained model")
+        return {}
+    result = {"eval_reward_mean": good.mean().item(), "eval_reward_std": good.std(correction=0).item(), "eval_samples": len(good)}
+    state.setdefault("eval_before", result)
+    state["eval_after"] = result
     return result
 
 
 METRICS = (
     "iteration samples reward_mean reward_std eval_reward_mean eval_reward_std eval_samples loss ratio_error ratio_error_step "
-    "clip_fraction approx_kl grad_norm learning_rate time_sample_s time_reward_s time_train_s time_eval_s time_total_s "
+    "clip_fraction approx_kl grad_norm skipped_updates learning_rate time_sample_s time_reward_s time_train_s time_eval_s time_total_s "
     "images_per_s transitions transitions_per_s device_hours peak_memory_mib cache_hit_fraction bad_rewards"
 ).split()
 """The keys of a row of metrics.jsonl; those that an iteration has no value for are null."""

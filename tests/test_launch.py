@@ -50,7 +50,13 @@ def test_ranks_and_zero_stages_give_one_gradient(options, tmp_path):
     runs = {}
     for ranks, stage in ((1, 0), (2, 0), (2, 1), (2, 2)):
         name = f"{ranks}-{stage}"
-        extra = (f"--zero.stage={stage}", "--run.iterations=1", "--train.learning_rate=1", "--train.max_grad_norm=1e9", "--train.clip_range=1e3")
+        extra = (
+            f"--zero.stage={stage}",
+            "--run.iterations=1",
+            "--train.learning_rate=1",
+            "--train.max_grad_norm=1e9",
+            "--train.clip_range=1e3",
+        )
         done = deepspeed(ranks, ROOT / "tests" / "sgd.py", options(name, *extra))
         assert done.returncode == 0, done.stdout + done.stderr
         runs[ranks, stage] = weights(tmp_path / name), read_metrics(tmp_path / name)
@@ -66,9 +72,7 @@ def test_kill_and_resume_is_the_uninterrupted_run(options, tmp_path):
     extra = ("--run.iterations=6", "--train.inner_epochs=2", "--baseline.min_count=2", "--eval.every=2")
     trainer = [sys.executable, str(ROOT / "ddpo_fast" / "train.py")]
     subprocess.run([*trainer, *options("whole", *extra)], env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
-    victim = subprocess.Popen(
-        [*trainer, *options("killed", *extra)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    victim = subprocess.Popen([*trainer, *options("killed", *extra)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not list((tmp_path / "killed" / "checkpoints").glob("2")):
         assert victim.poll() is None and time.monotonic() < deadline

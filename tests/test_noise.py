@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from ddpo_fast.kernels.reference import INITIAL_STEP, normal_noise, philox4x32
 
 KNOWN_ANSWERS = [  # Random123, kat_vectors: philox 4x32, 10 rounds: counter, key, result

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pipeline
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from ddpo_fast import train as trainer
@@ -21,6 +21,7 @@ from ddpo_fast.engine import Engine
 from ddpo_fast.metrics import StageTimer, read_metrics
 from ddpo_fast.rewards import score
 
+README = Path(__file__).resolve().parents[1] / "README.md"
 TIMES = re.compile(r"time_|_per_s|device_hours|peak_memory")
 
 REWARDS = """
@@ -201,20 +202,25 @@ def test_run_directory_is_the_contract(options):
     assert again.model.dtype == "fp32" and again.lora.rank == 2 and not again.run.resume
 
 
-def test_exported_lora_in_plain_diffusers_is_the_policy(options, tiny_model):
+def test_readme_snippet_loads_the_trained_policy_in_plain_diffusers(options, tiny_model, monkeypatch, tmp_path):
     setup = trainer.prepare(parse(options(lora__alpha=3.0)))
-    torch.manual_seed(2)
-    for parameter in setup.policy.trainable_parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    setup.policy.export(Path(setup.config.run.dir))
-    base = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     latents, t, embeds = torch.randn(2, 4, 8, 8), torch.tensor([981, 21]), setup.policy.encode_prompts(["a", "b"])
     with torch.no_grad():
-        before = base.unet(latents, t, encoder_hidden_states=embeds).sample
-        base.load_lora_weights(Path(setup.config.run.dir) / "lora")
-        loaded = base.unet(latents, t, encoder_hidden_states=embeds).sample
+        untrained = setup.policy.predict_noise(latents, t, embeds, 1.0)  # LoRA starts at 0
+        for parameter in setup.policy.trainable_parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
         expected = setup.policy.predict_noise(latents, t, embeds, 1.0)
-    assert (loaded - before).abs().max() > 1e-2
+    setup.policy.export(Path(setup.config.run.dir))
+    snippet = re.search(r"```python\n(from diffusers.*?)```", README.read_text(), re.S)[1]
+    for shown, here in (("ddpo_fast/embedded/model", tiny_model), ("runs/NAME", setup.config.run.dir), ("lion.png", tmp_path / "lion.png")):
+        assert shown in snippet
+        snippet = snippet.replace(shown, str(here))
+    names = {}
+    exec(snippet, names)
+    with torch.no_grad():
+        loaded = names["pipe"].unet(latents, t, encoder_hidden_states=embeds).sample
+    assert (tmp_path / "lion.png").stat().st_size > 0
+    assert (expected - untrained).abs().max() > 1e-2
     torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-5)
 
 
@@ -232,8 +238,17 @@ def test_full_fine_tuning(options, tiny_model):
     assert sum(changed) > 0.9 * len(changed)
 
 
-def test_bf16_and_its_ratio(options):
-    assert all(math.isfinite(row["loss"]) for row in read_metrics(run(options(model__dtype="bf16")))[1:])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("dtype, tolerance", [("fp16", 5e-3), ("bf16", 5e-2)])
+def test_half_precision_has_the_gradient_of_fp32(options, monkeypatch, dtype, tolerance, stage):
+    """Loss scaling cancels: the norm, the clipping and the optimizer see the true gradient."""
+    monkeypatch.setattr(Engine, "FP16_LOSS_SCALE", 2.0**8)  # a tiny model's gradients are large
+    norms = []
+    for name in ("fp32", dtype):
+        rows = read_metrics(run(options(f"{name}-{stage}", model__dtype=name, zero__stage=stage, run__iterations=1)))
+        assert rows[1]["skipped_updates"] == 0
+        norms.append(rows[1]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=tolerance)
 
 
 @pytest.mark.parametrize("scope", ["mid_up", "up_blocks.0", "mid_block,down_blocks.1"])
@@ -287,10 +302,37 @@ def test_an_iteration_without_any_reward_ends_the_run(options, rewards_file):
         run(options(reward__name=f"{rewards_file}:bad_after_start"))
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(options, monkeypatch):
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(options, monkeypatch, stage):
+    policy_loss, calls = trainer.policy_loss, []
+
+    def sometimes_nan(algorithm, log_prob, *rest):
+        calls.append(1)  # calls 1 and 2 are the two micro-batches of the first update
+        return policy_loss(algorithm, log_prob * torch.nan if len(calls) == 2 else log_prob, *rest)
+
+    monkeypatch.setattr(trainer, "policy_loss", sometimes_nan)
+    folder = run(options(zero__stage=stage, train__micro_batch=10, run__iterations=1))
+    assert len(calls) == 4 and read_metrics(folder)[1]["skipped_updates"] == 1
+    assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+
+
+def test_a_gradient_that_is_never_finite_ends_the_run(options, monkeypatch):
     monkeypatch.setattr(trainer, "policy_loss", lambda *a: [x * torch.nan for x in (a[1], a[1])])
-    with pytest.raises(FloatingPointError, match="gradient norm is nan"):
+    with pytest.raises(FloatingPointError, match="iteration 1: no update had a finite gradient"):
         run(options())
+
+
+def test_fp16_overflow_lowers_the_loss_scale(options):
+    setup = trainer.prepare(parse(options(model__dtype="fp16")))
+    parameters = setup.policy.trainable_parameters()
+    engine = Engine(setup.policy.unet, torch.optim.AdamW(parameters), zero_stage=0, max_grad_norm=1.0, dtype=torch.float16)
+    before = [p.detach().clone() for p in parameters]
+    for value in (torch.inf, 1.0):
+        engine.backward(sum(p.sum() for p in parameters) * value, last=True)
+        norm = engine.step()
+        same = all(torch.equal(p, b) for p, b in zip(parameters, before))
+        assert math.isfinite(norm) != same and same == (value == torch.inf)
+        assert engine.loss_scale == 2.0**15
 
 
 def test_metrics_survive_a_line_cut_short(options):

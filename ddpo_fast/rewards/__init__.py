@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -30,17 +31,16 @@ def load_reward(name: str, kwargs: dict) -> Callable:
     source, _, function_name = REWARDS.get(name, name).rpartition(":")
     if not source or not function_name.isidentifier():
         raise ValueError(f"reward.name={name}: {_VALID}")
+    if source.endswith(".py") and not Path(source).is_file():
+        raise ValueError(f"reward.name={name}: there is no file {source}")
     try:
         if source.endswith(".py"):
-            if not Path(source).is_file():
-                raise ValueError(f"reward.name={name}: there is no file {source}")
             spec = importlib.util.spec_from_file_location(f"reward_{Path(source).stem}", source)
             module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # where dataclasses and pickle look for it
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
-    except ValueError:
-        raise
     except (Exception, SystemExit) as error:
         raise ValueError(f"reward.name={name}: importing {source} failed: {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)
@@ -49,6 +49,8 @@ def load_reward(name: str, kwargs: dict) -> Callable:
         raise ValueError(f"reward.name={name}: {source} has no function {function_name}; it has: {functions}")
     try:
         inspect.signature(function).bind(None, None, **kwargs)
+    except ValueError:
+        raise ValueError(f"reward.name={name}: {function_name} has no signature; valid is a function (images, prompts, **kwargs)") from None
     except TypeError as error:
         raise ValueError(f"reward.kwargs={kwargs}: {function_name}(images, prompts, **kwargs) does not take them: {error}") from None
     return function
@@ -68,7 +70,7 @@ def score(reward: Callable, images: Tensor, prompts: list[str], kwargs: dict, ti
         try:
             with torch.no_grad():
                 outcome["rewards"] = reward(images, prompts, **kwargs)
-        except Exception as error:
+        except BaseException as error:  # sys.exit() too
             outcome["error"] = error
 
     thread = threading.Thread(target=call, daemon=True, name="reward")

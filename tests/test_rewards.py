@@ -1,0 +1,322 @@
+"""JPEG rewards against Pillow, finding a reward by name, and what a reward may and may not answer."""
+
+import ast
+import importlib.util
+import io
+import logging
+import re
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpo_fast.rewards import REWARDS, load_reward, score, score_or_nan
+from ddpo_fast.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
+
+PROMPTS = ["cat", "dog", "horse"]
+IMAGES = torch.zeros(3, 3, 8, 8)
+
+
+# --- JPEG ---
+
+
+def pictures(kind: str, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(size)
+    if kind == "random":  # beyond [0, 1] too, which the pixels must be clamped to
+        return torch.rand(2, 3, size, size, generator=generator) * 1.2 - 0.1
+    y, x = torch.meshgrid(torch.linspace(0, 1, size), torch.linspace(0, 1, size), indexing="ij")
+    return torch.stack([torch.stack([x, y, x * y]), torch.stack([(9 * x).sin() / 2 + 0.5, y.square(), 1 - x])])
+
+
+def pillow_kilobytes(images: torch.Tensor) -> list[float]:
+    sizes = []
+    for image in images.float().numpy():
+        pixels = np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(file, "JPEG", quality=95)
+        sizes.append(file.tell() / 1000)
+    return sizes
+
+
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+@pytest.mark.parametrize("size", [64, 512])
+def test_jpeg_rewards_are_the_kilobytes_that_pillow_writes(kind, size):
+    images = pictures(kind, size)
+    expected = torch.tensor(pillow_kilobytes(images))
+    assert torch.equal(jpeg_incompressibility(images, PROMPTS[:2]), expected)
+    assert torch.equal(jpeg_compressibility(images, PROMPTS[:2]), -expected)
+
+
+def test_jpeg_takes_the_pictures_of_any_dtype_and_shape():
+    images = (torch.randint(0, 256, (3, 3, 40, 72), generator=torch.Generator().manual_seed(0)) / 255).to(torch.float16)
+    assert torch.equal(jpeg_incompressibility(images, PROMPTS), torch.tensor(pillow_kilobytes(images)))
+
+
+@pytest.mark.parametrize("offset", [-0.4, 0.4])
+def test_jpeg_pixels_are_rounded_not_truncated(offset):
+    levels = torch.randint(1, 255, (1, 3, 64, 64), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(jpeg_incompressibility((levels + offset) / 255, ["cat"]), jpeg_incompressibility(levels / 255, ["cat"]))
+
+
+def test_jpeg_prefers_what_it_should():
+    images = torch.stack([pictures("random", 64)[0], pictures("smooth", 64)[0]])
+    assert jpeg_compressibility(images, PROMPTS[:2]).argmax() == 1
+    assert jpeg_incompressibility(images, PROMPTS[:2]).argmax() == 0
+
+
+# --- load_reward ---
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_named_reward_is_a_function_of_its_module(name):
+    module, function = REWARDS[name].split(":")
+    definitions = ast.parse(Path(importlib.util.find_spec(module).origin).read_text()).body
+    assert function in [node.name for node in definitions if isinstance(node, ast.FunctionDef)]
+
+
+def test_jpeg_rewards_by_name():
+    assert load_reward("jpeg_compressibility", {}) is jpeg_compressibility
+    assert load_reward("jpeg_incompressibility", {}) is jpeg_incompressibility
+
+
+def test_reward_of_a_package():
+    assert load_reward("ddpo_fast.rewards.jpeg:jpeg_compressibility", {}) is jpeg_compressibility
+
+
+REWARD_FILE = """
+def first(images, prompts, scale=2.0):
+    return [scale] * len(prompts)
+
+def second(images, prompts, *, weight, bias=0):
+    return [weight + bias] * len(prompts)
+
+def greedy(images, prompts, **kwargs):
+    return [kwargs["anything"]] * len(prompts)
+
+NOT_A_FUNCTION = 3
+"""
+
+
+@pytest.fixture
+def reward_file(tmp_path) -> str:
+    (tmp_path / "my reward-1.py").write_text(REWARD_FILE)
+    return str(tmp_path / "my reward-1.py")
+
+
+@pytest.mark.parametrize(
+    "function, kwargs, answer",
+    [("first", {}, 2.0), ("first", {"scale": 5}, 5), ("second", {"weight": 3, "bias": 1}, 4), ("greedy", {"anything": 7}, 7)],
+)
+def test_reward_of_a_file(reward_file, function, kwargs, answer):
+    reward = load_reward(f"{reward_file}:{function}", kwargs)
+    assert score(reward, IMAGES, PROMPTS, kwargs, 10).tolist() == [answer] * 3
+
+
+def test_reward_of_a_file_in_the_working_directory(reward_file, monkeypatch):
+    monkeypatch.chdir(Path(reward_file).parent)
+    assert callable(load_reward("my reward-1.py:first", {}))
+
+
+def test_reward_file_is_a_module_as_python_knows_them(tmp_path):
+    file = tmp_path / "with_dataclass.py"
+    file.write_text(
+        "from __future__ import annotations\nimport pickle\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Scale:\n    value: float\n\n"
+        "def reward(images, prompts):\n    return [pickle.loads(pickle.dumps(Scale(2.0))).value] * len(prompts)\n"
+    )
+    assert score(load_reward(f"{file}:reward", {}), IMAGES, PROMPTS, {}, 10).tolist() == [2] * 3
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("no_such_reward", "valid is one of jpeg_compressibility, .*path/to/file.py:function or package.module:function"),
+        ("aesthetic", "comes in a later version; valid is one of"),
+        ("", "valid is one of"),
+        (":function", "valid is one of"),
+        ("module:", "valid is one of"),
+        ("module:not-a-name", "valid is one of"),
+        ("no_such_package.module:f", "importing no_such_package.module failed: ModuleNotFoundError"),
+        (".relative:f", "importing .relative failed"),
+        ("no/such/file.py:f", "there is no file no/such/file.py"),
+        ("builtins:max", "max.*signature"),  # nothing says what it takes
+        ("ddpo_fast.rewards.jpeg:no_such", "has no function no_such; it has: .*jpeg_compressibility"),
+        ("ddpo_fast.rewards.jpeg:QUALITY", "has no function QUALITY"),
+    ],
+)
+def test_reward_that_is_not_there_is_refused(name, reason):
+    with pytest.raises(ValueError, match=rf"reward\.name={re.escape(name)}: .*{reason}"):
+        load_reward(name, {})
+
+
+@pytest.mark.parametrize("function", ["third", "NOT_A_FUNCTION"])
+def test_function_that_a_file_does_not_have_is_refused_with_those_it_has(reward_file, function):
+    with pytest.raises(ValueError, match=f"has no function {function}; it has: .*first, second, greedy"):
+        load_reward(f"{reward_file}:{function}", {})
+
+
+@pytest.mark.parametrize(
+    "code, reason",
+    [
+        ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+        ("def reward(images, prompts:\n    return 1", "SyntaxError"),
+        ("import sys\nsys.exit(3)", "SystemExit: 3"),
+        ("raise RuntimeError('no weights')", "RuntimeError: no weights"),
+        ("raise ValueError('no weights')", "ValueError: no weights"),
+        ("1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_file_that_does_not_load_is_refused_with_its_error(tmp_path, code, reason):
+    file = tmp_path / "broken.py"
+    file.write_text(code)
+    with pytest.raises(ValueError, match=re.escape(f"reward.name={file}:reward: importing {file} failed: {reason}")):
+        load_reward(f"{file}:reward", {})
+
+
+@pytest.mark.parametrize(
+    "function, kwargs, reason",
+    [
+        ("first", {"factor": 2}, "unexpected keyword argument 'factor'"),
+        ("second", {}, "missing a required.*'weight'"),
+        ("first", {"prompts": 2}, "multiple values for argument 'prompts'"),
+    ],
+)
+def test_kwargs_that_the_function_does_not_take_are_refused(reward_file, function, kwargs, reason):
+    with pytest.raises(ValueError, match=rf"reward\.kwargs=.*{function}\(images, prompts, \*\*kwargs\) does not take them: .*{reason}"):
+        load_reward(f"{reward_file}:{function}", kwargs)
+
+
+# --- score ---
+
+
+def answering(answer):
+    return lambda images, prompts, **kwargs: answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [1, 2, 3],
+        (1.0, 2.0, 3.0),
+        np.array([1, 2, 3], dtype=np.float32),
+        np.array([1, 2, 3], dtype=np.int64),
+        torch.tensor([1, 2, 3]),
+        torch.tensor([1, 2, 3], dtype=torch.float16),
+        torch.tensor([1.0, 2, 3], requires_grad=True),
+        [torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)],
+        [np.float32(1), np.float32(2), np.float32(3)],
+    ],
+    ids=["list", "tuple", "numpy", "numpy int", "int tensor", "half", "requires grad", "list of tensors", "list of numpy numbers"],
+)
+def test_any_three_numbers_are_three_rewards(answer):
+    rewards = score(answering(answer), IMAGES, PROMPTS, {}, 10)
+    assert rewards.dtype == torch.float64 and rewards.device.type == "cpu" and not rewards.requires_grad
+    assert rewards.tolist() == [1, 2, 3]
+
+
+def test_reward_gets_images_prompts_and_kwargs_without_gradient():
+    def reward(images, prompts, scale):
+        assert images is IMAGES and prompts is PROMPTS and not torch.is_grad_enabled()
+        return [scale] * 3
+
+    assert score(reward, IMAGES, PROMPTS, {"scale": 4}, 10).tolist() == [4] * 3
+
+
+def test_nan_of_one_sample_passes_through():
+    rewards = score(answering([1.0, float("nan"), float("inf")]), IMAGES, PROMPTS, {}, 10)
+    assert rewards[0] == 1 and rewards[1].isnan() and rewards[2].isinf()
+
+
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        (torch.zeros(2), r"shape \(2,\), not \(3,\)"),
+        (torch.zeros(3, 1), r"shape \(3, 1\), not \(3,\)"),
+        (1.0, r"shape \(\), not \(3,\)"),
+        ([], r"shape \(0,\), not \(3,\)"),
+        (None, "NoneType, not 3 numbers"),
+        ("abc", "str, not 3 numbers"),
+        (["a", "b", "c"], "list, not 3 numbers"),
+        ([1.0, None, 2.0], "list, not 3 numbers"),
+        ([[1.0], [2.0, 3.0], []], "list, not 3 numbers"),
+        ({"cat": 1.0}, "dict, not 3 numbers"),
+        (np.array(["a", "b", "c"]), "ndarray, not 3 numbers"),
+        (np.array([1.0, None, 2.0], dtype=object), "ndarray, not 3 numbers"),
+        ((torch.zeros(3), {}), "tuple, not 3 numbers"),  # (rewards, metadata), as other trainers want it
+    ],
+)
+def test_answer_that_is_not_three_numbers_is_an_error(answer, reason):
+    with pytest.raises(RuntimeError, match=f"the reward function returned {reason}"):
+        score(answering(answer), IMAGES, PROMPTS, {}, 10)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+def test_async_reward_is_an_error():
+    async def reward(images, prompts):
+        return [1.0] * 3
+
+    with pytest.raises(RuntimeError, match="the reward function returned coroutine, not 3 numbers"):
+        score(reward, IMAGES, PROMPTS, {}, 10)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("wolf"), RuntimeError("no memory"), StopIteration("end"), SystemExit(1), KeyboardInterrupt()], ids=repr
+)
+def test_reward_that_raises_is_an_error_with_its_cause(error):
+    def reward(images, prompts):
+        raise error
+
+    with pytest.raises(RuntimeError, match=f"the reward function raised {type(error).__name__}") as caught:
+        score(reward, IMAGES, PROMPTS, {}, 10)
+    assert caught.value.__cause__ is error
+
+
+@pytest.fixture
+def hanging_reward():
+    release = threading.Event()
+
+    def reward(images, prompts):
+        release.wait(30)
+        return [1.0] * 3
+
+    yield reward
+    release.set()
+    for thread in threading.enumerate():
+        if thread.name == "reward":
+            thread.join()
+
+
+def test_reward_that_hangs_is_abandoned_in_time(hanging_reward):
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="took longer than reward.timeout_s=0.1"):
+        score(hanging_reward, IMAGES, PROMPTS, {}, timeout_s=0.1)
+    assert 0.1 <= time.monotonic() - start < 5
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "reward")  # none keeps the process from ending
+
+
+def raising_reward(images, prompts):
+    raise KeyError("wolf")
+
+
+@pytest.mark.parametrize("reward, reason", [(raising_reward, "KeyError: 'wolf'"), (answering([1.0]), r"shape \(1,\)")])
+def test_failed_call_is_logged_and_gives_nan(reward, reason, caplog):
+    with caplog.at_level(logging.WARNING, logger="ddpo_fast"):
+        rewards = score_or_nan(reward, IMAGES, PROMPTS, {}, 10)
+    assert rewards.shape == (3,) and rewards.dtype == torch.float64 and rewards.isnan().all()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "3 samples" in record.getMessage()
+    assert re.search(reason, record.getMessage())
+
+
+def test_hanging_call_gives_nan(hanging_reward, caplog):
+    assert score_or_nan(hanging_reward, IMAGES, PROMPTS, {}, 0.1).isnan().all()
+    assert "reward.timeout_s=0.1" in caplog.text
+
+
+def test_good_call_is_not_logged(caplog):
+    assert score_or_nan(answering([1, 2, 3]), IMAGES, PROMPTS, {}, 10).tolist() == [1, 2, 3]
+    assert not caplog.records
