@@ -20,7 +20,6 @@ import math
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -56,6 +55,8 @@ class Setup:
     reward: object
     policy: Policy
     schedule: DDIMSchedule
+    clip_range: float
+    """`train.clip_range` scaled to this model's latents."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,85 +87,84 @@ def prepare(config: Config) -> Setup:
     lora = config.lora
     policy = Policy(config.model.path, config.model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha)
     schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
-    return Setup(config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule)
+    clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
+    return Setup(config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, clip_range)
 
 
 def train(setup: Setup) -> None:
-    """The run: evaluate, then iterations of sample, score, update; metrics, pictures and checkpoints as it goes."""
-    config, policy, rank, world_size = setup.config, setup.policy, setup.rank, setup.world_size
-    mine = _block(config.sample.num_samples, rank, world_size)
-    clip_range = scaled_clip_range(config.train.clip_range, int(np.prod(policy.latent_shape)))
+    """The run: iteration 0 evaluates the untrained model, every later one improves it; metrics, pictures and checkpoints as it goes."""
+    config, rank = setup.config, setup.rank
     baseline = PromptBaseline(config.baseline.buffer_size, config.baseline.min_count)
-    optimizer = torch.optim.AdamW(
-        policy.trainable_parameters(),
-        lr=config.train.learning_rate,
-        betas=tuple(config.optimizer.betas),
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-    )
-    engine = Engine(policy.unet, optimizer, zero_stage=config.zero.stage, max_grad_norm=config.train.max_grad_norm, dtype=policy.dtype)
-    policy.forward = engine.module
-
+    engine = _engine(setup)
+    state = {"iteration": -1, "device_hours": 0.0, "bad_rewards": 0}
     if config.run.resume:
         state = checkpoint.load(setup.run_dir, engine)
         baseline.load_state_dict(state["baseline"])
-    else:
-        state = {"iteration": 0, "device_hours": 0.0, "bad_rewards": 0}
-    writer = _open_run(setup, clip_range, resumed_at=state["iteration"] if config.run.resume else None)
-    bar = tqdm(total=config.run.iterations, initial=state["iteration"], desc="iterations", unit="it", disable=rank != 0, dynamic_ncols=True)
+    writer = _open_run(setup, state["iteration"]) if rank == 0 else None
+    last = config.run.iterations
+    bar = tqdm(total=last, initial=max(state["iteration"], 0), desc="iterations", unit="it", disable=rank != 0, dynamic_ncols=True)
 
-    for iteration in range(state["iteration"] + 1 if config.run.resume else 0, config.run.iterations + 1):
-        timer, row = StageTimer(policy.device), dict.fromkeys(METRICS)
+    for iteration in range(state["iteration"] + 1, last + 1):
+        timer, row = StageTimer(setup.policy.device), dict.fromkeys(METRICS)
         with timer("total"):
-            if iteration > 0:  # iteration 0 only evaluates the untrained model
-                all_prompts = draw_prompts(
-                    setup.prompts, config.sample.num_samples, config.prompts.samples_per_prompt, config.run.seed, iteration
-                )
-                first_id = (iteration - 1) * config.sample.num_samples
-                rollout, rewards, _ = sample(setup, timer, first_id + mine.start, all_prompts[mine], score_or_nan, "sample")
-                all_rewards = all_gather(rewards)
-                if not all_rewards.isfinite().any():
-                    raise RuntimeError(f"iteration {iteration}: no sample got a finite reward; mend the reward, then --resume")
-                limit = config.train.advantage_clip
-                advantages = baseline.update(all_prompts, all_rewards)[mine].clamp(-limit, limit)
-                with timer("train"):
-                    row |= update(setup, engine, rollout, advantages.float().to(policy.device), clip_range, iteration)
-                _warn_of_ratio_error(row, clip_range, setup.schedule, rank)
-                state["bad_rewards"] += int((~all_rewards.isfinite()).sum())
-                good = all_rewards[all_rewards.isfinite()]
-                row |= {"reward_mean": good.mean().item(), "reward_std": good.std(correction=0).item()}
-            if iteration % config.eval.every == 0 or iteration == config.run.iterations:
+            if iteration > 0:
+                row |= improve(setup, engine, baseline, timer, iteration)
+            if iteration % config.eval.every == 0 or iteration == last:
                 with timer("eval"):
                     row |= evaluate(setup, writer, iteration, state)
-        seconds = timer.seconds
         state["iteration"] = iteration
-        state["device_hours"] += seconds["total"] * world_size / 3600
+        state["bad_rewards"] += row["bad_rewards"] or 0
+        state["device_hours"] += timer.seconds["total"] * setup.world_size / 3600
         row |= {
             "iteration": iteration,
             "samples": iteration * config.sample.num_samples,
             "bad_rewards": state["bad_rewards"],
             "device_hours": state["device_hours"],
-            "cache_hit_fraction": 0.0,
-            "peak_memory_mib": peak_memory_mib(policy.device),
-            **{f"time_{stage}_s": seconds.get(stage, 0.0) for stage in ("sample", "reward", "train", "eval", "total")},
+            "peak_memory_mib": peak_memory_mib(setup.policy.device),
+            **{f"time_{stage}_s": timer.seconds.get(stage, 0.0) for stage in ("sample", "reward", "train", "eval", "total")},
         }
-        if iteration > 0:
-            row["images_per_s"] = config.sample.num_samples / seconds["sample"]
-            row["transitions_per_s"] = row["transitions"] / seconds["train"]
-            row["learning_rate"] = config.train.learning_rate
         if rank == 0:
             writer.write(row)
             tqdm.write(_line(row))
-        if iteration > 0 and (iteration % config.run.checkpoint_every == 0 or iteration == config.run.iterations):
+        if iteration % config.run.checkpoint_every == 0 or iteration == last:
             everything = state | {"baseline": baseline.state_dict()}
             checkpoint.save(setup.run_dir, iteration, engine, everything, rank, config.run.keep_checkpoints)
             if rank == 0:
-                policy.export(setup.run_dir)
+                setup.policy.export(setup.run_dir)
                 write_report(setup.run_dir)
         bar.update(iteration > 0)
     bar.close()
     if rank == 0:
         _print_result(setup, state)
+
+
+def improve(setup: Setup, engine: Engine, baseline: PromptBaseline, timer: StageTimer, iteration: int) -> dict[str, float]:
+    """One iteration of DDPO: sample under the current policy, score, compare with the prompts' baselines, update. Returns its metrics."""
+    config, num_samples = setup.config, setup.config.sample.num_samples
+    prompts = draw_prompts(setup.prompts, num_samples, config.prompts.samples_per_prompt, config.run.seed, iteration)
+    mine = _block(num_samples, setup.rank, setup.world_size)
+    first_id = (iteration - 1) * num_samples + mine.start
+    rollout, rewards, _ = sample(setup, timer, first_id, prompts[mine], score_or_nan, "sample")
+
+    rewards = all_gather(rewards)
+    good = rewards[rewards.isfinite()]
+    if not len(good):
+        raise RuntimeError(f"iteration {iteration}: no sample got a finite reward; mend the reward, then --resume")
+    limit = config.train.advantage_clip
+    advantages = baseline.update(prompts, rewards)[mine].clamp(-limit, limit).float().to(setup.policy.device)
+
+    with timer("train"):
+        row = update(setup, engine, rollout, advantages, iteration)
+    _warn_of_ratio_error(setup, row)
+    return row | {
+        "reward_mean": good.mean().item(),
+        "reward_std": good.std(correction=0).item(),
+        "bad_rewards": num_samples - len(good),
+        "images_per_s": num_samples / timer.seconds["sample"],
+        "transitions_per_s": row["transitions"] / timer.seconds["train"],
+        "learning_rate": config.train.learning_rate,
+        "cache_hit_fraction": 0.0,
+    }
 
 
 def sample(
@@ -187,12 +187,12 @@ def sample(
     return Rollout.cat(rollouts), torch.cat(rewards), torch.cat(pictures)
 
 
-def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, clip_range: float, iteration: int) -> dict[str, float]:
+def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, iteration: int) -> dict[str, float]:
     """One iteration's optimizer updates: inner epochs x minibatches of samples x micro-batches of transitions.
 
     The gradient of an update is the mean over all of its minibatch's transitions on all ranks. advantages: (B,) fp32.
     """
-    options, policy, schedule = setup.config.train, setup.policy, setup.schedule
+    options, policy, schedule, clip_range = setup.config.train, setup.policy, setup.schedule, setup.clip_range
     num_samples, guidance_scale = setup.config.sample.num_samples, setup.config.sample.guidance_scale
     statistics, grad_norms = UpdateStatistics(schedule), []
     bar = tqdm(desc="  train", unit="transition", leave=False, disable=setup.rank != 0, dynamic_ncols=True)
@@ -262,9 +262,21 @@ def _block(count: int, rank: int, world_size: int) -> slice:
     return slice(rank * count // world_size, (rank + 1) * count // world_size)
 
 
-def _open_run(setup: Setup, clip_range: float, resumed_at: int | None) -> MetricsWriter | None:
-    if setup.rank != 0:
-        return None
+def _engine(setup: Setup) -> Engine:
+    config, policy = setup.config, setup.policy
+    optimizer = torch.optim.AdamW(
+        policy.trainable_parameters(),
+        lr=config.train.learning_rate,
+        betas=tuple(config.optimizer.betas),
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    engine = Engine(policy.unet, optimizer, zero_stage=config.zero.stage, max_grad_norm=config.train.max_grad_norm, dtype=policy.dtype)
+    policy.forward = engine.module
+    return engine
+
+
+def _open_run(setup: Setup, resumed_at: int) -> MetricsWriter:
     config, policy = setup.config, setup.policy
     (setup.run_dir / "images").mkdir(parents=True, exist_ok=True)
     (setup.run_dir / "config.yaml").write_text(config.replace(run__resume=False).to_yaml())
@@ -272,21 +284,22 @@ def _open_run(setup: Setup, clip_range: float, resumed_at: int | None) -> Metric
     print(
         f"{config.run.dir}: {config.train.algorithm} for {config.reward.name} on {config.model.path}\n"
         f"{count:,} trainable parameters, {config.model.dtype}, {setup.world_size} x {policy.device.type}, "
-        f"{config.sample.num_samples} samples x {config.sample.num_steps} steps an iteration, clip range {clip_range:.3g} "
-        f"at this model's {int(np.prod(policy.latent_shape)):,} latent elements"
-        + ("" if resumed_at is None else f"\nresumed after iteration {resumed_at}"),
+        f"{config.sample.num_samples} samples x {config.sample.num_steps} steps an iteration, clip range {setup.clip_range:.3g} "
+        f"at this model's {math.prod(policy.latent_shape):,} latent elements",
         flush=True,
     )
-    return MetricsWriter(setup.run_dir, resumed_at)
+    if config.run.resume:
+        print(f"resumed after iteration {resumed_at}", flush=True)
+    return MetricsWriter(setup.run_dir, resumed_at if config.run.resume else None)
 
 
-def _warn_of_ratio_error(row: dict, clip_range: float, schedule: DDIMSchedule, rank: int) -> None:
-    if rank == 0 and not row["ratio_error"] <= 0.1 * clip_range:
+def _warn_of_ratio_error(setup: Setup, row: dict) -> None:
+    if setup.rank == 0 and not row["ratio_error"] <= 0.1 * setup.clip_range:
         step = row["ratio_error_step"]
         logger.warning(
             "ratio_error=%.3g before any update (worst at step %d, t=%d), more than a tenth of the clip range %.3g: rollout and "
             "update do not compute the same log-prob, so part of the gradient is clipped away; try model.dtype=fp32",
-            row["ratio_error"], step, int(schedule.timesteps[step]), clip_range,
+            row["ratio_error"], step, int(setup.schedule.timesteps[step]), setup.clip_range,
         )  # fmt: skip
 
 

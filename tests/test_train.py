@@ -115,7 +115,7 @@ def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[d
     prompts = trainer.draw_prompts(setup.prompts, config.sample.num_samples, 1, config.run.seed, 1)
     rollout, _, _ = trainer.sample(setup, StageTimer(setup.policy.device), 0, prompts, score, "sample")
     advantages = torch.linspace(-2, 3, config.sample.num_samples)
-    row = trainer.update(setup, engine, rollout, advantages, 5e-2, 1)
+    row = trainer.update(replace(setup, clip_range=5e-2), engine, rollout, advantages, 1)
     assert row["ratio_error"] <= (1e-6 if dtype == torch.float32 else 1e-12)
     return gradient, setup, (prompts, rollout, advantages)
 
