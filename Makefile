@@ -24,6 +24,7 @@ clean:
 	rm -rf .venv build *.egg-info
 
 .venv/installed: requirements.txt setup.py
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ...")'
 	@echo "setting up .venv (torch and friends: a few minutes and about 2 GB the first time)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt

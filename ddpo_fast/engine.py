@@ -53,15 +53,17 @@ def broadcast(value):
 
 
 def all_reduce(tensor: Tensor, op: str) -> None:
-    """Reduces a tensor over all ranks in place; op "sum" or "max"."""
+    """Reduces a tensor on this rank's device over all ranks, in place; op "sum" or "max"."""
     dist.all_reduce(tensor, _OPS[op])
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """Every rank's tensor (same shape), concatenated in rank order along the first dimension."""
+    """Every rank's tensor (same shape, any device), concatenated in rank order along the first dimension, on the CPU."""
+    if dist.get_backend() == "nccl":
+        tensor = tensor.cuda()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor)
-    return torch.cat(parts)
+    return torch.cat(parts).cpu()
 
 
 def barrier() -> None:
