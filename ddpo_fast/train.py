@@ -272,7 +272,7 @@ def _engine(setup: Setup) -> Engine:
         weight_decay=config.optimizer.weight_decay,
     )
     engine = Engine(policy.unet, optimizer, zero_stage=config.zero.stage, max_grad_norm=config.train.max_grad_norm, dtype=policy.dtype)
-    policy.forward = engine.module
+    policy.attach(engine.module)
     return engine
 
 

@@ -101,7 +101,7 @@ def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[d
     if dtype == torch.float32:
         optimizer = torch.optim.AdamW(setup.policy.trainable_parameters())
         engine = Engine(setup.policy.unet, optimizer, zero_stage=0, max_grad_norm=1.0, dtype=dtype)
-        setup.policy.forward = engine.module
+        setup.policy.attach(engine.module)
     else:  # DeepSpeed has no fp64; what it does to a gradient is tested in fp32 and in test_ranks.py
         engine = SimpleNamespace(backward=lambda loss, last: loss.backward())
 
