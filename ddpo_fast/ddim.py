@@ -37,9 +37,16 @@ class DDIMSchedule:
         config = scheduler.config
         if not 0 < eta <= 1:
             raise ValueError(f"sample.eta={eta}: valid is 0 < eta <= 1; at 0 DDIM is deterministic, so a step has no density")
-        if getattr(config, "clip_sample", False) or getattr(config, "thresholding", False):
+        if config.get("clip_sample", False) or config.get("thresholding", False):
             raise ValueError("scheduler_config.json: clip_sample and thresholding must be false for a latent diffusion model")
-        scheduler = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+        # other schedulers' configs do not have every key; what they lack is as Stable Diffusion has it
+        scheduler = DDIMScheduler.from_config(
+            config,
+            clip_sample=False,
+            thresholding=False,
+            set_alpha_to_one=config.get("set_alpha_to_one", False),
+            steps_offset=config.get("steps_offset", 1),
+        )
         num_train_steps = scheduler.config.num_train_timesteps
         if not 1 <= num_steps <= num_train_steps:
             raise ValueError(f"sample.num_steps={num_steps}: valid is 1 to {num_train_steps}, the model's training steps")

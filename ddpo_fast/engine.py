@@ -6,6 +6,7 @@ import math
 import os
 import socket
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
-def init_distributed() -> tuple[int, int, torch.device]:
-    """Joins the processes that the launcher started, or makes a group of one. Returns rank, world size and this rank's device."""
+def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
+    """Joins the processes that the launcher started, or makes a group of one. Returns rank, world size and this rank's device.
+
+    A rank may keep the others waiting for `timeout_s`, say with a slow reward; then the run is over.
+    """
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if "RANK" not in os.environ:
         with socket.socket() as free:
@@ -40,7 +44,7 @@ def init_distributed() -> tuple[int, int, torch.device]:
     # DeepSpeed's ZeRO calls a collective that torch 2.13 renamed
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False)
         atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size(), device
 
@@ -95,7 +99,8 @@ class Engine:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": max_grad_norm,
-            "zero_optimization": {"stage": zero_stage},
+            # the bucket is allocated whole, by default 2 GB, however few parameters are trained
+            "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in self.parameters))},
             "zero_allow_untested_optimizer": True,
         }
         self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -124,6 +129,8 @@ class Engine:
         self.good_updates = self.good_updates + 1 if finite else 0
         if not finite:
             self.loss_scale /= 2
+            if self.loss_scale < 1:
+                raise FloatingPointError("fp16 gradients overflow even without loss scaling; try model.dtype=fp32 or bf16")
         elif self.good_updates % self.SCALE_GROWTH_UPDATES == 0:
             self.loss_scale *= 2
 

@@ -1,6 +1,7 @@
 """What a run records: metrics.jsonl, TensorBoard, stage times, grids of pictures."""
 
 import json
+import math
 import resource
 import time
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from ddpo_fast.files import write_text
 
 
 class StageTimer:
@@ -44,14 +47,14 @@ def peak_memory_mib(device: torch.device) -> float:
 class MetricsWriter:
     """Appends one row an iteration to <run_dir>/metrics.jsonl and <run_dir>/tensorboard/. Rows after `iteration` are dropped first."""
 
-    def __init__(self, run_dir: Path, iteration: int | None = None):
+    def __init__(self, run_dir: Path, iteration: int):
         self.path = run_dir / "metrics.jsonl"
-        if iteration is not None:
-            kept = [row for row in read_metrics(run_dir) if row["iteration"] <= iteration]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=None if iteration is None else iteration + 1)
+        kept = [row for row in read_metrics(run_dir) if row["iteration"] <= iteration]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=iteration + 1)
 
     def write(self, row: dict) -> None:
+        row = {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}  # JSON has no NaN
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
@@ -66,6 +69,8 @@ class MetricsWriter:
 def read_metrics(run_dir: Path) -> list[dict]:
     """The rows of <run_dir>/metrics.jsonl; a last line that a kill cut short is left out."""
     rows = []
+    if not (run_dir / "metrics.jsonl").exists():
+        return rows
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         try:
             rows.append(json.loads(line))
@@ -74,12 +79,12 @@ def read_metrics(run_dir: Path) -> list[dict]:
     return rows
 
 
-def image_grid(images: Tensor, prompts: list[str], rewards: Tensor, columns: int = 8, cell: int = 128) -> Image.Image:
-    """Pictures (B, 3, H, W) in [0, 1] side by side, each with its prompt and reward below; each `cell` pixels wide."""
-    rows = -(-len(prompts) // columns)
+def image_grid(images: Tensor, prompts: list[str], rewards: Tensor, columns: int = 8) -> Image.Image:
+    """Pictures (B, 3, H, W), uint8, side by side, each with its prompt and reward below; each 128 to 256 pixels wide."""
+    rows, cell = -(-len(prompts) // columns), min(max(images.shape[-1], 128), 256)
     grid = Image.new("RGB", (columns * cell, rows * (cell + 28)), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
-    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = images.permute(0, 2, 3, 1).numpy()
     for i, (picture, prompt, reward) in enumerate(zip(pixels, prompts, rewards.tolist())):
         x, y = i % columns * cell, i // columns * (cell + 28)
         grid.paste(Image.fromarray(picture).resize((cell - 4, cell - 4), Image.Resampling.BICUBIC), (x + 2, y + 2))

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from ddpo_fast.files import new_folder
 from ddpo_fast.kernels import reference as ops
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,7 +38,6 @@ class Policy:
     """
 
     def __init__(self, path: str, dtype: str, device: torch.device, scope: str, targets: list[str], rank: int, alpha: float):
-        check_model_class(path)
         self.device, self.dtype = device, DTYPES[dtype]
         try:
             self.pipe = StableDiffusionPipeline.from_pretrained(
@@ -45,6 +45,9 @@ class Policy:
             )
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"model.path={path}: {' '.join(str(error).split())}") from error
+        unet = self.pipe.unet.config
+        if unet.addition_embed_type is not None or unet.in_channels != self.pipe.vae.config.latent_channels:
+            raise ValueError(f"model.path={path}: its UNet takes more than latents, time and text; valid is SD 1.x or 2.x text-to-image")
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         for module in (self.pipe.vae, self.pipe.text_encoder, self.pipe.unet):
@@ -59,6 +62,7 @@ class Policy:
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape = (self.unet.config.in_channels, height, width)
         self._prompt_embeds: dict[str, Tensor] = {}
+        self._uncond_embeds = self.encode_prompts([""])
 
     def _add_lora(self, scope: str, targets: list[str], rank: int, alpha: float) -> None:
         blocks = [name for name, _ in self.unet.named_modules() if name.count(".") == (0 if name == "mid_block" else 1)]
@@ -99,8 +103,8 @@ class Policy:
         """Text embeddings (B, L, E) in the compute dtype. Each prompt is encoded once and alone: no batch changes its embedding."""
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._prompt_embeds:
-                self._prompt_embeds[prompt] = self.pipe.encode_prompt(prompt, self.device, 1, False)[0]
-        return torch.cat([self._prompt_embeds[prompt] for prompt in prompts])
+                self._prompt_embeds[prompt] = self.pipe.encode_prompt(prompt, self.device, 1, False)[0].cpu()
+        return torch.cat([self._prompt_embeds[prompt] for prompt in prompts]).to(self.device)
 
     def predict_noise(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance_scale: float) -> Tensor:
         """The guided UNet output uncond + w (cond - uncond), in rollout and update alike; just cond at w = 1.
@@ -111,8 +115,8 @@ class Policy:
         if guidance_scale == 1:
             noise_pred = self._unet(latents, timesteps, prompt_embeds)
             return noise_pred.to(torch.promote_types(noise_pred.dtype, torch.float32))
-        uncond_embeds = self.encode_prompts([""]).expand_as(prompt_embeds)
-        both = self._unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([uncond_embeds, prompt_embeds]))
+        embeds = torch.cat([self._uncond_embeds.to(prompt_embeds.dtype).expand_as(prompt_embeds), prompt_embeds])
+        both = self._unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds)
         return ops.guide(both, guidance_scale)
 
     def _unet(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
@@ -129,13 +133,15 @@ class Policy:
     def export(self, folder: Path) -> None:
         """Writes <folder>/lora for `pipe.load_lora_weights`, or, fully fine-tuned, <folder>/unet for `UNet2DConditionModel`."""
         if self.full:
-            self.unet.save_pretrained(folder / "unet")
+            with new_folder(folder / "unet") as target:
+                self.unet.save_pretrained(target)
             return
-        StableDiffusionPipeline.save_lora_weights(
-            folder / "lora",
-            unet_lora_layers=get_peft_model_state_dict(self.unet),
-            unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
-        )
+        with new_folder(folder / "lora") as target:
+            StableDiffusionPipeline.save_lora_weights(
+                target,
+                unet_lora_layers=get_peft_model_state_dict(self.unet),
+                unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
+            )
 
 
 def check_model_class(path: str) -> None:

@@ -17,7 +17,7 @@ PROMPT_SETS = {"simple_animals": SIMPLE_ANIMALS}
 def load_prompts(name: str | None, file: str | None, limit: int | None = None) -> list[str]:
     """The prompts of `file` (one a line, blank lines left out) or of the named set, at most the first `limit`."""
     if file is not None:
-        prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     else:
         prompts = PROMPT_SETS[name]
     return list(prompts[:limit])

@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from ddpo_fast.files import write_text
 from ddpo_fast.metrics import read_metrics
 
 _STYLE = """
@@ -56,7 +57,7 @@ def write_report(run_dir: Path) -> Path:
     page.append(f"<details><summary>Configuration</summary><pre>{html.escape((run_dir / 'config.yaml').read_text())}</pre></details>")
     page.append(f"<details><summary>Environment</summary><pre>{html.escape(json.dumps(environment(), indent=1))}</pre></details></html>")
     path = run_dir / "report.html"
-    path.write_text("\n".join(page), encoding="utf-8")
+    write_text(path, "\n".join(page))
     return path
 
 

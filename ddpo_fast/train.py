@@ -29,12 +29,13 @@ from ddpo_fast.advantages import PromptBaseline
 from ddpo_fast.config import Config, parse_or_exit, user_error
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.engine import Engine, all_gather, all_reduce, broadcast, init_distributed
+from ddpo_fast.files import write_text
 from ddpo_fast.losses import UpdateStatistics, policy_loss, scaled_clip_range
 from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
 from ddpo_fast.policy import Policy, check_model_class
 from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.report import write_report
-from ddpo_fast.rewards import load_reward, score, score_or_nan
+from ddpo_fast.rewards import load_reward, score_or_nan
 from ddpo_fast.rollout import Rollout, generate, micro_batches, minibatches, transitions
 
 logger = logging.getLogger("ddpo_fast")
@@ -72,13 +73,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(config: Config) -> Setup:
     """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault."""
-    reward = load_reward(config.reward.name, config.reward.kwargs)
     check_model_class(config.model.path)
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit)
-    rank, world_size, device = init_distributed()
+    num_calls = 1 + config.sample.num_samples // config.sample.batch_size
+    rank, world_size, device = init_distributed(timeout_s=1800 + config.reward.timeout_s * num_calls)
+    reward = load_reward(config.reward.name, config.reward.kwargs)
     for option, multiple in (("sample.num_samples", world_size * config.train.num_minibatches), ("eval.num_samples", world_size)):
         if config[option] % multiple:
             raise ValueError(f"{option}={config[option]}: valid is a multiple of {multiple} with {world_size} ranks")
+    if config.run.resume and config.zero.stage > 0:
+        before = checkpoint.read_state(Path(config.run.dir))["world_size"]
+        if world_size != before:
+            raise ValueError(f"zero.stage={config.zero.stage}: the optimizer is sharded over {before} ranks; --resume wants as many")
     if config.model.dtype == "auto":
         config = config.replace(model__dtype="fp16" if device.type == "cuda" else "fp32")
     run_dir = config.run.dir or f"runs/{Path(config.reward.name).name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -126,15 +132,17 @@ def train(setup: Setup) -> None:
         if rank == 0:
             writer.write(row)
             tqdm.write(_line(row))
-        if iteration % config.run.checkpoint_every == 0 or iteration == last:
-            everything = state | {"baseline": baseline.state_dict()}
-            checkpoint.save(setup.run_dir, iteration, engine, everything, rank, config.run.keep_checkpoints)
-            if rank == 0:
-                setup.policy.export(setup.run_dir)
-                write_report(setup.run_dir)
+        with timer("save"):
+            if iteration % config.run.checkpoint_every == 0 or iteration == last:
+                everything = state | {"world_size": setup.world_size, "baseline": baseline.state_dict()}
+                checkpoint.save(setup.run_dir, iteration, engine, everything, rank, config.run.keep_checkpoints)
+                if rank == 0 and iteration < last:
+                    _publish(setup)
+        state["device_hours"] += timer.seconds["save"] * setup.world_size / 3600
         bar.update(iteration > 0)
     bar.close()
     if rank == 0:
+        _publish(setup)
         _print_result(setup, state)
 
 
@@ -144,7 +152,7 @@ def improve(setup: Setup, engine: Engine, baseline: PromptBaseline, timer: Stage
     prompts = draw_prompts(setup.prompts, num_samples, config.prompts.samples_per_prompt, config.run.seed, iteration)
     mine = _block(num_samples, setup.rank, setup.world_size)
     first_id = (iteration - 1) * num_samples + mine.start
-    rollout, rewards, _ = sample(setup, timer, first_id, prompts[mine], score_or_nan, "sample")
+    rollout, rewards, _ = sample(setup, timer, first_id, prompts[mine], "sample")
 
     rewards = all_gather(rewards)
     good = rewards[rewards.isfinite()]
@@ -167,10 +175,12 @@ def improve(setup: Setup, engine: Engine, baseline: PromptBaseline, timer: Stage
     }
 
 
-def sample(
-    setup: Setup, timer: StageTimer, first_id: int, prompts: list[str], score_function, stage: str
-) -> tuple[Rollout, Tensor, Tensor]:
-    """Pictures for `prompts`, numbered from `first_id`, and their rewards. Returns the Rollout, rewards (B,) fp64, images (B, 3, H, W)."""
+def sample(setup: Setup, timer: StageTimer, first_id: int, prompts: list[str], stage: str) -> tuple[Rollout, Tensor, Tensor]:
+    """Pictures for `prompts`, numbered from `first_id`, and their rewards.
+
+    Returns the Rollout, rewards (B,) fp64 and images (B, 3, H, W) uint8, the latter two on the CPU. A sample that is not finite
+    (an overflow in fp16, say) gets no reward, and zeros for a trajectory, so that it cannot spoil the gradient of the others.
+    """
     config, policy = setup.config, setup.policy
     rollouts, rewards, pictures = [], [], []
     total = len(prompts) * config.sample.num_steps
@@ -180,10 +190,13 @@ def sample(
             ids = torch.arange(first_id + start, first_id + start + len(batch), device=policy.device)
             with timer("sample"):
                 rollout, images = generate(policy, setup.schedule, ids, batch, config.run.seed, config.sample.guidance_scale, bar.update)
+                good = images.flatten(1).isfinite().all(1) & rollout.latents.flatten(1).isfinite().all(1)
+                rollout.latents[~good], rollout.log_probs[~good] = 0.0, 0.0
+                pictures.append((images.nan_to_num() * 255).round().to("cpu", torch.uint8))
             with timer("reward"):
-                rewards.append(score_function(setup.reward, images, batch, config.reward.kwargs, config.reward.timeout_s))
+                scores = score_or_nan(setup.reward, images, batch, config.reward.kwargs, config.reward.timeout_s)
+                rewards.append(scores.masked_fill(~good.cpu(), torch.nan))
             rollouts.append(rollout)
-            pictures.append((images * 255).round().to(torch.uint8))
     return Rollout.cat(rollouts), torch.cat(rewards), torch.cat(pictures)
 
 
@@ -224,18 +237,17 @@ def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, i
 def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -> dict[str, float]:
     """Rewards of the fixed evaluation set (same prompts and noise every time); its pictures go to <run_dir>/images/.
 
-    A reward that fails before training has begun ends the run: it would fail on every sample.
+    A reward that gives no number for any picture of the untrained model ends the run.
     """
     config = setup.config
     prompts = config.eval.prompts or setup.prompts
     prompts = [prompts[i % len(prompts)] for i in range(config.eval.num_samples)]
     mine = _block(len(prompts), setup.rank, setup.world_size)
-    score_function = score if iteration == 0 else score_or_nan
-    _, rewards, images = sample(setup, StageTimer(setup.policy.device), EVAL_SAMPLE_ID + mine.start, prompts[mine], score_function, "eval")
+    _, rewards, images = sample(setup, StageTimer(setup.policy.device), EVAL_SAMPLE_ID + mine.start, prompts[mine], "eval")
     rewards, images = all_gather(rewards), all_gather(images)
     if setup.rank == 0:
         shown = slice(48)
-        grid = image_grid(images[shown].float() / 255, prompts[shown], rewards[shown])
+        grid = image_grid(images[shown], prompts[shown], rewards[shown])
         grid.save(setup.run_dir / "images" / f"iteration_{iteration:05d}.png")
         writer.write_images(grid, iteration)
     good = rewards[rewards.isfinite()]
@@ -245,7 +257,7 @@ def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -
         return {}
     result = {"eval_reward_mean": good.mean().item(), "eval_reward_std": good.std(correction=0).item(), "eval_samples": len(good)}
     state.setdefault("eval_before", result)
-    state["eval_after"] = result
+    state["eval_after"] = result | {"iteration": iteration}
     return result
 
 
@@ -279,7 +291,7 @@ def _engine(setup: Setup) -> Engine:
 def _open_run(setup: Setup, resumed_at: int) -> MetricsWriter:
     config, policy = setup.config, setup.policy
     (setup.run_dir / "images").mkdir(parents=True, exist_ok=True)
-    (setup.run_dir / "config.yaml").write_text(config.replace(run__resume=False).to_yaml())
+    write_text(setup.run_dir / "config.yaml", config.replace(run__resume=False).to_yaml())
     count = sum(parameter.numel() for parameter in policy.trainable_parameters())
     print(
         f"{config.run.dir}: {config.train.algorithm} for {config.reward.name} on {config.model.path}\n"
@@ -290,7 +302,12 @@ def _open_run(setup: Setup, resumed_at: int) -> MetricsWriter:
     )
     if config.run.resume:
         print(f"resumed after iteration {resumed_at}", flush=True)
-    return MetricsWriter(setup.run_dir, resumed_at if config.run.resume else None)
+    return MetricsWriter(setup.run_dir, resumed_at)
+
+
+def _publish(setup: Setup) -> None:
+    setup.policy.export(setup.run_dir)
+    write_report(setup.run_dir)
 
 
 def _warn_of_ratio_error(setup: Setup, row: dict) -> None:
@@ -308,6 +325,7 @@ def _line(row: dict) -> str:
     if row["reward_mean"] is not None:
         text += f"  reward {row['reward_mean']:.4f}  clip {row['clip_fraction']:.3f}  ratio_error {row['ratio_error']:.1e}"
         text += f"  sample {row['time_sample_s']:.1f} s  train {row['time_train_s']:.1f} s"
+        text += f"  {row['skipped_updates']} updates skipped: not finite" if row["skipped_updates"] else ""
     if row["eval_reward_mean"] is not None:
         text += f"  evaluation {row['eval_reward_mean']:.4f} ± {row['eval_reward_std'] / row['eval_samples'] ** 0.5:.4f}"
     return text
@@ -315,14 +333,14 @@ def _line(row: dict) -> str:
 
 def _print_result(setup: Setup, state: dict) -> None:
     before, after = state["eval_before"], state["eval_after"]
-    difference = after["eval_reward_mean"] - before["eval_reward_mean"]
+    old, new = before["eval_reward_mean"], after["eval_reward_mean"]
     error = sum(result["eval_reward_std"] ** 2 / result["eval_samples"] for result in (before, after)) ** 0.5
+    percent = f"{100 * (new - old) / abs(old):+.1f} %, " if old else ""
+    errors = f"{(new - old) / error:+.1f} standard errors" if error else "no spread"
     print(
-        f"reward on the fixed evaluation set: {before['eval_reward_mean']:.4f} -> {after['eval_reward_mean']:.4f} "
-        f"({100 * difference / abs(before['eval_reward_mean']) if before['eval_reward_mean'] else float('nan'):+.1f} %, "
-        f"{difference / error if error else float('nan'):+.1f} standard errors)\n"
+        f"reward on the fixed evaluation set after iteration {after['iteration']}: {old:.4f} -> {new:.4f} ({percent}{errors})\n"
         f"report: {setup.run_dir / 'report.html'}\n"
-        f"{'weights: ' + str(setup.run_dir / ('unet' if setup.policy.full else 'lora'))}",
+        f"weights: {setup.run_dir / ('unet' if setup.policy.full else 'lora')}",
         flush=True,
     )
 

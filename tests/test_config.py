@@ -99,11 +99,11 @@ def paths(tmp_path_factory, tiny_model) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bad")
     files = {
         "file": "", "other_pipeline/model_index.json": json.dumps({"_class_name": "FluxPipeline"}), "broken_pipeline/model_index.json": "{",
-        "finished/metrics.jsonl": "{}\n", "broken_reward.py": "def f(:", "not_yaml": "train: {", "unknown_key": "train: {rate: 1}",
+        "finished/checkpoints/3": "", "broken_reward.py": "def f(:", "not_yaml": "train: {", "unknown_key": "train: {rate: 1}",
         "unknown_section": "trainer: {learning_rate: 1}", "scalar_section": "train: 3", "list_config": "[1, 2]",
     }  # fmt: skip
     for name, text in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text(text)
     (folder / "empty").mkdir()
     return {name.split("/")[0].removesuffix(".py"): folder / name.split("/")[0] for name in [*files, "empty"]} | {"tiny": tiny_model}

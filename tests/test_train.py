@@ -19,7 +19,6 @@ from ddpo_fast.config import parse
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.engine import Engine
 from ddpo_fast.metrics import StageTimer, read_metrics
-from ddpo_fast.rewards import score
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 TIMES = re.compile(r"time_|_per_s|device_hours|peak_memory")
@@ -95,6 +94,8 @@ def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[d
     setup.policy.dtype = dtype
     for module in (setup.policy.unet, setup.policy.pipe.text_encoder, setup.policy.pipe.vae):
         module.to(dtype)
+    setup.policy._prompt_embeds.clear()
+    setup.policy._uncond_embeds = setup.policy.encode_prompts([""])
     torch.manual_seed(1)
     for parameter in setup.policy.trainable_parameters():  # LoRA starts at B = 0, where half of the gradient is 0
         torch.nn.init.normal_(parameter, std=0.02)
@@ -102,7 +103,7 @@ def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[d
         optimizer = torch.optim.AdamW(setup.policy.trainable_parameters())
         engine = Engine(setup.policy.unet, optimizer, zero_stage=0, max_grad_norm=1.0, dtype=dtype)
         setup.policy.attach(engine.module)
-    else:  # DeepSpeed has no fp64; what it does to a gradient is tested in fp32 and in test_ranks.py
+    else:  # DeepSpeed has no fp64; what it does to a gradient is tested in fp32 and in test_launch.py
         engine = SimpleNamespace(backward=lambda loss, last: loss.backward())
 
     def capture():
@@ -113,7 +114,7 @@ def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[d
 
     monkeypatch.setattr(engine, "step", capture, raising=False)
     prompts = trainer.draw_prompts(setup.prompts, config.sample.num_samples, 1, config.run.seed, 1)
-    rollout, _, _ = trainer.sample(setup, StageTimer(setup.policy.device), 0, prompts, score, "sample")
+    rollout, _, _ = trainer.sample(setup, StageTimer(setup.policy.device), 0, prompts, "sample")
     advantages = torch.linspace(-2, 3, config.sample.num_samples)
     row = trainer.update(replace(setup, clip_range=5e-2), engine, rollout, advantages, 1)
     assert row["ratio_error"] <= (1e-6 if dtype == torch.float32 else 1e-12)
@@ -292,9 +293,10 @@ def test_bad_rewards_are_left_out_and_counted(options, rewards_file, caplog):
     assert "raised RuntimeError: the third call; its 4 samples are left out" in caplog.text
 
 
-def test_a_reward_that_never_works_ends_the_run_at_once(options, rewards_file):
-    with pytest.raises(RuntimeError, match="raised KeyError: 'always'"):
+def test_a_reward_that_never_works_ends_the_run_at_once(options, rewards_file, caplog):
+    with pytest.raises(RuntimeError, match="no finite number for any picture of the untrained model"):
         run(options(reward__name=f"{rewards_file}:raising"))
+    assert "raised KeyError: 'always'" in caplog.text and f'File "{rewards_file}"' in caplog.text
 
 
 def test_an_iteration_without_any_reward_ends_the_run(options, rewards_file):

@@ -33,6 +33,8 @@ def load_reward(name: str, kwargs: dict) -> Callable:
         raise ValueError(f"reward.name={name}: {_VALID}")
     if source.endswith(".py") and not Path(source).is_file():
         raise ValueError(f"reward.name={name}: there is no file {source}")
+    # where the module's own imports are looked for, after everything else
+    sys.path.append(str(Path(source).resolve().parent if source.endswith(".py") else Path.cwd()))
     try:
         if source.endswith(".py"):
             spec = importlib.util.spec_from_file_location(f"reward_{Path(source).stem}", source)
@@ -67,6 +69,8 @@ def score(reward: Callable, images: Tensor, prompts: list[str], kwargs: dict, ti
     outcome = {}
 
     def call():
+        if images.is_cuda:
+            torch.cuda.set_device(images.device)  # the current device is a thread's own
         try:
             with torch.no_grad():
                 outcome["rewards"] = reward(images, prompts, **kwargs)
@@ -81,7 +85,10 @@ def score(reward: Callable, images: Tensor, prompts: list[str], kwargs: dict, ti
     if error := outcome.get("error"):
         raise RuntimeError(f"the reward function raised {type(error).__name__}: {error}") from error
     try:
-        rewards = torch.as_tensor(outcome["rewards"]).detach().to("cpu", torch.float64)
+        rewards = torch.as_tensor(outcome["rewards"]).detach()
+        if rewards.is_complex():
+            raise TypeError("complex numbers have no order")
+        rewards = rewards.to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         kind = type(outcome["rewards"]).__name__
         raise RuntimeError(f"the reward function returned {kind}, not {len(prompts)} numbers: {error}") from error
@@ -95,5 +102,5 @@ def score_or_nan(reward: Callable, images: Tensor, prompts: list[str], kwargs: d
     try:
         return score(reward, images, prompts, kwargs, timeout_s)
     except RuntimeError as error:
-        logger.warning("%s; its %d samples are left out of this update", error, len(prompts))
+        logger.warning("%s; its %d samples are left out", error, len(prompts), exc_info=error.__cause__)
         return torch.full((len(prompts),), torch.nan, dtype=torch.float64)
