@@ -100,6 +100,9 @@ def test_two_ranks_resume_with_sharded_optimizer(options, tmp_path):
     done = deepspeed(2, "ddpo_fast/train.py", [f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=3"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    alone = [sys.executable, "ddpo_fast/train.py", f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=4"]
+    done = subprocess.run(alone, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "error: zero.stage=2: the optimizer is sharded over 2 ranks" in done.stderr
 
 
 @pytest.mark.parametrize("cwd", ["checkout", "elsewhere"])

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from ddpo_fast import train as trainer
+from ddpo_fast.checkpoint import list_checkpoints
 from ddpo_fast.config import parse
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.engine import Engine
@@ -348,3 +350,65 @@ def test_evaluation_is_the_same_every_time(options):
     """Learning rate 1e-30: nothing changes, so neither may the evaluation."""
     rows = read_metrics(run(options(train__learning_rate=1e-30, eval__every=1)))
     assert np.ptp([row["eval_reward_mean"] for row in rows]) == 0
+
+
+def test_pictures_that_are_not_finite_get_no_reward(options, monkeypatch):
+    """An overflow looks like a black picture to a JPEG encoder: the best reward there is."""
+    generate = trainer.generate
+
+    def overflowing(*args):
+        rollout, images = generate(*args)
+        images[1] = torch.nan
+        rollout.latents[2, 3:] = torch.inf
+        return rollout, images
+
+    monkeypatch.setattr(trainer, "generate", overflowing)
+    folder = run(options(reward__name="jpeg_compressibility", run__iterations=1))
+    row = read_metrics(folder)[1]
+    assert (row["bad_rewards"], row["skipped_updates"]) == (2, 0) and math.isfinite(row["loss"]) and row["grad_norm"] > 0
+    assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+
+
+def test_fp16_that_always_overflows_ends_the_run(options, monkeypatch):
+    monkeypatch.setattr(trainer, "policy_loss", lambda *a: [x * torch.nan for x in (a[1], a[1])])
+    with pytest.raises(FloatingPointError, match="overflow even without loss scaling"):
+        run(options(model__dtype="fp16", run__iterations=20, run__checkpoint_every=100, eval__every=100))
+
+
+def test_resume_of_a_finished_run_publishes_what_a_kill_left_out(options):
+    argv = options(run__iterations=1)
+    folder = run(argv)
+    shutil.rmtree(folder / "lora")
+    (folder / "report.html").unlink()
+    trainer.main([f"--run.dir={folder}", "--resume"])
+    assert weights(folder) and (folder / "report.html").stat().st_size > 0
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(options):
+    argv = options(run__iterations=1)
+    folder = run(argv)
+    shutil.rmtree(folder / "checkpoints")
+    assert [row["iteration"] for row in read_metrics(run(argv))] == [0, 1]
+
+
+def test_resume_refuses_another_learning_rate(options, capsys):
+    folder = run(options(run__iterations=1))
+    with pytest.raises(SystemExit, match="2"):
+        trainer.main([f"--run.dir={folder}", "--resume", "--train.learning_rate=0.5"])
+    assert "train.learning_rate=0.5: the run in run.dir=" in capsys.readouterr().err
+
+
+def test_old_checkpoints_go_and_a_partial_one_is_no_checkpoint(options):
+    folder = run(options(run__iterations=4, run__keep_checkpoints=1))
+    (folder / "checkpoints" / ".9.partial").mkdir()
+    assert [path.name for path in list_checkpoints(folder)] == ["4"]
+
+
+def test_a_reward_may_change_its_pictures(options, tmp_path):
+    """In place: what is recorded are the pictures as they were."""
+    grids = []
+    for body in ("", "    images.mul_(0)\n"):
+        (tmp_path / "changing.py").write_text(f"def f(images, prompts):\n    reward = images.mean((1, 2, 3))\n{body}    return reward\n")
+        folder = run(options(f"run{len(grids)}", reward__name=f"{tmp_path}/changing.py:f", run__iterations=1))
+        grids.append((folder / "images" / "iteration_00000.png").read_bytes())
+    assert grids[0] == grids[1]
