@@ -8,12 +8,13 @@ class PromptBaseline:
     """Per prompt, the last `buffer_size` rewards; A = (r - mean) / (std + 1e-6), DDPO (arXiv:2305.13301) appendix.
 
     The current rewards enter the buffer first. A prompt with fewer than `min_count` rewards uses the mean and (population)
-    standard deviation of the whole current batch. A buffer never drops a reward of the current iteration, even if that brings
-    more than it holds. Non-finite rewards enter nothing and get advantage 0.
+    standard deviation of the whole current batch. With std="batch" the standard deviation is the batch's in any case. A buffer
+    never drops a reward of the current iteration, even if that brings more than it holds. Non-finite rewards enter nothing and
+    get advantage 0.
     """
 
-    def __init__(self, buffer_size: int, min_count: int):
-        self.buffer_size, self.min_count = buffer_size, min_count
+    def __init__(self, buffer_size: int, min_count: int, std: str = "prompt"):
+        self.buffer_size, self.min_count, self.std = buffer_size, min_count, std
         self.buffers: dict[str, list[float]] = {}
 
     def update(self, prompts: list[str], rewards: Tensor) -> Tensor:
@@ -35,7 +36,8 @@ class PromptBaseline:
             population = rewards[good] if len(buffer) < self.min_count else torch.tensor(buffer, dtype=torch.float64)
             # sorted, so that the sums, too, do not depend on the order in which samples were gathered
             population = population.sort().values
-            advantages[rows] = (current - population.mean()) / (population.std(correction=0) + 1e-6)
+            spread = population if self.std == "prompt" else rewards[good].sort().values
+            advantages[rows] = (current - population.mean()) / (spread.std(correction=0) + 1e-6)
         return advantages
 
     def state_dict(self) -> dict[str, list[float]]:

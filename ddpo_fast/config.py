@@ -52,8 +52,9 @@ class PromptsConfig:
     """A text file with one prompt a line, instead of a named set."""
     limit: Optional[int] = None
     """Use only the first so many prompts of the set."""
-    samples_per_prompt: int = 1
-    """Each prompt drawn is used for this many samples in a row, so that per-prompt advantages have company."""
+    samples_per_prompt: int = 4
+    """Each prompt drawn is used for this many samples in a row, so that they can be compared with each other. The paper
+    draws every sample's prompt anew: 1."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    buffer_size: int = 16
+    buffer_size: int = 4
     """Rewards remembered per prompt."""
-    min_count: int = 16
+    min_count: int = 4
     """With fewer than this many rewards of a prompt, the whole iteration's mean and standard deviation stand in."""
+    std: Literal["prompt", "batch"] = "prompt"
+    """What advantages are divided by: the standard deviation of the prompt's rewards, as in the paper, or that of the whole
+    iteration's. For a bounded reward 'batch': a prompt that always gets nearly 1 would else turn its last decimals into
+    advantages as large as any."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ class ZeroConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every: int = 5
+    every: int = 4
     """Evaluate every so many iterations (and before the first and after the last)."""
     num_samples: int = 48
     """Pictures of the fixed evaluation set: same prompts, same noise every time."""
@@ -152,7 +157,7 @@ class RunConfig:
     """Run directory. Default: runs/<reward>-<date>-<time>."""
     seed: int = 0
     """Every random number of the run is a function of this seed and of what it is for."""
-    iterations: int = 14
+    iterations: int = 7
     """Rounds of sampling and training."""
     checkpoint_every: int = 1
     """Save everything for exact resume every so many iterations (and at the end)."""

@@ -100,7 +100,7 @@ def prepare(config: Config) -> Setup:
 def train(setup: Setup) -> None:
     """The run: iteration 0 evaluates the untrained model, every later one improves it; metrics, pictures and checkpoints as it goes."""
     config, rank = setup.config, setup.rank
-    baseline = PromptBaseline(config.baseline.buffer_size, config.baseline.min_count)
+    baseline = PromptBaseline(config.baseline.buffer_size, config.baseline.min_count, config.baseline.std)
     engine = _engine(setup)
     state = {"iteration": -1, "device_hours": 0.0, "bad_rewards": 0}
     if config.run.resume:

@@ -117,3 +117,11 @@ def test_state_survives_json():
     resumed.load_state_dict(json.loads(json.dumps(baseline.state_dict())))
     for prompts, rewards in iterations[3:]:
         assert torch.equal(resumed.update(prompts, rewards), baseline.update(prompts, rewards))
+
+
+def test_std_of_the_batch_leaves_small_differences_small():
+    rewards = torch.tensor([0.999, 1.0, 0.0, 1.0])
+    advantages = PromptBaseline(2, 2, std="batch").update(["solved", "solved", "open", "open"], rewards)
+    std = rewards.double().std(correction=0)
+    expected = torch.tensor([-0.0005, 0.0005, -0.5, 0.5], dtype=torch.float64) / (std + 1e-6)
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-6)

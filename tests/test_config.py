@@ -57,7 +57,7 @@ BAD = [  # arguments, what the line must say
     ("--lora.alpha 0", "lora.alpha=0.0: valid is"),
     ("--lora.targets []", "lora.targets=[]: valid is at least one of"),
     ("--lora.targets [mlp]", "lora.targets"),
-    ("--baseline.buffer_size 8", "baseline.buffer_size=8: valid is a whole number >= baseline.min_count"),
+    ("--baseline.buffer_size 3", "baseline.buffer_size=3: valid is a whole number >= baseline.min_count"),
     ("--baseline.min_count 0", "baseline.min_count=0: valid is"),
     ("--optimizer.name sgd", "optimizer.name=sgd: expected"),
     ("--optimizer.betas [0.9]", "optimizer.betas=[0.9]: valid is two numbers in [0, 1)"),
