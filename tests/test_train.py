@@ -66,7 +66,8 @@ def options(tiny_model, rewards_file, tmp_path):
             "model.path": tiny_model, "run.dir": tmp_path / name, "reward.name": f"{rewards_file}:redness",
             "sample.num_samples": 8, "sample.num_steps": 5, "sample.batch_size": 8, "eval.num_samples": 4, "run.iterations": 2,
             "train.num_minibatches": 2, "train.micro_batch": 16, "lora.rank": 2, "train.learning_rate": 1e-3,
-            "eval.prompts": '["a", "b"]', "prompts.limit": 4, "prompts.samples_per_prompt": 1, "baseline.min_count": 16, "baseline.buffer_size": 16,
+            "eval.prompts": '["a", "b"]', "prompts.limit": 4,
+            "prompts.samples_per_prompt": 1, "baseline.min_count": 16, "baseline.buffer_size": 16,
         }  # fmt: skip
         values |= {key.replace("__", "."): value for key, value in changed.items()}
         return [f"--{key}={value}" for key, value in values.items()]
