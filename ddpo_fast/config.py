@@ -307,6 +307,7 @@ def _has_lines(path: str) -> bool:
 def _parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="deepspeed ddpo_fast/train.py",
+        usage="%(prog)s [--config RECIPE] [--section.option VALUE ...] [--resume]",
         description="Improves a text-to-image diffusion model by reinforcement learning (DDPO). Without options, the embedded "
         "model learns to draw pictures that compress well.",
         exit_on_error=False,
