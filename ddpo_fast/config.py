@@ -142,6 +142,14 @@ class ZeroConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    """What runs the denoising step, the loss and, in the UNet, GroupNorm with SiLU and GEGLU. triton: fused kernels.
+    reference: plain PyTorch. auto: triton on a GPU, reference elsewhere. (triton on a CPU needs TRITON_INTERPRET=1, for
+    tests.)"""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     every: int = 4
     """Evaluate every so many iterations (and before the first and after the last)."""
@@ -178,6 +186,7 @@ class Config:
     baseline: BaselineConfig = BaselineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     zero: ZeroConfig = ZeroConfig()
+    kernels: KernelsConfig = KernelsConfig()
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
 

@@ -1,7 +1,4 @@
-"""The denoising process as a table of per-step Gaussians.
-
-Shape letters: S denoising steps, B rows, (C, H, W) one row's latents.
-"""
+"""The denoising process as a table of per-step Gaussians. Shape letters: S denoising steps, B samples, (C, H, W) one's latents."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ddpo_fast.kernels import reference as ops
+from ddpo_fast.kernels.reference import INITIAL_STEP, normal_noise
 
 
 @dataclass(frozen=True)
@@ -20,13 +17,14 @@ class DDIMSchedule:
     With a_t, a_p the cumulative alphas at t and t - T//S (arXiv:2010.02502, eq. 12 and 16):
         s     = eta sqrt((1 - a_p) / (1 - a_t) (1 - a_t / a_p))
         mean  = sqrt(a_p) x0 + sqrt(1 - a_p - s^2) e
-    x0 and e are affine in (x_t, out) for epsilon, v and sample prediction, hence so is the mean.
+    x0 and e are affine in (x_t, out) for epsilon, v and sample prediction, hence so is the mean. A scheduler with `clip_sample` clamps
+    x0 to +-r and leaves e; sqrt(a_p) x0 = q_x x_t + q_out out and its bound sqrt(a_p) r then stand behind (`kernels.reference.ddim_step`).
     """
 
     timesteps: Tensor
     """(S,) int64, from noise to picture."""
     coefficients: Tensor
-    """(S, 4) fp32: c_x, c_out, s, log(s sqrt(2 pi))."""
+    """(S, 4) fp32: c_x, c_out, s, log(s sqrt(2 pi)); with `clip_sample` (S, 7): and q_x, q_out, sqrt(a_p) r."""
 
     @classmethod
     def from_scheduler(cls, scheduler, num_steps: int, eta: float, device="cpu", dtype=torch.float32) -> "DDIMSchedule":
@@ -37,8 +35,8 @@ class DDIMSchedule:
         config = scheduler.config
         if not 0 < eta <= 1:
             raise ValueError(f"sample.eta={eta}: valid is 0 < eta <= 1; at 0 DDIM is deterministic, so a step has no density")
-        if config.get("clip_sample", False) or config.get("thresholding", False):
-            raise ValueError("scheduler_config.json: clip_sample and thresholding must be false for a latent diffusion model")
+        if config.get("thresholding", False):
+            raise ValueError("scheduler_config.json: thresholding must be false for a latent diffusion model")
         # other schedulers' configs do not have every key; what they lack is as Stable Diffusion has it
         scheduler = DDIMScheduler.from_config(
             config,
@@ -73,11 +71,14 @@ class DDIMSchedule:
         sa_t, sb_t, sa_p = a_t.sqrt(), (1 - a_t).sqrt(), a_p.sqrt()
         match scheduler.config.prediction_type:
             case "epsilon":  # x0 = (x_t - sqrt(1-a_t) e) / sqrt(a_t)
-                c_x, c_out = sa_p / sa_t, direction - sa_p * sb_t / sa_t
+                q_x, q_out = sa_p / sa_t, -sa_p * sb_t / sa_t
+                c_x, c_out = q_x, q_out + direction
             case "v_prediction":  # x0 = sqrt(a_t) x_t - sqrt(1-a_t) v,  e = sqrt(a_t) v + sqrt(1-a_t) x_t
-                c_x, c_out = sa_p * sa_t + direction * sb_t, direction * sa_t - sa_p * sb_t
+                q_x, q_out = sa_p * sa_t, -sa_p * sb_t
+                c_x, c_out = q_x + direction * sb_t, q_out + direction * sa_t
             case "sample":  # e = (x_t - sqrt(a_t) x0) / sqrt(1-a_t)
-                c_x, c_out = direction / sb_t, sa_p - direction * sa_t / sb_t
+                q_x, q_out = torch.zeros_like(sa_p), sa_p
+                c_x, c_out = direction / sb_t, q_out - direction * sa_t / sb_t
             case other:
                 raise ValueError(f"scheduler_config.json: prediction_type={other}: valid are epsilon, v_prediction, sample")
         if not c_x.isfinite().all():
@@ -85,22 +86,16 @@ class DDIMSchedule:
                 "scheduler_config.json: rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
                 "at zero signal-to-noise epsilon says nothing of the picture"
             )
-        table = torch.stack([c_x, c_out, s, s.log() + 0.5 * math.log(2 * math.pi)], 1)
-        return cls(timesteps.to(device), table.to(device, dtype))
+        columns = [c_x, c_out, s, s.log() + 0.5 * math.log(2 * math.pi)]
+        if config.get("clip_sample", False):
+            columns += [q_x, q_out, sa_p * config.get("clip_sample_range", 1.0)]
+        return cls(timesteps.to(device), torch.stack(columns, 1).to(device, dtype))
 
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
 
     def initial_latents(self, shape: tuple[int, int, int], seed: int, sample_ids: Tensor) -> Tensor:
-        """x_T ~ N(0, I) of each sample: (B, C, H, W) fp32, a function of (seed, sample id) alone."""
-        steps = torch.full_like(sample_ids, ops.INITIAL_STEP)
-        return ops.normal_noise(seed, sample_ids, steps, math.prod(shape)).view(-1, *shape)
-
-    def step(self, noise_pred: Tensor, latents: Tensor, steps: Tensor, seed: int, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples x_p and its mean log-density; see `kernels.reference.ddim_step`."""
-        return ops.ddim_step(noise_pred, latents, self.coefficients, steps, seed, sample_ids)
-
-    def log_prob(self, noise_pred: Tensor, latents: Tensor, next_latents: Tensor, steps: Tensor) -> Tensor:
-        """Mean log-density of given transitions (B,); see `kernels.reference.ddim_log_prob`."""
-        return ops.ddim_log_prob(noise_pred, latents, next_latents, self.coefficients, steps)
+        """x_T ~ N(0, I) of each sample: (B, C, H, W) in the table's dtype, a function of (seed, sample id) alone."""
+        steps = torch.full_like(sample_ids, INITIAL_STEP)
+        return normal_noise(seed, sample_ids, steps, math.prod(shape)).view(-1, *shape).to(self.coefficients.dtype)

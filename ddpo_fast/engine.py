@@ -106,9 +106,9 @@ class Engine:
         self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Adds a loss's gradient to the update's; the ranks' mean is taken at the `last` one."""
+        """Adds the gradient of a loss, given times `loss_scale`, to the update's; the ranks' mean is taken at the `last` one."""
         self.module.set_gradient_accumulation_boundary(last)
-        self.module.backward(loss * self.loss_scale, scale_wrt_gas=False)
+        self.module.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float:
         """Clips, updates, clears. Returns the gradient's norm before clipping; if it is not finite, no rank has updated."""

@@ -1,4 +1,4 @@
-"""The diffusion model as a policy: loading, LoRA, text encoding, guided noise prediction, decoding."""
+"""The diffusion model as a policy: loading, LoRA, text encoding, noise prediction, decoding."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,6 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ddpo_fast.files import new_folder
-from ddpo_fast.kernels import reference as ops
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -62,7 +61,7 @@ class Policy:
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape = (self.unet.config.in_channels, height, width)
         self._prompt_embeds: dict[str, Tensor] = {}
-        self._uncond_embeds = self.encode_prompts([""])
+        self.uncond_embeds = self.encode_prompts([""])
 
     def _add_lora(self, scope: str, targets: list[str], rank: int, alpha: float) -> None:
         blocks = [name for name, _ in self.unet.named_modules() if name.count(".") == (0 if name == "mid_block" else 1)]
@@ -106,22 +105,15 @@ class Policy:
                 self._prompt_embeds[prompt] = self.pipe.encode_prompt(prompt, self.device, 1, False)[0].cpu()
         return torch.cat([self._prompt_embeds[prompt] for prompt in prompts]).to(self.device)
 
-    def predict_noise(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance_scale: float) -> Tensor:
-        """The guided UNet output uncond + w (cond - uncond), in rollout and update alike; just cond at w = 1.
+    def predict_noise(self, unet_input: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """The UNet's output for every row, in rollout and update alike, before guidance.
 
-        latents (B, C, H, W) fp32, timesteps (B,) int64, prompt_embeds (B, L, E). Returns (B, C, H, W) fp32; what it predicts
-        (noise, v, picture) is the scheduler's prediction_type.
+        unet_input (R, C, H, W) latents in the compute dtype, timesteps (R,) int64, prompt_embeds (R, L, E). Returns (R, C, H, W) in
+        the compute dtype; what it predicts (noise, v, picture) is the scheduler's prediction_type. With guidance the first half of the
+        rows are unconditional; `ddim_step` and `ppo_loss` combine the halves.
         """
-        if guidance_scale == 1:
-            noise_pred = self._unet(latents, timesteps, prompt_embeds)
-            return noise_pred.to(torch.promote_types(noise_pred.dtype, torch.float32))
-        embeds = torch.cat([self._uncond_embeds.to(prompt_embeds.dtype).expand_as(prompt_embeds), prompt_embeds])
-        both = self._unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds)
-        return ops.guide(both, guidance_scale)
-
-    def _unet(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16)):
-            return self.forward(latents.to(self.dtype), timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+            return self.forward(unet_input, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.ddim import DDIMSchedule
+from ddpo_fast.kernels import Ops
 from ddpo_fast.policy import Policy
 
 
@@ -32,18 +33,32 @@ class Rollout:
 
 @torch.no_grad()
 def generate(
-    policy: Policy, schedule: DDIMSchedule, sample_ids: Tensor, prompts: list[str], seed: int, guidance_scale: float, progress=None
+    policy: Policy,
+    schedule: DDIMSchedule,
+    ops: Ops,
+    sample_ids: Tensor,
+    prompts: list[str],
+    seed: int,
+    guidance_scale: float,
+    progress=None,
 ) -> tuple[Rollout, Tensor]:
     """Denoises one batch of samples. Returns its Rollout and the final latents decoded: images (B, 3, H, W) fp32 in [0, 1].
 
     sample_ids: (B,) int64, which with `seed` fix all noise. `progress(n)` is called with B after every step.
     """
-    prompt_embeds = policy.encode_prompts(prompts)
+    prompt_embeds = embeds = policy.encode_prompts(prompts)
     latents, log_probs = [schedule.initial_latents(policy.latent_shape, seed, sample_ids)], []
-    for step in range(schedule.num_steps):
-        steps = torch.full_like(sample_ids, step)
-        noise_pred = policy.predict_noise(latents[-1], schedule.timesteps[steps], prompt_embeds, guidance_scale)
-        next_latents, log_prob = schedule.step(noise_pred, latents[-1], steps, seed, sample_ids)
+    unet_input = latents[0].to(policy.dtype)
+    if guidance_scale != 1:
+        unet_input = unet_input.repeat(2, 1, 1, 1)
+        embeds = torch.cat([policy.uncond_embeds.expand_as(embeds), embeds])
+    timesteps = schedule.timesteps[:, None].expand(-1, len(unet_input)).unbind()
+    every_step = torch.arange(schedule.num_steps, device=policy.device)[:, None].repeat(1, len(prompts)).unbind()
+    for steps, t in zip(every_step, timesteps):
+        noise_pred = policy.predict_noise(unet_input, t, embeds)
+        next_latents, log_prob, unet_input = ops.ddim_step(
+            noise_pred, latents[-1], schedule.coefficients, steps, seed, sample_ids, guidance_scale, policy.dtype
+        )
         latents.append(next_latents)
         log_probs.append(log_prob)
         if progress is not None:
@@ -75,7 +90,31 @@ def transitions(rows: np.ndarray, first_row: int, num_steps: int, fraction: floa
     return np.repeat(rows, count), np.concatenate(steps)
 
 
-def micro_batches(rows: np.ndarray, steps: np.ndarray, size: int, device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Transitions in pieces of at most `size`: (rows, steps), int64 tensors on the device."""
-    pairs = torch.from_numpy(np.stack([rows, steps])).to(device)
-    yield from zip(*(part.split(size) for part in pairs))
+@dataclass
+class MicroBatch:
+    """B transitions of a Rollout and the UNet rows that they need, as int64 indices on the device: G B rows, G = 2 with guidance."""
+
+    rows: Tensor
+    """(B,) sample."""
+    steps: Tensor
+    """(B,) denoising step."""
+    unet_rows: Tensor
+    """(G B,) sample whose latents the UNet row takes."""
+    unet_steps: Tensor
+    """(G B,) and the step that they are of."""
+    timesteps: Tensor
+    """(G B,)."""
+    embed_rows: Tensor
+    """(G B,) row of the prompt embeddings with the empty prompt's put before them."""
+
+
+def micro_batches(rows: np.ndarray, steps: np.ndarray, size: int, timesteps: Tensor, guided: bool, device) -> Iterator[MicroBatch]:
+    """Transitions in pieces of at most `size`. All indices go to the device in one copy; timesteps: (S,) int64, on the CPU."""
+    parts = []
+    for start in range(0, len(rows), size):
+        r, s = rows[start : start + size], steps[start : start + size]
+        parts.append([r, s, r, s, timesteps.numpy()[s], r + 1])
+        if guided:
+            parts[-1][2:] = [np.tile(index, 2) for index in parts[-1][2:5]] + [np.concatenate([np.zeros_like(r), r + 1])]
+    indices = torch.from_numpy(np.concatenate(sum(parts, []))).to(device).split([len(index) for part in parts for index in part])
+    yield from (MicroBatch(*indices[start : start + 6]) for start in range(0, len(indices), 6))

@@ -24,13 +24,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpo_fast import checkpoint
+from ddpo_fast import checkpoint, kernels
 from ddpo_fast.advantages import PromptBaseline
 from ddpo_fast.config import Config, parse_or_exit, user_error
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.engine import Engine, all_gather, all_reduce, broadcast, init_distributed
 from ddpo_fast.files import write_text
-from ddpo_fast.losses import UpdateStatistics, policy_loss, scaled_clip_range
+from ddpo_fast.fused_unet import fuse
+from ddpo_fast.kernels import Ops
+from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
 from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
 from ddpo_fast.policy import Policy, check_model_class
 from ddpo_fast.prompts import draw_prompts, load_prompts
@@ -56,6 +58,7 @@ class Setup:
     reward: object
     policy: Policy
     schedule: DDIMSchedule
+    ops: Ops
     clip_range: float
     """`train.clip_range` scaled to this model's latents."""
 
@@ -77,6 +80,7 @@ def prepare(config: Config) -> Setup:
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit)
     num_calls = 1 + config.sample.num_samples // config.sample.batch_size
     rank, world_size, device = init_distributed(timeout_s=1800 + config.reward.timeout_s * num_calls)
+    ops = kernels.select(config.kernels.backend, device)
     reward = load_reward(config.reward.name, config.reward.kwargs)
     for option, multiple in (("sample.num_samples", world_size * config.train.num_minibatches), ("eval.num_samples", world_size)):
         if config[option] % multiple:
@@ -92,9 +96,11 @@ def prepare(config: Config) -> Setup:
     torch.manual_seed(config.run.seed)  # LoRA's initial weights
     lora = config.lora
     policy = Policy(config.model.path, config.model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha)
+    if ops.backend == "triton":
+        fuse(policy.unet, ops)
     schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
     clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
-    return Setup(config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, clip_range)
+    return Setup(config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, ops, clip_range)
 
 
 def train(setup: Setup) -> None:
@@ -181,7 +187,8 @@ def sample(setup: Setup, timer: StageTimer, first_id: int, prompts: list[str], s
     Returns the Rollout, rewards (B,) fp64 and images (B, 3, H, W) uint8, the latter two on the CPU. A sample that is not finite
     (an overflow in fp16, say) gets no reward, and zeros for a trajectory, so that it cannot spoil the gradient of the others.
     """
-    config, policy = setup.config, setup.policy
+    config, policy, schedule = setup.config, setup.policy, setup.schedule
+    seed, guidance_scale = config.run.seed, config.sample.guidance_scale
     rollouts, rewards, pictures = [], [], []
     total = len(prompts) * config.sample.num_steps
     with tqdm(total=total, desc=f"  {stage}", unit="step", leave=False, disable=setup.rank != 0, dynamic_ncols=True) as bar:
@@ -189,7 +196,7 @@ def sample(setup: Setup, timer: StageTimer, first_id: int, prompts: list[str], s
             batch = prompts[start : start + config.sample.batch_size]
             ids = torch.arange(first_id + start, first_id + start + len(batch), device=policy.device)
             with timer("sample"):
-                rollout, images = generate(policy, setup.schedule, ids, batch, config.run.seed, config.sample.guidance_scale, bar.update)
+                rollout, images = generate(policy, schedule, setup.ops, ids, batch, seed, guidance_scale, bar.update)
                 good = images.flatten(1).isfinite().all(1) & rollout.latents.flatten(1).isfinite().all(1)
                 rollout.latents[~good], rollout.log_probs[~good] = 0.0, 0.0
                 pictures.append((images.nan_to_num() * 255).round().to("cpu", torch.uint8))
@@ -205,24 +212,27 @@ def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, i
 
     The gradient of an update is the mean over all of its minibatch's transitions on all ranks. advantages: (B,) fp32.
     """
-    options, policy, schedule, clip_range = setup.config.train, setup.policy, setup.schedule, setup.clip_range
+    options, policy, schedule = setup.config.train, setup.policy, setup.schedule
     num_samples, guidance_scale = setup.config.sample.num_samples, setup.config.sample.guidance_scale
-    statistics, grad_norms = UpdateStatistics(schedule), []
+    statistics, grad_norms = UpdateStatistics(schedule.num_steps), []
+    embeds, timesteps = torch.cat([policy.uncond_embeds, rollout.prompt_embeds]), schedule.timesteps.cpu()
     bar = tqdm(desc="  train", unit="transition", leave=False, disable=setup.rank != 0, dynamic_ncols=True)
     bar.total = options.inner_epochs * len(advantages) * max(1, round(options.timestep_fraction * schedule.num_steps))
     for epoch in range(options.inner_epochs):
         key = (setup.config.run.seed, iteration, epoch)
         for index, samples in enumerate(minibatches(num_samples, options.num_minibatches, setup.rank, setup.world_size, key)):
             pairs = transitions(samples, len(advantages) * setup.rank, schedule.num_steps, options.timestep_fraction, key)
-            parts = list(micro_batches(*pairs, options.micro_batch, policy.device))
-            for part, (rows, steps) in enumerate(parts, start=1):
-                latents, next_latents = rollout.latents[rows, steps], rollout.latents[rows, steps + 1]
-                noise_pred = policy.predict_noise(latents, schedule.timesteps[steps], rollout.prompt_embeds[rows], guidance_scale)
-                log_prob = schedule.log_prob(noise_pred, latents, next_latents, steps)
-                loss, ratio = policy_loss(options.algorithm, log_prob, rollout.log_probs[rows, steps], advantages[rows], clip_range)
-                engine.backward(loss.sum() / len(pairs[0]), last=part == len(parts))
-                statistics.add(steps, loss.detach(), ratio, clip_range, first_minibatch=epoch == index == 0)
-                bar.update(len(rows))
+            parts = list(micro_batches(*pairs, options.micro_batch, timesteps, guidance_scale != 1, policy.device))
+            for number, part in enumerate(parts, start=1):
+                unet_input = rollout.latents[part.unet_rows, part.unet_steps].to(policy.dtype)
+                noise_pred = policy.predict_noise(unet_input, part.timesteps, embeds[part.embed_rows])
+                loss, figures = setup.ops.ppo_loss(
+                    noise_pred, rollout.latents, rollout.log_probs, advantages, schedule.coefficients, part.rows, part.steps,
+                    guidance_scale, setup.clip_range, engine.loss_scale / len(pairs[0]), options.algorithm == "ddpo_sf",
+                )  # fmt: skip
+                engine.backward(loss, last=number == len(parts))
+                statistics.add(part.steps, figures, first_minibatch=epoch == index == 0)
+                bar.update(len(part.rows))
             grad_norms.append(engine.step())
     bar.close()
     finite = [norm for norm in grad_norms if math.isfinite(norm)]
@@ -295,7 +305,7 @@ def _open_run(setup: Setup, resumed_at: int) -> MetricsWriter:
     count = sum(parameter.numel() for parameter in policy.trainable_parameters())
     print(
         f"{config.run.dir}: {config.train.algorithm} for {config.reward.name} on {config.model.path}\n"
-        f"{count:,} trainable parameters, {config.model.dtype}, {setup.world_size} x {policy.device.type}, "
+        f"{count:,} trainable parameters, {config.model.dtype}, {setup.world_size} x {policy.device.type}, {setup.ops.backend} kernels, "
         f"{config.sample.num_samples} samples x {config.sample.num_steps} steps an iteration, clip range {setup.clip_range:.3g} "
         f"at this model's {math.prod(policy.latent_shape):,} latent elements",
         flush=True,

@@ -1,7 +1,7 @@
 """Pure-PyTorch definition of every operation: the specification, the CPU path, the test oracle, the benchmark baseline.
 
-Shape letters: B rows (samples or transitions), N elements of one row's latents (C*H*W), S denoising steps.
-All arithmetic is at least fp32, whatever the dtype of the UNet's output.
+Shape letters: B rows (samples or transitions), G UNet rows of a row (2 with guidance: the B unconditional ones come first; else 1),
+(C, H, W) one row's latents, N = C*H*W, S denoising steps, M samples. All arithmetic is at least fp32, whatever the UNet's dtype.
 """
 
 import math
@@ -9,7 +9,10 @@ import math
 import torch
 from torch import Tensor
 
+from ddpo_fast.kernels.checks import check_ddim_step, check_ppo_loss, check_values
+
 INITIAL_STEP = 0xFFFFFFFF  # the `step` under which the noise of the initial latents x_T is drawn
+MAX_LOG_RATIO = 20.0  # beyond it a ratio is taken as exp(+-20): finite, and without a gradient
 _U32 = 0xFFFFFFFF
 
 
@@ -56,54 +59,174 @@ def normal_noise(seed: int, sample_ids: Tensor, steps: Tensor, num_elements: int
     return torch.stack(lanes, dim=-1).flatten(1)[:, :num_elements]
 
 
-def guide(noise_pred: Tensor, guidance_scale: float) -> Tensor:
+def guide(noise_pred: Tensor, num_rows: int, guidance_scale: float) -> Tensor:
     """Classifier-free guidance: uncond + w * (cond - uncond); the gradient flows through both branches.
 
-    noise_pred: (2B, C, H, W), the B unconditional rows first. Returns (B, C, H, W), fp32 or wider.
+    noise_pred: (2B, C, H, W), the B unconditional rows first; or (B, C, H, W), which is taken as it is. Returns (B, C, H, W), fp32
+    or wider.
     """
-    uncond, cond = noise_pred.to(torch.promote_types(noise_pred.dtype, torch.float32)).chunk(2)
+    noise_pred = noise_pred.to(torch.promote_types(noise_pred.dtype, torch.float32))
+    if len(noise_pred) == num_rows:
+        return noise_pred
+    uncond, cond = noise_pred.chunk(2)
     return uncond + guidance_scale * (cond - uncond)
 
 
-def _mean(noise_pred: Tensor, latents: Tensor, coefficients: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    c_x, c_out, std, log_norm = coefficients[steps].unbind(1)
+def _mean(out: Tensor, latents: Tensor, coefficients: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, standard deviation and log(s sqrt(2 pi)) of the step from `latents`, `out` being the guided UNet output."""
     row = (-1, *[1] * (latents.dim() - 1))
-    return c_x.view(row) * latents + c_out.view(row) * noise_pred, std.view(row), log_norm
+    c_x, c_out, std, log_norm, *clip = coefficients[steps].unbind(1)
+    c_x, c_out, std = c_x.view(row), c_out.view(row), std.view(row)
+    if not clip:
+        return c_x * latents + c_out * out, std, log_norm
+    q_x, q_out, bound = (column.view(row) for column in clip)
+    scaled_x0 = (q_x * latents + q_out * out).clamp(-bound, bound)
+    return (c_x - q_x) * latents + (c_out - q_out) * out + scaled_x0, std, log_norm
 
 
 def _log_prob(next_latents: Tensor, mean: Tensor, std: Tensor, log_norm: Tensor) -> Tensor:
     return -0.5 * ((next_latents - mean) / std).square().flatten(1).mean(1) - log_norm
 
 
-def ddim_log_prob(noise_pred: Tensor, latents: Tensor, next_latents: Tensor, coefficients: Tensor, steps: Tensor) -> Tensor:
-    """Mean Gaussian log-density of a DDIM transition, DDPO (arXiv:2305.13301) section 4.2.
-
-    log p = mean over the N elements of -(x_p - mean)^2 / (2 s^2) - log s - log sqrt(2 pi),  mean = c_x x_t + c_out out
-
-    noise_pred (the guided UNet output `out`), latents x_t, next_latents x_p: (B, C, H, W). coefficients: (S, 4) rows of
-    (c_x, c_out, s, log(s sqrt(2 pi))). steps: (B,) int64 row of the table. Returns (B,), in nats per element.
-    """
-    return _log_prob(next_latents, *_mean(noise_pred, latents, coefficients, steps))
-
-
 def ddim_step(
-    noise_pred: Tensor, latents: Tensor, coefficients: Tensor, steps: Tensor, seed: int, sample_ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One stochastic DDIM step x_p = mean + s z and its mean log-density (see `ddim_log_prob` for both and the shapes).
+    noise_pred: Tensor,
+    latents: Tensor,
+    coefficients: Tensor,
+    steps: Tensor,
+    seed: int,
+    sample_ids: Tensor,
+    guidance_scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One stochastic DDIM step of every row and its mean log-density, DDPO (arXiv:2305.13301) section 4.2.
 
-    z is `normal_noise(seed, sample_ids, steps)`. Returns x_p (B, C, H, W) and log p (B,); log p is that of the x_p
-    returned, rounding included, by the very expression that the update uses.
+        out   = uncond + w (cond - uncond)
+        mean  = c_x x_t + c_out out            or, with x0 clipped to [-r, r] (q_x x_t + q_out out is sqrt(a_p) x0):
+        mean  = (c_x - q_x) x_t + (c_out - q_out) out + clamp(q_x x_t + q_out out, -sqrt(a_p) r, sqrt(a_p) r)
+        x_p   = mean + s z,  z = normal_noise(seed, sample_ids, steps)
+        log p = mean over the N elements of -(x_p - mean)^2 / (2 s^2) - log(s sqrt(2 pi))
+
+    noise_pred: (G B, C, H, W) fp32, fp16 or bf16. latents x_t: (B, C, H, W) fp32. coefficients: (S, 4) fp32 rows of
+    (c_x, c_out, s, log(s sqrt(2 pi))), or (S, 7) with (q_x, q_out, sqrt(a_p) r) behind for x0 clipping; the prediction type is
+    folded in. steps: (B,) int64, each row's row of the table. sample_ids: (B,) int64. Returns x_p (B, C, H, W) fp32; log p (B,) fp32
+    in nats per element, that of the x_p returned, rounding included; and the next UNet input (G B, C, H, W): x_p in `dtype`
+    (default: noise_pred's) and noise_pred's memory layout, once for each branch.
+    Raises ValueError for arguments that do not fit; a step outside the table or a step with s = 0 is found where that costs no
+    synchronisation, on a CPU, and on a GPU gives that row NaN.
     """
-    mean, std, log_norm = _mean(noise_pred, latents, coefficients, steps)
-    noise = normal_noise(seed, sample_ids, steps, latents[0].numel()).view_as(latents)
+    check_ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids)
+    check_values(coefficients, steps=steps)
+    out = guide(noise_pred, len(latents), guidance_scale)
+    mean, std, log_norm = _mean(out, latents, coefficients, steps)
+    noise = normal_noise(seed, sample_ids, steps, latents[0].numel()).view(latents.shape)
     next_latents = mean + std * noise
-    return next_latents, _log_prob(next_latents, mean, std, log_norm)
+    unet_input = next_latents.to(dtype or noise_pred.dtype).repeat(len(noise_pred) // len(latents), 1, 1, 1)
+    if not noise_pred.is_contiguous() and noise_pred.is_contiguous(memory_format=torch.channels_last):
+        unet_input = unet_input.contiguous(memory_format=torch.channels_last)
+    return next_latents, _log_prob(next_latents, mean, std, log_norm), unet_input
 
 
-def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate: max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), rho = exp(log_prob - old_log_prob).
+def ppo_loss(
+    noise_pred: Tensor,
+    latents: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    coefficients: Tensor,
+    rows: Tensor,
+    steps: Tensor,
+    guidance_scale: float = 1.0,
+    clip_range: float = 1e-4,
+    weight: float = 1.0,
+    score_function: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The policy loss of a micro-batch of B transitions taken from M stored trajectories, DDPO (arXiv:2305.13301) section 4.3.
 
-    All tensors (B,). Returns the loss of each row and rho, both (B,).
+        log p = as in `ddim_step`, of x_p = latents[row, step + 1] given x_t = latents[row, step]
+        rho   = exp(log p - old log p)
+        loss  = weight * sum over the B transitions of max(-A rho, -A clip(rho, 1 - eps, 1 + eps))
+                or, with score_function, of -A log p, which is never clipped
+
+    noise_pred: (G B, C, H, W) fp32, fp16 or bf16, the only argument that gets a gradient: through log p, in closed form
+    d log p / d out = d mean / d out (x_p - mean) / (N s^2), times (1 - w, w) for the two branches.
+    latents: (M, S + 1, C, H, W) fp32. old_log_probs: (M, S) fp32. advantages: (M,) fp32. coefficients: see `ddim_step`.
+    rows, steps: (B,) int64, the transitions. Returns the scalar loss, and (4, B) fp32 statistics without a gradient: each
+    transition's loss, rho, whether |rho - 1| > eps, and (log p - old log p)^2 / 2, whose mean is the approximate KL divergence.
+    Raises ValueError as `ddim_step` does.
     """
-    ratio = (log_prob - old_log_prob).exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)), ratio
+    check_ppo_loss(noise_pred, latents, old_log_probs, advantages, coefficients, rows, steps)
+    check_values(coefficients, steps=steps, rows=rows, num_rows=len(latents))
+    out = guide(noise_pred, len(rows), guidance_scale)
+    x_t, next_latents = latents[rows, steps], latents[rows, steps + 1]
+    log_prob = _log_prob(next_latents, *_mean(out, x_t, coefficients, steps))
+    advantages, log_ratio = advantages[rows], log_prob - old_log_probs[rows, steps]
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    if score_function:
+        losses = -advantages * log_prob
+    else:
+        losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    clipped = ((ratio - 1).abs() > clip_range).to(ratio.dtype)
+    return weight * losses.sum(), torch.stack([losses, ratio, clipped, 0.5 * log_ratio.square()]).detach()
+
+
+def _check_floats(dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name}: dtype {tensor.dtype}; valid are {', '.join(map(str, dtypes))}")
+
+
+def _check_group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> None:
+    if x.dim() != 4 or not x.numel():
+        raise ValueError(f"x: shape {tuple(x.shape)}; valid is (B, C, H, W) with at least one element")
+    _check_floats(dtypes, x=x)
+    if num_groups < 1 or x.shape[1] % num_groups:
+        raise ValueError(f"num_groups={num_groups}: valid is a divisor of the number of channels, {x.shape[1]}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dim() != 1 or len(tensor) != x.shape[1]:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; valid here is ({x.shape[1]},), one for each channel")
+        _check_floats(dtypes, **{name: tensor})
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, but x is on {x.device}")
+
+
+def _check_geglu(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not x.dim() or not x.numel() or x.shape[-1] % 2:
+        raise ValueError(f"x: shape {tuple(x.shape)}; valid is (..., 2D) with at least one element")
+    _check_floats(dtypes, x=x)
+
+
+_BLOCK_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = True) -> Tensor:
+    """GroupNorm (arXiv:1803.08494) and, if wanted, the SiLU that follows it in a residual block.
+
+        z = (x - mean) / sqrt(var + eps) * weight + bias,  y = z / (1 + exp(-z)), or y = z without silu
+
+    mean and var (over n, not n - 1) are those of the C / num_groups * H * W elements of a sample's group.
+
+    x: (B, C, H, W) fp32, fp16 or bf16 (fp64 here alone). weight, bias: (C,) or None (1 and 0), each of any of these dtypes.
+    Returns y (B, C, H, W) in x's dtype.
+    Raises ValueError for a shape, dtype or device that does not fit, an empty x, or a num_groups that does not divide C.
+    """
+    _check_group_norm(x, num_groups, weight, bias, _BLOCK_DTYPES)
+    dtype = x.dtype
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # without it torch cannot differentiate the bias
+    for tensor in (weight, bias):
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    weight, bias = (tensor if tensor is None else tensor.to(dtype) for tensor in (weight, bias))
+    y = torch.group_norm(x.to(dtype), num_groups, weight, bias, eps)
+    return (torch.nn.functional.silu(y) if silu else y).to(x.dtype)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """The gated linear unit of a transformer block's feed-forward (arXiv:2002.05202): y = a * gelu(g), gelu the exact one, with erf.
+
+    x: (..., 2D) fp32, fp16 or bf16 (fp64 here alone), a its first D columns and g the others. Returns y (..., D) in x's dtype.
+    Raises ValueError for an odd last dimension, an empty x or another dtype.
+    """
+    _check_geglu(x, _BLOCK_DTYPES)
+    value, gate = x.chunk(2, dim=-1)
+    return value * torch.nn.functional.gelu(gate)

@@ -43,6 +43,23 @@ SD_CONSTANTS = [
     (50, 49, 1, 0.02064832017, 1.000427623, -0.02071416579, 2.461182778),
 ]
 
+
+def take_step(schedule, noise_pred, latents, steps, ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_p and log p."""
+    return ops.ddim_step(noise_pred, latents, schedule.coefficients, steps, SEED, ids)[:2]
+
+
+def log_prob_of(out, latents, next_latents, table, steps) -> torch.Tensor:
+    """log p (B,) of given transitions, as the update sees it: the score-function loss with advantage -1 is log p."""
+    count = len(latents)
+    trajectories = torch.zeros(count, len(table) + 1, *latents.shape[1:], dtype=latents.dtype)
+    rows = torch.arange(count)
+    trajectories[rows, steps], trajectories[rows, steps + 1] = latents, next_latents
+    old = torch.zeros(count, len(table), dtype=latents.dtype)
+    loss, statistics = ops.ppo_loss(out, trajectories, old, -torch.ones_like(old[:, 0]), table, rows, steps, score_function=True)
+    return loss if out.requires_grad else statistics[0]
+
+
 every_process = pytest.mark.parametrize(
     "prediction_type, num_steps, eta",
     [(p, s, e) for p in ("epsilon", "v_prediction", "sample") for s in (7, 10, 20, 50) for e in (0.3, 1.0)],
@@ -99,7 +116,7 @@ def test_step_and_log_prob_are_the_gaussian_of_every_step(prediction_type, num_s
     scheduler = sd_scheduler(prediction_type=prediction_type)
     schedule = DDIMSchedule.from_scheduler(scheduler, num_steps, eta)
     noise_pred, latents, steps, ids = process(num_steps)
-    next_latents, log_prob = schedule.step(noise_pred, latents, steps, SEED, ids)
+    next_latents, log_prob = take_step(schedule, noise_pred, latents, steps, ids)
     noise = ops.normal_noise(SEED, ids, steps, math.prod(SHAPE)).view_as(latents).double()
     for step in range(num_steps):
         normal = gaussian(scheduler, num_steps, eta, step, latents[step], noise_pred[step])
@@ -108,12 +125,13 @@ def test_step_and_log_prob_are_the_gaussian_of_every_step(prediction_type, num_s
         assert log_prob[step].item() == pytest.approx(expected.item(), rel=0, abs=1e-6), f"step {step}"
 
 
+@pytest.mark.parametrize("clip", [dict(), dict(clip_sample=True, clip_sample_range=0.7)], ids=["", "x0 clipped"])
 @every_process
-def test_step_is_that_of_diffusers(prediction_type, num_steps, eta):
-    scheduler = fp64_alphas(sd_scheduler(prediction_type=prediction_type))
+def test_step_is_that_of_diffusers(prediction_type, num_steps, eta, clip):
+    scheduler = fp64_alphas(sd_scheduler(prediction_type=prediction_type, **clip))
     schedule = DDIMSchedule.from_scheduler(scheduler, num_steps, eta)
     noise_pred, latents, steps, ids = process(num_steps)
-    next_latents, _ = schedule.step(noise_pred, latents, steps, SEED, ids)
+    next_latents, _ = take_step(schedule, noise_pred, latents, steps, ids)
     noise = ops.normal_noise(SEED, ids, steps, math.prod(SHAPE)).view_as(latents).double()
     scheduler.set_timesteps(num_steps)
     assert schedule.timesteps.tolist() == scheduler.timesteps.tolist()
@@ -127,18 +145,18 @@ def test_step_is_that_of_diffusers(prediction_type, num_steps, eta):
 def test_log_prob_of_a_step_is_that_of_its_result_bit_for_bit(dtype):
     schedule = DDIMSchedule.from_scheduler(sd_scheduler(), 50, eta=1.0)
     noise_pred, latents, steps, ids = process(50)
-    next_latents, log_prob = schedule.step(noise_pred.to(dtype), latents, steps, SEED, ids)
+    next_latents, log_prob = take_step(schedule, noise_pred.to(dtype), latents, steps, ids)
     assert next_latents.dtype == log_prob.dtype == torch.float32
-    assert torch.equal(log_prob, schedule.log_prob(noise_pred.to(dtype), latents, next_latents, steps))
+    assert torch.equal(log_prob, log_prob_of(noise_pred.to(dtype), latents, next_latents, schedule.coefficients, steps))
 
 
 def test_rows_do_not_depend_on_the_batch_they_are_in():
     schedule = DDIMSchedule.from_scheduler(sd_scheduler(), 50, eta=1.0)
     noise_pred, latents, steps, ids = process(50)
-    together = schedule.step(noise_pred, latents, steps, SEED, ids)
+    together = take_step(schedule, noise_pred, latents, steps, ids)
     for row in (0, 23, 48):
         one = slice(row, row + 1)
-        alone = schedule.step(noise_pred[one], latents[one], steps[one], SEED, ids[one])
+        alone = take_step(schedule, noise_pred[one], latents[one], steps[one], ids[one])
         assert all(torch.equal(a, b[one]) for a, b in zip(alone, together))
 
 
@@ -151,12 +169,11 @@ def test_log_prob_gradient_in_fp64():
     next_latents = c_x * latents + c_out * noise_pred + s * z
     noise_pred = (noise_pred + 0.1).requires_grad_()
 
-    assert torch.autograd.gradcheck(lambda out: ops.ddim_log_prob(out, latents, next_latents, table, steps), noise_pred)
+    assert torch.autograd.gradcheck(lambda out: log_prob_of(out, latents, next_latents, table, steps), noise_pred)
 
-    upstream = torch.randn(3, generator=generator, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(ops.ddim_log_prob(noise_pred, latents, next_latents, table, steps), noise_pred, upstream)
+    (gradient,) = torch.autograd.grad(log_prob_of(noise_pred, latents, next_latents, table, steps), noise_pred)
     mean = c_x * latents + c_out * noise_pred.detach()
-    closed_form = upstream.view(-1, 1, 1, 1) * c_out * (next_latents - mean) / s**2 / latents[0].numel()
+    closed_form = c_out * (next_latents - mean) / s**2 / latents[0].numel()
     torch.testing.assert_close(gradient, closed_form, rtol=1e-12, atol=1e-12)
 
 
@@ -203,8 +220,7 @@ ZERO_SNR = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
 @pytest.mark.parametrize(
     "config, reason",
     [
-        (dict(clip_sample=True), "clip_sample and thresholding must be false"),
-        (dict(thresholding=True), "clip_sample and thresholding must be false"),
+        (dict(thresholding=True), "thresholding must be false"),
         (dict(set_alpha_to_one=True), r"step 49 \(t=1\) has zero variance.*set_alpha_to_one false"),
         (dict(steps_offset=0), r"step 49 \(t=0\) has zero variance.*steps_offset must be 1"),
         (dict(prediction_type="flow"), "prediction_type=flow: valid are epsilon, v_prediction, sample"),
@@ -223,7 +239,7 @@ def test_zero_snr_starts_from_pure_noise(prediction_type, num_steps):
     schedule = DDIMSchedule.from_scheduler(scheduler, num_steps, eta=0.9)
     assert schedule.timesteps[0] == 999 and schedule.coefficients.isfinite().all()
     noise_pred, latents, steps, ids = process(num_steps)
-    next_latents, _ = schedule.step(noise_pred, latents, steps, SEED, ids)
+    next_latents, _ = take_step(schedule, noise_pred, latents, steps, ids)
     noise = ops.normal_noise(SEED, ids, steps, math.prod(SHAPE)).view_as(latents).double()
     scheduler.set_timesteps(num_steps)
     for step, t in enumerate(scheduler.timesteps):
@@ -248,7 +264,7 @@ def test_guidance_and_its_gradient_through_both_branches(dtype, wide, guidance_s
     generator = torch.Generator().manual_seed(0)
     uncond, cond, upstream = torch.randn(3, 3, 2, 5, 3, generator=generator, dtype=torch.float64).to(dtype)
     noise_pred = torch.cat([uncond, cond]).requires_grad_()
-    guided = ops.guide(noise_pred, guidance_scale)
+    guided = ops.guide(noise_pred, 3, guidance_scale)
     assert guided.dtype == wide
     exact = uncond.double() + guidance_scale * (cond.double() - uncond.double())
     tolerance = 8 * torch.finfo(wide).eps

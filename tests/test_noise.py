@@ -1,8 +1,4 @@
-"""The counter-based noise: published vectors, statistics, independence of the batch, and Triton's own generator."""
-
-import os
-import subprocess
-import sys
+"""The counter-based noise: published vectors, statistics, independence of the batch. Triton's numbers: test_kernels.py."""
 
 import pytest
 import torch
@@ -111,52 +107,3 @@ def test_every_bit_of_a_sample_id_counts(bit):
 @pytest.mark.parametrize("bit", [0, 31, 32, 63])
 def test_every_bit_of_the_seed_counts(bit):
     assert not torch.isclose(noise(seed=12345), noise(seed=12345 ^ 1 << bit)).any()
-
-
-TRITON_PROGRAM = """
-import sys
-import torch, triton
-import triton.language as tl
-
-
-@triton.jit
-def _noise_kernel(out_ptr, ids_ptr, steps_ptr, seed, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    quad = tl.arange(0, BLOCK)
-    sample_id, step = tl.load(ids_ptr + row), tl.load(steps_ptr + row)
-    c0, zero = quad.to(tl.uint32), (quad * 0).to(tl.uint32)
-    c1, c2, c3 = zero + step.to(tl.uint32), zero + sample_id.to(tl.uint32), zero + (sample_id >> 32).to(tl.uint32)
-    r0, r1, r2, r3 = tl.philox(seed, c0, c1, c2, c3)
-    u0, u1, u2, u3 = (
-        tl.uint_to_uniform_float(r0), tl.uint_to_uniform_float(r1), tl.uint_to_uniform_float(r2), tl.uint_to_uniform_float(r3)
-    )
-    n0, n1 = tl.pair_uniform_to_normal(u0, u1)
-    n2, n3 = tl.pair_uniform_to_normal(u2, u3)
-    row_ptr = out_ptr + (row * BLOCK + quad) * 4
-    tl.store(row_ptr, n0)
-    tl.store(row_ptr + 1, n1)
-    tl.store(row_ptr + 2, n2)
-    tl.store(row_ptr + 3, n3)
-
-
-seed, ids, steps, block = torch.load(sys.argv[1])
-out = torch.full((len(ids), 4 * block), float("nan"))
-_noise_kernel[(len(ids),)](out, ids, steps, seed, BLOCK=block)
-torch.save(out, sys.argv[2])
-"""
-
-
-def test_noise_is_that_of_triton(tmp_path):
-    pytest.importorskip("triton")
-    program = tmp_path / "triton_noise.py"
-    program.write_text(TRITON_PROGRAM)
-    seed, block = 0x1234_5678_9ABC_DEF0, 256
-    ids = torch.tensor([0, 1, 2**31 + 5, 2**32 - 1, 2**32, 2**45 + 3])
-    steps = torch.tensor([0, 49, 7, 1, 999, INITIAL_STEP])
-    torch.save((seed, ids, steps, block), tmp_path / "in.pt")
-    command = [sys.executable, program, tmp_path / "in.pt", tmp_path / "out.pt"]
-    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    expected = torch.load(tmp_path / "out.pt")
-    assert expected.isfinite().all()
-    torch.testing.assert_close(normal_noise(seed, ids, steps, 4 * block), expected, rtol=1e-6, atol=1e-6)

@@ -73,14 +73,20 @@ def test_choice_of_steps_depends_on_sample_and_key_and_is_uniform():
     assert np.abs(np.bincount(steps.ravel(), minlength=10) - 120).max() < 4 * (400 * 0.3 * 0.7) ** 0.5
 
 
+@pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 5, 12, 13, 100])
-def test_micro_batches_cover_every_transition_once(size):
+def test_micro_batches_cover_every_transition_once(size, guided):
     rows, steps = transitions(np.array([3, 1, 8]), 0, 4, 1.0, KEY)
-    batches = list(micro_batches(rows, steps, size, "cpu"))
-    assert [len(r) for r, _ in batches] == [size] * (12 // size) + ([12 % size] if 12 % size else [])
-    assert all(r.dtype == s.dtype == torch.int64 and len(r) == len(s) for r, s in batches)
-    assert torch.cat([r for r, _ in batches]).tolist() == rows.tolist()
-    assert torch.cat([s for _, s in batches]).tolist() == steps.tolist()
+    timesteps = torch.tensor([901, 601, 301, 1])
+    parts = list(micro_batches(rows, steps, size, timesteps, guided, "cpu"))
+    assert [len(part.rows) for part in parts] == [size] * (12 // size) + ([12 % size] if 12 % size else [])
+    assert torch.cat([part.rows for part in parts]).tolist() == rows.tolist()
+    assert torch.cat([part.steps for part in parts]).tolist() == steps.tolist()
+    for part in parts:
+        for ours, unet in ((part.rows, part.unet_rows), (part.steps, part.unet_steps), (timesteps[part.steps], part.timesteps)):
+            assert ours.dtype == unet.dtype == torch.int64
+            assert unet.tolist() == ours.tolist() * (1 + guided)
+        assert part.embed_rows.tolist() == [0] * len(part.rows) * guided + [row + 1 for row in part.rows.tolist()]
 
 
 def test_rollouts_join_along_the_samples():

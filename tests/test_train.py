@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,14 @@ import torch
 from conftest import make_pipeline
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast import train as trainer
 from ddpo_fast.checkpoint import list_checkpoints
 from ddpo_fast.config import parse
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.engine import Engine
+from ddpo_fast.kernels import reference
 from ddpo_fast.metrics import StageTimer, read_metrics
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -98,7 +101,7 @@ def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[d
     for module in (setup.policy.unet, setup.policy.pipe.text_encoder, setup.policy.pipe.vae):
         module.to(dtype)
     setup.policy._prompt_embeds.clear()
-    setup.policy._uncond_embeds = setup.policy.encode_prompts([""])
+    setup.policy.uncond_embeds = setup.policy.encode_prompts([""])
     torch.manual_seed(1)
     for parameter in setup.policy.trainable_parameters():  # LoRA starts at B = 0, where half of the gradient is 0
         torch.nn.init.normal_(parameter, std=0.02)
@@ -107,7 +110,7 @@ def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[d
         engine = Engine(setup.policy.unet, optimizer, zero_stage=0, max_grad_norm=1.0, dtype=dtype)
         setup.policy.attach(engine.module)
     else:  # DeepSpeed has no fp64; what it does to a gradient is tested in fp32 and in test_launch.py
-        engine = SimpleNamespace(backward=lambda loss, last: loss.backward())
+        engine = SimpleNamespace(backward=lambda loss, last: loss.backward(), loss_scale=1.0)
 
     def capture():
         if not gradient:
@@ -118,7 +121,7 @@ def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[d
     monkeypatch.setattr(engine, "step", capture, raising=False)
     prompts = trainer.draw_prompts(setup.prompts, config.sample.num_samples, 1, config.run.seed, 1)
     rollout, _, _ = trainer.sample(setup, StageTimer(setup.policy.device), 0, prompts, "sample")
-    advantages = torch.linspace(-2, 3, config.sample.num_samples)
+    advantages = torch.linspace(-2, 3, config.sample.num_samples, dtype=dtype)
     row = trainer.update(replace(setup, clip_range=5e-2), engine, rollout, advantages, 1)
     assert row["ratio_error"] <= (1e-6 if dtype == torch.float32 else 1e-12)
     return gradient, setup, (prompts, rollout, advantages)
@@ -210,10 +213,10 @@ def test_readme_snippet_loads_the_trained_policy_in_plain_diffusers(options, tin
     setup = trainer.prepare(parse(options(lora__alpha=3.0)))
     latents, t, embeds = torch.randn(2, 4, 8, 8), torch.tensor([981, 21]), setup.policy.encode_prompts(["a", "b"])
     with torch.no_grad():
-        untrained = setup.policy.predict_noise(latents, t, embeds, 1.0)  # LoRA starts at 0
+        untrained = setup.policy.predict_noise(latents, t, embeds)  # LoRA starts at 0
         for parameter in setup.policy.trainable_parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        expected = setup.policy.predict_noise(latents, t, embeds, 1.0)
+        expected = setup.policy.predict_noise(latents, t, embeds)
     setup.policy.export(Path(setup.config.run.dir))
     snippet = re.search(r"```python\n(from diffusers.*?)```", README.read_text(), re.S)[1]
     for shown, here in (("ddpo_fast/embedded/model", tiny_model), ("runs/NAME", setup.config.run.dir), ("lion.png", tmp_path / "lion.png")):
@@ -249,7 +252,8 @@ def test_half_precision_has_the_gradient_of_fp32(options, monkeypatch, dtype, to
     monkeypatch.setattr(Engine, "FP16_LOSS_SCALE", 2.0**8)  # a tiny model's gradients are large
     norms = []
     for name in ("fp32", dtype):
-        rows = read_metrics(run(options(f"{name}-{stage}", model__dtype=name, zero__stage=stage, run__iterations=1)))
+        one_update = dict(run__iterations=1, train__num_minibatches=1)  # in a second one, rounding decides who is clipped
+        rows = read_metrics(run(options(f"{name}-{stage}", model__dtype=name, zero__stage=stage, **one_update)))
         assert rows[1]["skipped_updates"] == 0
         norms.append(rows[1]["grad_norm"])
     assert norms[1] == pytest.approx(norms[0], rel=tolerance)
@@ -322,7 +326,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(options, monkeypatc
 
 
 def test_a_gradient_that_is_never_finite_ends_the_run(options, monkeypatch):
-    monkeypatch.setattr(trainer, "policy_loss", lambda *a: [x * torch.nan for x in (a[1], a[1])])
+    ppo_loss = reference.ppo_loss
+    monkeypatch.setattr(reference, "ppo_loss", lambda *args: [x * torch.nan for x in ppo_loss(*args)])
     with pytest.raises(FloatingPointError, match="iteration 1: no update had a finite gradient"):
         run(options())
 
@@ -371,7 +376,8 @@ def test_pictures_that_are_not_finite_get_no_reward(options, monkeypatch):
 
 
 def test_fp16_that_always_overflows_ends_the_run(options, monkeypatch):
-    monkeypatch.setattr(trainer, "policy_loss", lambda *a: [x * torch.nan for x in (a[1], a[1])])
+    ppo_loss = reference.ppo_loss
+    monkeypatch.setattr(reference, "ppo_loss", lambda *args: [x * torch.nan for x in ppo_loss(*args)])
     with pytest.raises(FloatingPointError, match="overflow even without loss scaling"):
         run(options(model__dtype="fp16", run__iterations=20, run__checkpoint_every=100, eval__every=100))
 
@@ -413,3 +419,91 @@ def test_a_reward_may_change_its_pictures(options, tmp_path):
         folder = run(options(f"run{len(grids)}", reward__name=f"{tmp_path}/changing.py:f", run__iterations=1))
         grids.append((folder / "images" / "iteration_00000.png").read_bytes())
     assert grids[0] == grids[1]
+
+
+@pytest.mark.parametrize("algorithm, guidance_scale, fused_blocks", [("ddpo_is", 3.0, True), ("ddpo_sf", 1.0, False)])
+def test_fused_kernels_train_as_the_reference_does(options, tmp_path, monkeypatch, algorithm, guidance_scale, fused_blocks):
+    """Two iterations on either backend. The UNet's blocks are slow in Triton's interpreter: once is enough."""
+    if not fused_blocks:
+        monkeypatch.setattr(trainer, "fuse", lambda unet, ops: None)
+    model = make_pipeline(tmp_path / "m", channels=(8, 8), latent_size=4)
+    short = dict(
+        train__algorithm=algorithm, train__num_minibatches=1, train__timestep_fraction=0.5, sample__guidance_scale=guidance_scale,
+        sample__num_steps=2, sample__num_samples=2, eval__num_samples=1, eval__every=10, model__path=model,
+    )  # fmt: skip
+    expected, fused = (untimed(read_metrics(run(options(b, kernels__backend=b, **short)))) for b in ("reference", "triton"))
+    for a, b in zip(expected, fused, strict=True):
+        assert {key for key in a if a[key] is None} == {key for key in b if b[key] is None}
+        for key in a.keys() - {"ratio_error_step"}:  # which of several errors of one rounding is the largest
+            assert b[key] is None or b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-5), key
+    assert fused[1]["ratio_error"] <= 1e-6 and fused[2]["grad_norm"] > 0
+
+
+class CountOps(TorchDispatchMode):
+    """The names of the operations that run outside of the UNet; views, which launch nothing, do not count."""
+
+    def __init__(self, policy, engine):
+        super().__init__()
+        self.names, self.outside = [], True
+        self.forward, self.backward = policy.forward, engine.backward
+        policy.forward, engine.backward = self.call_unet, self.call_backward
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.outside and not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def enter_unet(self, grad):
+        self.outside = False
+
+    def call_unet(self, *args, **kwargs):
+        self.outside = False
+        outputs = self.forward(*args, **kwargs)
+        self.outside = True
+        if outputs[0].requires_grad:
+            outputs[0].register_hook(self.enter_unet)
+        return outputs
+
+    def call_backward(self, loss, last):
+        self.backward(loss, last)
+        self.outside = True
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_number_of_operations_around_the_unet(options, monkeypatch, guidance_scale, dtype):
+    """At most 3 a denoising step and 6 a micro-batch, none of which waits for the device. (Unfused: 51 and 104.)"""
+    monkeypatch.setattr(trainer, "fuse", lambda unet, ops: None)  # the UNet is not what is counted
+
+    def operations(num_steps, micro_batch):
+        setup = trainer.prepare(
+            parse(
+                options(
+                    kernels__backend="triton", sample__num_steps=num_steps, train__micro_batch=micro_batch, model__dtype=dtype,
+                    sample__guidance_scale=guidance_scale, sample__num_samples=2, train__num_minibatches=1, lora__targets='["attention"]',
+                )
+            )
+        )  # fmt: skip
+        engine = trainer._engine(setup)
+        with CountOps(setup.policy, engine) as mode:
+            rollout, _ = trainer.generate(
+                setup.policy, setup.schedule, setup.ops, torch.arange(2), ["a", "b"], seed=0, guidance_scale=guidance_scale
+            )
+            sampling, mode.names = mode.names, []
+            trainer.update(setup, engine, rollout, torch.tensor([1.0, -1.0]), 1)
+        return Counter(sampling), Counter(mode.names)
+
+    (short, one), (long, _), (_, two) = operations(2, 8), operations(3, 8), operations(2, 2)
+    per_step, per_micro_batch = long - short, two - one
+    assert 1 <= per_step.total() <= 3, per_step
+    assert 2 <= per_micro_batch.total() <= 6, per_micro_batch
+    assert {"ddpo_fast.ddim_step.default"} <= set(per_step)
+    assert {"ddpo_fast.ppo_loss.default", "ddpo_fast.ppo_loss_backward.default"} <= set(per_micro_batch)
+    waits = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
+    assert not [name for name in per_step + per_micro_batch if any(wait in name for wait in waits)]
+
+
+def test_triton_where_it_cannot_run_is_refused(options, monkeypatch):
+    monkeypatch.setattr("ddpo_fast.kernels.launch.interpreted", lambda: False)
+    with pytest.raises(ValueError, match="kernels.backend=triton: valid on a GPU.*this run is on cpu"):
+        trainer.prepare(parse(options(kernels__backend="triton")))

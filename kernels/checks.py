@@ -1,0 +1,93 @@
+"""What the arguments of the latent operations must be: one line that names the argument, for every backend alike."""
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; valid here is {expected}")
+
+
+def _index(name: str, tensor: Tensor, num_rows: int) -> None:
+    _shape(name, tensor, (num_rows,))
+    if tensor.dtype != torch.int64:
+        raise ValueError(f"{name}: dtype {tensor.dtype}; valid is torch.int64")
+
+
+def _same_device(**tensors: Tensor) -> None:
+    (first, expected), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != expected.device:
+            raise ValueError(f"{name}: on {tensor.device}, but {first} is on {expected.device}")
+
+
+def _wide(**tensors: Tensor) -> None:
+    """Latents and what is computed from them: fp32 (fp64 in tests), all the same."""
+    (first, expected), *others = tensors.items()
+    if expected.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{first}: dtype {expected.dtype}; valid is torch.float32: rounded latents have another log-prob")
+    for name, tensor in others:
+        if tensor.dtype != expected.dtype:
+            raise ValueError(f"{name}: dtype {tensor.dtype}; valid is {expected.dtype}, that of {first}")
+
+
+def _noise_pred_and_table(noise_pred: Tensor, latents: tuple[int, ...], coefficients: Tensor) -> None:
+    num_rows, *inner = latents
+    if noise_pred.dim() != 4 or list(noise_pred.shape[1:]) != inner or len(noise_pred) not in (num_rows, 2 * num_rows):
+        raise ValueError(
+            f"noise_pred: shape {tuple(noise_pred.shape)}; valid here is {latents}, or {(2 * num_rows, *inner)} with both guidance branches"
+        )
+    if noise_pred.dtype not in _FLOATS:
+        raise ValueError(f"noise_pred: dtype {noise_pred.dtype}; valid are torch.float32, torch.float16, torch.bfloat16")
+    if coefficients.dim() != 2 or coefficients.shape[1] not in (4, 7) or not len(coefficients):
+        raise ValueError(f"coefficients: shape {tuple(coefficients.shape)}; valid is (steps, 4), or (steps, 7) with x0 clipping")
+
+
+def check_ddim_step(noise_pred: Tensor, latents: Tensor, coefficients: Tensor, steps: Tensor, seed: int, sample_ids: Tensor) -> None:
+    """Raises ValueError for arguments of `ddim_step` whose shape, dtype or device does not fit."""
+    if latents.dim() != 4 or not latents.numel():
+        raise ValueError(f"latents: shape {tuple(latents.shape)}; valid is (B, C, H, W) with at least one element")
+    _noise_pred_and_table(noise_pred, tuple(latents.shape), coefficients)
+    _index("steps", steps, len(latents))
+    _index("sample_ids", sample_ids, len(latents))
+    _wide(latents=latents, coefficients=coefficients)
+    _same_device(latents=latents, noise_pred=noise_pred, coefficients=coefficients, steps=steps, sample_ids=sample_ids)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}: valid is a whole number in [0, 2^63)")
+
+
+def check_ppo_loss(
+    noise_pred: Tensor, latents: Tensor, old_log_probs: Tensor, advantages: Tensor, coefficients: Tensor, rows: Tensor, steps: Tensor
+) -> None:
+    """Raises ValueError for arguments of `ppo_loss` whose shape, dtype or device does not fit."""
+    if latents.dim() != 5 or not latents.numel() or latents.shape[1] < 2:
+        raise ValueError(f"latents: shape {tuple(latents.shape)}; valid is (M, S + 1, C, H, W) with at least one step and one element")
+    num_samples, num_latents, *inner = latents.shape
+    if rows.dim() != 1 or not len(rows):
+        raise ValueError(f"rows: shape {tuple(rows.shape)}; valid is (B,) with B >= 1")
+    _index("rows", rows, len(rows))
+    _index("steps", steps, len(rows))
+    _noise_pred_and_table(noise_pred, (len(rows), *inner), coefficients)
+    _shape("coefficients", coefficients, (num_latents - 1, coefficients.shape[1]))
+    _shape("old_log_probs", old_log_probs, (num_samples, num_latents - 1))
+    _shape("advantages", advantages, (num_samples,))
+    _wide(latents=latents, old_log_probs=old_log_probs, advantages=advantages, coefficients=coefficients)
+    _same_device(
+        latents=latents, noise_pred=noise_pred, old_log_probs=old_log_probs, advantages=advantages, coefficients=coefficients, rows=rows,
+        steps=steps,
+    )  # fmt: skip
+
+
+def check_values(coefficients: Tensor, *, steps: Tensor, rows: Tensor | None = None, num_rows: int = 0) -> None:
+    """Raises ValueError for an index out of range or a step without a density, on a CPU only: elsewhere looking would synchronise."""
+    if coefficients.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for name, index, length in (("steps", steps, len(coefficients)), ("rows", rows, num_rows)):
+        if index is not None and (index.min() < 0 or index.max() >= length):
+            wrong = index[(index < 0) | (index >= length)][0]
+            raise ValueError(f"{name}: {int(wrong)} is out of range; valid is 0 to {length - 1}")
+    if not (std := coefficients[steps, 2]).gt(0).all():
+        raise ValueError(f"coefficients: a step's s is {float(std.min())} (eta = 0), so it has no log-prob; valid is s > 0")

@@ -1,0 +1,117 @@
+"""The fused denoising step: guidance, mean, Philox noise, x_p, its copies for the next UNet call and the log-prob in one launch.
+
+Equations, shapes and errors: `reference.ddim_step`. Bytes per element of a guided fp16 row: 2 x 2 (noise_pred) + 4 (x_t) + 4 (x_p) +
+2 x 2 (UNet input) = 16; no noise tensor, no synchronisation. A row is cut into chunks of BLOCK elements, one program each; the
+last program of a row adds up its chunks' sums. Everything that rounds depends on the row alone, not on the batch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ddpo_fast.kernels.checks import check_ddim_step, check_values
+from ddpo_fast.kernels.gaussian import finish_log_prob, last_to_arrive, load_guided, load_step, mean_of_step, memory_offset
+from ddpo_fast.kernels.launch import block_and_warps, counters, dense, launch, power_of_2
+
+
+@triton.jit
+def normal_noise(seed, sample_id, step, group):
+    """`reference.normal_noise` of elements 4 * group to 4 * group + 3: (4 * len(group),) fp32."""
+    c0 = group.to(tl.uint32)
+    c1 = tl.zeros_like(c0) + step.to(tl.uint32)
+    c2 = tl.zeros_like(c0) + sample_id.to(tl.uint32)
+    c3 = tl.zeros_like(c0) + (sample_id >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
+    z0, z1 = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(w0), tl.uint_to_uniform_float(w1))
+    z2, z3 = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(w2), tl.uint_to_uniform_float(w3))
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _ddim_step_kernel(
+    noise_pred_ptr, latents_ptr, coefficients_ptr, steps_ptr, sample_ids_ptr,
+    next_latents_ptr, unet_input_ptr, log_probs_ptr, partials_ptr, counters_ptr,
+    seed: tl.int64, guidance_scale, num_rows, noise_pred_stride, latents_stride,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, NUM_STEPS: tl.constexpr, CLIP: tl.constexpr, GUIDED: tl.constexpr,
+    NOISE_PRED_CHANNELS_LAST: tl.constexpr, LATENTS_CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_P2: tl.constexpr,
+):  # fmt: skip
+    ELEMENTS: tl.constexpr = CHANNELS * PIXELS
+    row, chunk = (tl.program_id(0) // CHUNKS).to(tl.int64), tl.program_id(0) % CHUNKS
+    element = chunk * BLOCK + tl.arange(0, BLOCK)
+    mask = element < ELEMENTS
+    noise_pred_offset = memory_offset(element, CHANNELS, PIXELS, NOISE_PRED_CHANNELS_LAST)
+    latents_offset = memory_offset(element, CHANNELS, PIXELS, LATENTS_CHANNELS_LAST)
+    step = tl.load(steps_ptr + row)
+    c_x, c_out, std, log_norm, q_x, q_out, bound = load_step(coefficients_ptr, step, NUM_STEPS, CLIP)
+
+    out = load_guided(noise_pred_ptr, noise_pred_offset, row, num_rows, noise_pred_stride, guidance_scale, mask, GUIDED)
+    x = tl.load(latents_ptr + row * latents_stride + latents_offset, mask=mask, other=0.0)
+    mean, _ = mean_of_step(out, x, c_x, c_out, q_x, q_out, bound, CLIP)
+    noise = normal_noise(seed, tl.load(sample_ids_ptr + row), step, chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4))
+    x_p = tl.fma(std, noise, mean)
+
+    tl.store(next_latents_ptr + row * ELEMENTS + element, x_p, mask=mask)
+    unet_input = x_p.to(unet_input_ptr.dtype.element_ty)
+    tl.store(unet_input_ptr + row * ELEMENTS + noise_pred_offset, unet_input, mask=mask)
+    if GUIDED:
+        tl.store(unet_input_ptr + (num_rows + row) * ELEMENTS + noise_pred_offset, unet_input, mask=mask)
+
+    deviation = tl.where(mask, (x_p - mean) / std, 0.0)
+    tl.store(partials_ptr + row * CHUNKS + chunk, tl.sum(deviation * deviation))
+    if last_to_arrive(counters_ptr + row, CHUNKS):
+        tl.store(log_probs_ptr + row, finish_log_prob(partials_ptr, row, log_norm, ELEMENTS, CHUNKS, CHUNKS_P2))
+
+
+@torch.library.custom_op("ddpo_fast::ddim_step", mutates_args=())
+def _ddim_step(
+    noise_pred: Tensor, latents: Tensor, coefficients: Tensor, steps: Tensor, seed: int, sample_ids: Tensor, guidance_scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_values(coefficients, steps=steps)
+    num_rows, channels, height, width = latents.shape
+    next_latents, log_probs, unet_input = _outputs(noise_pred, latents, dtype)
+    noise_pred, noise_pred_stride, noise_pred_channels_last = dense(noise_pred)
+    latents, latents_stride, latents_channels_last = dense(latents)
+    block, num_warps = block_and_warps(channels * height * width)
+    chunks = triton.cdiv(channels * height * width, block)
+    launch(
+        _ddim_step_kernel, chunks * num_rows,
+        noise_pred, latents, coefficients.contiguous(), steps.contiguous(), sample_ids.contiguous(), next_latents, unet_input, log_probs,
+        torch.empty(num_rows * chunks, dtype=torch.float32, device=latents.device), counters(num_rows, latents.device),
+        seed, guidance_scale, num_rows, noise_pred_stride, latents_stride,
+        CHANNELS=channels, PIXELS=height * width, NUM_STEPS=len(coefficients), CLIP=coefficients.shape[1] == 7,
+        GUIDED=len(noise_pred) != num_rows, NOISE_PRED_CHANNELS_LAST=noise_pred_channels_last,
+        LATENTS_CHANNELS_LAST=latents_channels_last, BLOCK=block, CHUNKS=chunks, CHUNKS_P2=power_of_2(chunks), num_warps=num_warps,
+    )  # fmt: skip
+    return next_latents, log_probs, unet_input
+
+
+@_ddim_step.register_fake
+def _(noise_pred, latents, coefficients, steps, seed, sample_ids, guidance_scale, dtype):
+    return _outputs(noise_pred, latents, dtype)
+
+
+def _outputs(noise_pred: Tensor, latents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    layout = torch.channels_last if dense(noise_pred)[2] else torch.contiguous_format
+    return (
+        torch.empty(latents.shape, dtype=torch.float32, device=latents.device),
+        torch.empty(len(latents), dtype=torch.float32, device=latents.device),
+        torch.empty(noise_pred.shape, dtype=dtype, device=latents.device, memory_format=layout),
+    )
+
+
+def ddim_step(
+    noise_pred: Tensor,
+    latents: Tensor,
+    coefficients: Tensor,
+    steps: Tensor,
+    seed: int,
+    sample_ids: Tensor,
+    guidance_scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.ddim_step` in one Triton launch."""
+    check_ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids)
+    return _ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids, float(guidance_scale), dtype or noise_pred.dtype)
