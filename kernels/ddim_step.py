@@ -16,6 +16,28 @@ from ddpo_fast.kernels.launch import block_and_warps, counters, dense, launch, p
 
 
 @triton.jit
+def _box_muller(u1, u2):
+    """sqrt(-2 ln u1) * (cos, sin)(2 pi u2), by polynomials on [-pi/4, pi/4].
+
+    tl.sin and tl.cos bring the reduction of huge angles with them: registers that made this kernel spill on sm_90.
+    """
+    radius = tl.sqrt(-2.0 * tl.log(tl.maximum(u1, 1.0e-7)))
+    quarter = tl.floor(tl.fma(u2, 4.0, 0.5))
+    theta = 6.283185307179586 * tl.fma(quarter, -0.25, u2)
+    square = theta * theta
+    sine = tl.fma(tl.fma(tl.fma(square, -1.9515295891e-4, 8.3321608736e-3), square, -1.6666654611e-1) * square, theta, theta)
+    cosine = tl.fma(
+        tl.fma(tl.fma(square, 2.443315711809948e-5, -1.388731625493765e-3), square, 4.166664568298827e-2),
+        square * square,
+        tl.fma(square, -0.5, 1.0),
+    )
+    q = quarter.to(tl.int32) & 3
+    odd = (q & 1) == 1
+    cos, sin = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
+    return radius * tl.where((q == 1) | (q == 2), -cos, cos), radius * tl.where(q >= 2, -sin, sin)
+
+
+@triton.jit
 def normal_noise(seed, sample_id, step, group):
     """`reference.normal_noise` of elements 4 * group to 4 * group + 3: (4 * len(group),) fp32."""
     c0 = group.to(tl.uint32)
@@ -23,8 +45,8 @@ def normal_noise(seed, sample_id, step, group):
     c2 = tl.zeros_like(c0) + sample_id.to(tl.uint32)
     c3 = tl.zeros_like(c0) + (sample_id >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
-    z0, z1 = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(w0), tl.uint_to_uniform_float(w1))
-    z2, z3 = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(w2), tl.uint_to_uniform_float(w3))
+    z0, z1 = _box_muller(tl.uint_to_uniform_float(w0), tl.uint_to_uniform_float(w1))
+    z2, z3 = _box_muller(tl.uint_to_uniform_float(w2), tl.uint_to_uniform_float(w3))
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
 
 

@@ -54,8 +54,13 @@ def normal_noise(seed: int, sample_ids: Tensor, steps: Tensor, num_elements: int
     u = [_uniform(word) for word in philox4x32(seed, counter[None], steps, ids & _U32, ids >> 32)]
     lanes = []
     for u1, u2 in ((u[0], u[1]), (u[2], u[3])):
-        radius, angle = (-2.0 * u1.clamp(min=1e-7).log()).sqrt(), 2 * math.pi * u2
-        lanes += [radius * angle.cos(), radius * angle.sin()]
+        radius, quarter = (-2.0 * u1.clamp(min=1e-7).log()).sqrt(), (4 * u2 + 0.5).floor()
+        angle = 2 * math.pi * (u2 - 0.25 * quarter)  # within +-pi/4, where fp32 resolves it best
+        cos, sin = angle.cos(), angle.sin()
+        for _ in range(4):  # and back by as many right angles
+            cos, sin = (torch.where(quarter > 0, pair, one) for pair, one in ((-sin, cos), (cos, sin)))
+            quarter = quarter - 1
+        lanes += [radius * cos, radius * sin]
     return torch.stack(lanes, dim=-1).flatten(1)[:, :num_elements]
 
 

@@ -1,0 +1,314 @@
+"""Speed of every operation: the PyTorch twin run eagerly, the twin under torch.compile, and the Triton kernels.
+
+    python -m bench.kernels --out bench/results     # the benchmarks, with a CSV row for each as soon as it is done
+    python -m pytest bench/kernels.py               # the same without the rows; any option of pytest and pytest-benchmark
+
+A benchmark first compares its provider's result with the eager twin's and fails if it is wrong. Ideal bytes: every tensor that the
+operation has to read or write, once. On a GPU a time is that of the device, from CUDA events: a sleeping kernel ahead of them lets
+the host queue all launches, and up to 16 sets of inputs take turns, so that the L2 cache holds none of a large one. On a CPU the
+shapes are small and the kernels are left out: Triton's interpreter has no speed. Caches make more than 100 % of the copy's bandwidth
+possible.
+"""
+
+import argparse
+import csv
+import datetime
+import functools
+import math
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+from ddpo_fast.kernels import reference, select
+from ddpo_fast.kernels.launch import interpreted
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Largest error over the largest element: the twin rounds to the tensors' dtype between its steps, the kernels once at the end."""
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+COLUMNS = (
+    "date commit op direction provider shape dtype layout p20_us p50_us p80_us bytes gb_per_s percent_of_copy device torch triton python "
+    "command"
+).split()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one kind of input."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float16
+    layout: str = "NCHW"
+
+    def __str__(self) -> str:
+        layout = "" if self.op == "geglu" else f"-{self.layout}"
+        return f"{self.op}-{'x'.join(map(str, self.shape))}-{str(self.dtype).removeprefix('torch.')}{layout}"
+
+
+def cases() -> list[Case]:
+    """(B, C, H, W) of Stable Diffusion 1.5 and SDXL, guided for the latent operations, and (rows, D); small ones on a CPU."""
+    if not ON_GPU:
+        shapes = {"ddim_step": (8, 4, 64, 64), "ppo_loss": (8, 4, 64, 64), "group_norm_silu": (2, 128, 64, 64), "geglu": (1024, 640)}
+        return [Case(op, shape, dtype) for op, shape in shapes.items() for dtype in (torch.float32, torch.bfloat16)]
+    out = []
+    for op in ("ddim_step", "ppo_loss"):
+        out += [Case(op, shape) for shape in ((8, 4, 64, 64), (64, 4, 64, 64), (32, 4, 128, 128))]
+        out += [Case(op, (64, 4, 64, 64), dtype) for dtype in (torch.bfloat16, torch.float32)]
+        out += [Case(op, (64, 4, 64, 64), layout="channels_last")]
+    for layout in LAYOUTS:
+        shapes = (16, 320, 64, 64), (16, 960, 64, 64), (16, 1280, 8, 8), (4, 320, 128, 128), (4, 1280, 32, 32)
+        out += [Case("group_norm_silu", shape, layout=layout) for shape in shapes]
+    out += [Case("group_norm_silu", (16, 320, 64, 64), dtype) for dtype in (torch.bfloat16, torch.float32)]
+    out += [Case("geglu", shape) for shape in ((16 * 4096, 1280), (16 * 64, 5120), (4 * 4096, 2560))]
+    out += [Case("geglu", (16 * 4096, 1280), dtype) for dtype in (torch.bfloat16, torch.float32)]
+    return out
+
+
+def directions(op: str) -> tuple[str, ...]:
+    """What is differentiated, and what is not."""
+    return ("forward",) if op == "ddim_step" else ("forward", "backward")
+
+
+def arguments(case: Case, seed: int) -> tuple:
+    """Random arguments of the operation. The tensor that gets a gradient, if there is one, is the first."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
+
+    if case.op == "geglu":
+        num_rows, width = case.shape
+        return (normal(num_rows, 2 * width, dtype=case.dtype).requires_grad_(),)
+    batch, *inner = case.shape
+    if case.op == "group_norm_silu":
+        x = normal(*case.shape, dtype=case.dtype).contiguous(memory_format=LAYOUTS[case.layout]).requires_grad_()
+        return x, 32, normal(inner[0], dtype=case.dtype), normal(inner[0], dtype=case.dtype), 1e-5
+
+    noise_pred = normal(2 * batch, *inner, dtype=case.dtype).contiguous(memory_format=LAYOUTS[case.layout])
+    std = torch.linspace(0.5, 1.0, 10, device=DEVICE)
+    table = torch.stack([1.0 - 0.1 * std, -0.1 * std, std, (std * math.sqrt(2 * math.pi)).log()], dim=1)
+    rows = torch.arange(batch, device=DEVICE)
+    steps = rows % len(table)
+    if case.op == "ddim_step":
+        return noise_pred, normal(*case.shape), table, steps, 1, rows, 5.0
+    latents = normal(batch, len(table) + 1, *inner)
+    advantages = normal(batch).abs() + 0.5  # of one sign: their sum, the loss, is not small, so that its relative error means something
+    zeros = torch.zeros(batch, len(table), device=DEVICE)
+    log_probs = reference.ppo_loss(noise_pred, latents, zeros, advantages, table, rows, steps, 5.0, score_function=True)[1][0] / -advantages
+    # a ratio of 1 is away from the ends of the clip range, and the weight keeps fp16 gradients from underflowing
+    zeros[rows, steps] = log_probs
+    return noise_pred.requires_grad_(), latents, zeros, advantages, table, rows, steps, 5.0, 1e-2, 1024.0
+
+
+def ideal_bytes(case: Case, direction: str) -> int:
+    """What has to be read and written, each tensor once; tables and numbers of a row left out."""
+    elements, size = math.prod(case.shape), case.dtype.itemsize
+    if case.op == "ddim_step":
+        return elements * (2 * size + 4 + 4 + 2 * size)
+    if case.op == "ppo_loss":
+        return elements * (2 * size + 4 + 4 + (2 * size if direction == "backward" else 0))
+    tensors = {("group_norm_silu", "forward"): 2, ("group_norm_silu", "backward"): 3, ("geglu", "forward"): 3, ("geglu", "backward"): 5}
+    return elements * size * tensors[case.op, direction]
+
+
+def provide(provider: str, op: str) -> Callable:
+    """The implementation of an operation."""
+    twin = getattr(reference, op)
+    if provider == "fused":
+        return getattr(select("triton", DEVICE), op)
+    return torch.compile(twin, dynamic=False, fullgraph=True) if provider == "compile" else twin
+
+
+def outputs(function: Callable, inputs: tuple, direction: str) -> tuple[Tensor, ...]:
+    """What is compared with the twin's."""
+    out = function(*inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    return (gradient(out[0], inputs[0])(),) if direction == "backward" else out
+
+
+def gradient(out: Tensor, leaf: Tensor) -> Callable[[], Tensor]:
+    """What runs the backward pass; as often as wanted."""
+    upstream = torch.ones_like(out)
+    return lambda: torch.autograd.grad(out, leaf, upstream, retain_graph=True)[0]
+
+
+def check(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    """Raises AssertionError for a provider whose result is not the eager twin's."""
+    assert len(actual) == len(expected)
+    for number, (one, other) in enumerate(zip(actual, expected)):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        error, scale = (one.double() - other.double()).abs().max().item(), other.double().abs().max().item()
+        tolerance = TOLERANCE[dtype] * max(scale, torch.finfo(torch.float32).tiny)
+        assert error <= tolerance, f"output {number} is off by {error:.3g}, {tolerance:.3g} is tolerated"
+
+
+class CudaTime:
+    """A point in the time of the GPU's current stream; the difference of two is in seconds."""
+
+    def __init__(self):
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: "CudaTime") -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+def sleep() -> None:
+    """Keeps the GPU busy for some 10 ms, in which the host queues what is to be timed."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(20_000_000)
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of `copy_` between two tensors much larger than any cache; the median of 20."""
+    source = torch.ones((1 << 30) if ON_GPU else (1 << 27), dtype=torch.uint8, device=DEVICE)
+    target = torch.zeros_like(source)
+    timer, times = CudaTime if ON_GPU else time.perf_counter, []
+    for _ in range(20):
+        start = timer()
+        target.copy_(source)
+        times.append(timer() - start)
+    return 2 * source.numel() / statistics.median(times)
+
+
+@functools.cache
+def device_name() -> str:
+    """The GPU's name, or the CPU's and the number of threads."""
+    if ON_GPU:
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else platform.machine()} ({torch.get_num_threads()} threads)"
+
+
+@functools.cache
+def commit() -> str:
+    """The checkout's commit, "-dirty" if it is not all there is."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+
+def providers() -> dict[str, str]:
+    """Those that can run here, and, for those that cannot, why not."""
+    compiler = ON_GPU or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    return {
+        "fused": "" if ON_GPU and not interpreted() else "needs a GPU and no TRITON_INTERPRET: the interpreter has no speed",
+        "eager": "",
+        "compile": "" if compiler else "torch.compile needs a C++ compiler",
+    }
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """Providers outermost: a run that is cut short has compared the kernels with the twin."""
+    every = [
+        pytest.param(provider, case, direction, id=f"{case}-{direction}-{provider}")
+        for provider, missing in providers().items()
+        if not missing
+        for case in cases()
+        for direction in directions(case.op)
+    ]
+    metafunc.parametrize("provider, case, direction", every)
+
+
+@pytest.mark.filterwarnings("default")  # those of torch.compile about itself are no failure of a kernel
+@pytest.mark.benchmark(disable_gc=True, **({"timer": CudaTime} if ON_GPU else {}))
+def test_speed(benchmark, provider, case, direction):
+    functorch_config.donated_buffer = False  # a compiled backward pass is run more than once
+    torch.compiler.reset()
+    function = provide(provider, case.op)
+    inputs = arguments(case, 0)
+    check(outputs(function, inputs, direction), outputs(getattr(reference, case.op), inputs, direction), case.dtype)
+
+    size = ideal_bytes(case, direction)
+    copies = min(16, max(2, (256 << 20) // size))
+    calls = [functools.partial(function, *inputs) for inputs in [arguments(case, seed) for seed in range(copies)]]
+    if direction == "backward":
+        calls = [gradient(out[0] if isinstance(out, tuple) else out, call.args[0]) for call in calls for out in [call()]]
+
+    def run():
+        for call in calls:
+            call()
+
+    run()
+    start = time.perf_counter()
+    run()
+    once = time.perf_counter() - start
+    rounds = 30 if ON_GPU else max(10, min(30, int(0.5 / once)))
+    benchmark.pedantic(run, setup=sleep if ON_GPU else None, rounds=rounds, warmup_rounds=2)
+
+    p20, p50, p80 = (1e6 / copies * statistics.quantiles(benchmark.stats.stats.data, n=10, method="inclusive")[i] for i in (1, 4, 7))
+    gb_per_s = size / p50 / 1e3
+    benchmark.extra_info.update(
+        op=case.op, direction=direction, provider=provider, shape="x".join(map(str, case.shape)),
+        dtype=str(case.dtype).removeprefix("torch."), layout="" if case.op == "geglu" else case.layout,
+        p20_us=round(p20, 2), p50_us=round(p50, 2), p80_us=round(p80, 2), bytes=size, gb_per_s=round(gb_per_s, 2),
+        percent_of_copy=round(100e9 * gb_per_s / copy_bandwidth(), 1),
+    )  # fmt: skip
+
+
+class Rows:
+    """Plugin of pytest that appends a benchmark's row to a CSV file as soon as it is done."""
+
+    def __init__(self, folder: Path, command: str):
+        self.now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+        self.file = folder / f"kernels_{self.now:%Y-%m-%d}_{'gpu' if ON_GPU else 'cpu'}.csv"
+        self.command = command
+
+    def pytest_runtest_teardown(self, item) -> None:
+        """Writes a benchmark's row; one that failed has none."""
+        info = item.funcargs["benchmark"].extra_info
+        if "p50_us" not in info:
+            return
+        row = dict(
+            date=self.now.isoformat(), commit=commit(), device=device_name(), torch=torch.__version__, triton=triton.__version__,
+            python=platform.python_version(), command=self.command, **info,
+        )  # fmt: skip
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", newline="", encoding="utf-8") as out:
+            writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+            if not out.tell():
+                writer.writeheader()
+            writer.writerow(row)
+        print(
+            "\n{op} {direction} {provider} {shape} {dtype} {layout}: {p50_us} us, {gb_per_s} GB/s, {percent_of_copy} %".format(**info),
+            flush=True,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; options it does not know are pytest's. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV file")
+    known, others = parser.parse_known_args(argv)
+    command = " ".join(["python -m bench.kernels", *others])
+    print(f"{device_name()}: a copy moves {copy_bandwidth() / 1e9:.1f} GB/s, read and written")
+    for provider, missing in providers().items():
+        if missing:
+            print(f"{provider}: not run: {missing}")
+    rows = Rows(known.out, command)
+    status = pytest.main([str(Path(__file__)), "--capture=no", "--benchmark-quiet", *others], plugins=[rows])
+    print(f"{rows.file}: {'written' if rows.file.exists() else 'nothing to write'}")
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
