@@ -81,6 +81,13 @@ def check_ppo_loss(
     )  # fmt: skip
 
 
+def check_fp32(latents: Tensor, noise_pred: Tensor) -> None:
+    """Raises ValueError for fp64, which is for the PyTorch twins alone."""
+    for name, tensor in (("latents", latents), ("noise_pred", noise_pred)):
+        if tensor.dtype == torch.float64:
+            raise ValueError(f"{name}: dtype torch.float64; valid in Triton is torch.float32{', float16, bfloat16' * (name != 'latents')}")
+
+
 def check_values(coefficients: Tensor, *, steps: Tensor, rows: Tensor | None = None, num_rows: int = 0) -> None:
     """Raises ValueError for an index out of range or a step without a density, on a CPU only: elsewhere looking would synchronise."""
     if coefficients.device.type != "cpu" or torch.compiler.is_compiling():

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpo_fast.kernels.checks import check_ddim_step, check_values
+from ddpo_fast.kernels.checks import check_ddim_step, check_fp32, check_values
 from ddpo_fast.kernels.gaussian import finish_log_prob, last_to_arrive, load_guided, load_step, mean_of_step, memory_offset
 from ddpo_fast.kernels.launch import block_and_warps, counters, dense, launch, power_of_2
 
@@ -136,4 +136,5 @@ def ddim_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.ddim_step` in one Triton launch."""
     check_ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids)
+    check_fp32(latents, noise_pred)
     return _ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids, float(guidance_scale), dtype or noise_pred.dtype)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpo_fast.kernels.checks import check_ppo_loss, check_values
+from ddpo_fast.kernels.checks import check_fp32, check_ppo_loss, check_values
 from ddpo_fast.kernels.gaussian import finish_log_prob, last_to_arrive, load_guided, load_step, mean_of_step, memory_offset
 from ddpo_fast.kernels.launch import block_and_warps, counters, dense, launch, power_of_2
 from ddpo_fast.kernels.reference import MAX_LOG_RATIO
@@ -216,6 +216,7 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor]:
     """`reference.ppo_loss` in one Triton launch, and one for its gradient."""
     check_ppo_loss(noise_pred, latents, old_log_probs, advantages, coefficients, rows, steps)
+    check_fp32(latents, noise_pred)
     loss, statistics, _ = _ppo_loss(
         noise_pred, latents, old_log_probs, advantages, coefficients, rows, steps,
         float(guidance_scale), float(clip_range), float(weight), score_function,

@@ -126,7 +126,8 @@ def ddim_step(
     noise = normal_noise(seed, sample_ids, steps, latents[0].numel()).view(latents.shape)
     next_latents = mean + std * noise
     unet_input = next_latents.to(dtype or noise_pred.dtype).repeat(len(noise_pred) // len(latents), 1, 1, 1)
-    if not noise_pred.is_contiguous() and noise_pred.is_contiguous(memory_format=torch.channels_last):
+    row = noise_pred[:1]
+    if not row.is_contiguous() and row.is_contiguous(memory_format=torch.channels_last):
         unet_input = unet_input.contiguous(memory_format=torch.channels_last)
     return next_latents, _log_prob(next_latents, mean, std, log_norm), unet_input
 
