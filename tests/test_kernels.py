@@ -896,7 +896,7 @@ def test_triton_is_selected_in_its_interpreter():
     assert kernels.select("triton", torch.device("cpu")).backend == "triton"
 
 
-@pytest.mark.parametrize("which, op", enumerate([ddim_step.ddim_step, ppo_loss.ppo_loss]))
+@pytest.mark.parametrize("which, op", [(0, ddim_step.ddim_step), (1, ppo_loss.ppo_loss)])
 def test_fp64_is_for_the_twins_alone(which, op):
     arguments = valid_arguments()[which]
     floats = {key: value.double() for key, value in arguments.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
