@@ -69,8 +69,8 @@ class Row:
         return not re.search(r"\b(odd|gather)\b", self.configuration) and "merge" not in self.kernel
 
 
-def _latent_ops(dtype: torch.dtype, guided: bool, channels_last: bool, clip: bool, shape: tuple[int, int, int]) -> None:
-    num_rows, num_steps = 8, 50
+def _latent_ops(dtype: torch.dtype, guided: bool, channels_last: bool, clip: bool, shape: tuple[int, int, int], num_rows: int) -> None:
+    num_steps = 50
     coefficients = torch.ones(num_steps, 7 if clip else 4)
     index = torch.zeros(num_rows, dtype=torch.int64)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -101,10 +101,10 @@ def configurations() -> dict[str, Callable[[], None]]:
     names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
     out = {}
 
-    def latents(dtype=torch.float16, guided=True, channels_last=False, clip=False, shape=(4, 64, 64), suffix=""):
+    def latents(dtype=torch.float16, guided=True, channels_last=False, clip=False, shape=(4, 64, 64), num_rows=8, suffix=""):
         name = f"latents {'x'.join(map(str, shape))} {names[dtype]} {'guided' if guided else 'unguided'}"
         name += " channels_last gather" * channels_last + " clip" * clip + suffix
-        out[name] = functools.partial(_latent_ops, dtype, guided, channels_last, clip, shape)
+        out[name] = functools.partial(_latent_ops, dtype, guided, channels_last, clip, shape, num_rows)
 
     for shape in (4, 64, 64), (4, 128, 128):
         for dtype in names:
@@ -116,6 +116,9 @@ def configurations() -> dict[str, Callable[[], None]]:
     latents(clip=True)
     latents(torch.float32, channels_last=True, clip=True)
     latents(shape=(3, 65, 67), suffix=" odd")
+    # the launcher makes other kernels for a count of 1 and for multiples of 16
+    latents(num_rows=1, suffix=" one row")
+    latents(num_rows=64, suffix=" 64 rows")
 
     def norm(shape, channels_last, dtype=torch.float16, suffix=""):
         layout = "channels_last" if channels_last else "NCHW"

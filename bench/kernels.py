@@ -68,7 +68,7 @@ def cases() -> list[Case]:
         return [Case(op, shape, dtype) for op, shape in shapes.items() for dtype in (torch.float32, torch.bfloat16)]
     out = []
     for op in ("ddim_step", "ppo_loss"):
-        out += [Case(op, shape) for shape in ((8, 4, 64, 64), (64, 4, 64, 64), (32, 4, 128, 128))]
+        out += [Case(op, shape) for shape in ((8, 4, 64, 64), (64, 4, 64, 64), (64, 4, 128, 128))]
         out += [Case(op, (64, 4, 64, 64), dtype) for dtype in (torch.bfloat16, torch.float32)]
         out += [Case(op, (64, 4, 64, 64), layout="channels_last")]
     for layout in LAYOUTS:
@@ -225,6 +225,8 @@ def pytest_generate_tests(metafunc) -> None:
         if not missing
         for case in cases()
         for direction in directions(case.op)
+        # compiling takes seconds a case, and `make gpu` has minutes
+        if not (ON_GPU and provider == "compile" and (case.dtype, case.layout) != (torch.float16, "NCHW"))
     ]
     metafunc.parametrize("provider, case, direction", every)
 
@@ -239,7 +241,9 @@ def test_speed(benchmark, provider, case, direction):
     check(outputs(function, inputs, direction), outputs(getattr(reference, case.op), inputs, direction), case.dtype)
 
     size = ideal_bytes(case, direction)
-    copies = min(16, max(2, (256 << 20) // size))
+    # eager latent operations are hundreds of launches: more than two would fill the GPU's queue and time the host
+    host_bound = provider == "eager" and case.op in ("ddim_step", "ppo_loss")
+    copies = 2 if host_bound else min(16, max(2, (256 << 20) // size))
     calls = [functools.partial(function, *inputs) for inputs in [arguments(case, seed) for seed in range(copies)]]
     if direction == "backward":
         calls = [gradient(out[0] if isinstance(out, tuple) else out, call.args[0]) for call in calls for out in [call()]]

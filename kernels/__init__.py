@@ -39,4 +39,6 @@ def select(backend: str, device: torch.device) -> Ops:
         raise ValueError(
             f"kernels.backend=triton: valid on a GPU, or, for tests, on a CPU with TRITON_INTERPRET=1 set; this run is on {device.type}"
         )
+    if torch.cuda.is_available():
+        launch.reserve_counters(torch.empty(0, device=device).device)  # with its index, as tensors have it
     return Ops("triton", ddim_step.ddim_step, ppo_loss.ppo_loss, group_norm_silu.group_norm_silu, geglu.geglu)

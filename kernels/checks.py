@@ -1,9 +1,10 @@
-"""What the arguments of the latent operations must be: one line that names the argument, for every backend alike."""
+"""What the arguments of the operations must be: one line that names the argument, for every backend alike."""
 
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TRITON_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = (*TRITON_FLOATS, torch.float64)  # fp64 is for the PyTorch twins alone
 
 
 def _shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
@@ -46,7 +47,9 @@ def _noise_pred_and_table(noise_pred: Tensor, latents: tuple[int, ...], coeffici
         raise ValueError(f"coefficients: shape {tuple(coefficients.shape)}; valid is (steps, 4), or (steps, 7) with x0 clipping")
 
 
-def check_ddim_step(noise_pred: Tensor, latents: Tensor, coefficients: Tensor, steps: Tensor, seed: int, sample_ids: Tensor) -> None:
+def check_ddim_step(
+    noise_pred: Tensor, latents: Tensor, coefficients: Tensor, steps: Tensor, seed: int, sample_ids: Tensor, dtype: torch.dtype | None
+) -> None:
     """Raises ValueError for arguments of `ddim_step` whose shape, dtype or device does not fit."""
     if latents.dim() != 4 or not latents.numel():
         raise ValueError(f"latents: shape {tuple(latents.shape)}; valid is (B, C, H, W) with at least one element")
@@ -57,6 +60,8 @@ def check_ddim_step(noise_pred: Tensor, latents: Tensor, coefficients: Tensor, s
     _same_device(latents=latents, noise_pred=noise_pred, coefficients=coefficients, steps=steps, sample_ids=sample_ids)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed}: valid is a whole number in [0, 2^63)")
+    if dtype is not None and dtype not in _FLOATS:
+        raise ValueError(f"dtype={dtype}: valid are torch.float32, torch.float16, torch.bfloat16")
 
 
 def check_ppo_loss(
@@ -98,3 +103,35 @@ def check_values(coefficients: Tensor, *, steps: Tensor, rows: Tensor | None = N
             raise ValueError(f"{name}: {int(wrong)} is out of range; valid is 0 to {length - 1}")
     if not (std := coefficients[steps, 2]).gt(0).all():
         raise ValueError(f"coefficients: a step's s is {float(std.min())} (eta = 0), so it has no log-prob; valid is s > 0")
+
+
+def _check_floats(dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name}: dtype {tensor.dtype}; valid are {', '.join(map(str, dtypes))}")
+
+
+def check_group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, dtypes: tuple[torch.dtype, ...] = _FLOATS
+) -> None:
+    """Raises ValueError for arguments of `group_norm_silu` whose shape, dtype or device does not fit."""
+    if x.dim() != 4 or not x.numel():
+        raise ValueError(f"x: shape {tuple(x.shape)}; valid is (B, C, H, W) with at least one element")
+    _check_floats(dtypes, x=x)
+    if num_groups < 1 or x.shape[1] % num_groups:
+        raise ValueError(f"num_groups={num_groups}: valid is a divisor of the number of channels, {x.shape[1]}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dim() != 1 or len(tensor) != x.shape[1]:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; valid here is ({x.shape[1]},), one for each channel")
+        _check_floats(dtypes, **{name: tensor})
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, but x is on {x.device}")
+
+
+def check_geglu(x: Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> None:
+    """Raises ValueError for an argument of `geglu` that does not fit."""
+    if not x.dim() or not x.numel() or x.shape[-1] % 2:
+        raise ValueError(f"x: shape {tuple(x.shape)}; valid is (..., 2D) with at least one element")
+    _check_floats(dtypes, x=x)

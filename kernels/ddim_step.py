@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpo_fast.kernels.checks import check_ddim_step, check_fp32, check_values
 from ddpo_fast.kernels.gaussian import finish_log_prob, last_to_arrive, load_guided, load_step, mean_of_step, memory_offset
-from ddpo_fast.kernels.launch import block_and_warps, counters, dense, launch, power_of_2
+from ddpo_fast.kernels.launch import block_and_warps, counters, dense, empty_like, launch, power_of_2
 
 
 @triton.jit
@@ -116,11 +116,10 @@ def _(noise_pred, latents, coefficients, steps, seed, sample_ids, guidance_scale
 
 
 def _outputs(noise_pred: Tensor, latents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    layout = torch.channels_last if dense(noise_pred)[2] else torch.contiguous_format
     return (
         torch.empty(latents.shape, dtype=torch.float32, device=latents.device),
         torch.empty(len(latents), dtype=torch.float32, device=latents.device),
-        torch.empty(noise_pred.shape, dtype=dtype, device=latents.device, memory_format=layout),
+        empty_like(noise_pred, dtype),
     )
 
 
@@ -135,6 +134,6 @@ def ddim_step(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.ddim_step` in one Triton launch."""
-    check_ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids)
+    check_ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids, dtype)
     check_fp32(latents, noise_pred)
     return _ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids, float(guidance_scale), dtype or noise_pred.dtype)

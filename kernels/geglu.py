@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ddpo_fast.kernels.checks import TRITON_FLOATS, check_geglu
 from ddpo_fast.kernels.launch import launch, power_of_2
-from ddpo_fast.kernels.reference import _check_geglu
 
 TILE = 2048
 LARGEST_BLOCK_D = 256
@@ -109,5 +109,5 @@ def geglu(x: Tensor) -> Tensor:
     x: (..., 2D) fp32, fp16 or bf16; one that is not contiguous is copied. Returns y (..., D) in x's dtype; all arithmetic is fp32.
     Saves x alone if a gradient is wanted. Raises ValueError as `reference.geglu`, and for fp64.
     """
-    _check_geglu(x, (torch.float32, torch.float16, torch.bfloat16))
+    check_geglu(x, TRITON_FLOATS)
     return _forward(x)

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpo_fast.kernels.launch import block_and_warps, dense, launch, power_of_2
-from ddpo_fast.kernels.reference import _check_group_norm
+from ddpo_fast.kernels.checks import TRITON_FLOATS, check_group_norm
+from ddpo_fast.kernels.launch import block_and_warps, dense, empty_like, launch, power_of_2
 
 LARGEST_TILE = 8192
 CHANNELS_LAST_CHANNELS = 64
@@ -215,10 +215,6 @@ def _memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(dense(x)[2]))
-
-
 def _tiling(x: Tensor, channels_last: bool) -> tuple[int, int, int]:
     """BLOCK_P, BLOCK_C and the number of tiles of a sample: at least 64 tiles before they grow to 8192 elements."""
     _, c, h, w = x.shape
@@ -259,7 +255,7 @@ def _forward(
         num_warps=merge_warps, CPG=cpg, BLOCK_N=block, **sizes,
     )  # fmt: skip
 
-    y = _empty_like(x)
+    y = empty_like(x)
     launch(
         _group_norm_silu_fwd_kernel, batch * tiles, x, x if weight is None else weight, x if bias is None else bias, mean, rstd, y,
         num_warps=warps, CPG=cpg, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, SILU=silu, **sizes, **tile,
@@ -270,7 +266,7 @@ def _forward(
 @_forward.register_fake
 def _(x, num_groups, weight, bias, eps, silu):
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
-    return _empty_like(x), mean, torch.empty_like(mean)
+    return empty_like(x), mean, torch.empty_like(mean)
 
 
 @torch.library.custom_op("ddpo_fast::group_norm_silu_backward", mutates_args=())
@@ -304,7 +300,7 @@ def _backward(
             _group_norm_silu_merge_bwd_kernel, batch * num_groups, chunk_sum, chunk_dot, affine[0], group_sum, group_dot,
             num_warps=merge_warps, C=c, HW=h * w, CPG=cpg, CHUNKS=chunks, BLOCK_N=block, HAS_WEIGHT=weight is not None,
         )  # fmt: skip
-        dx = _empty_like(x)
+        dx = empty_like(x)
         launch(_group_norm_silu_bwd_kernel, batch * tiles, x, dy, *affine, group_sum, group_dot, dx, num_warps=warps, **sizes)
     if need_weight:
         dweight = chunk_dot.sum((0, 1)).to(weight.dtype)
@@ -316,7 +312,7 @@ def _backward(
 @_backward.register_fake
 def _(dy, x, weight, bias, mean, rstd, silu, need_x, need_weight, need_bias):
     return (
-        _empty_like(x) if need_x else x.new_empty(0),
+        empty_like(x) if need_x else x.new_empty(0),
         weight.new_empty(weight.shape) if need_weight else x.new_empty(0),
         bias.new_empty(bias.shape) if need_bias else x.new_empty(0),
     )
@@ -351,5 +347,5 @@ def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None, bias: Ten
     Saves x and fp32 (B, groups) moments if a gradient is wanted; weight gradients are not computed for frozen weights.
     Raises ValueError as `reference.group_norm_silu`, and for fp64.
     """
-    _check_group_norm(x, num_groups, weight, bias, (torch.float32, torch.float16, torch.bfloat16))
+    check_group_norm(x, num_groups, weight, bias, TRITON_FLOATS)
     return _forward(x, num_groups, weight, bias, eps, silu)[0]

@@ -1,7 +1,6 @@
 """The host side that all kernels share: how one is launched, and the memory layouts that they read."""
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -60,12 +59,12 @@ def power_of_2(n: int) -> int:
     return triton.next_power_of_2(n)
 
 
-def block_and_warps(num_elements: int, largest: int = 2048) -> tuple[int, int]:
-    """Elements of a one-dimensional block and its number of warps: 8 elements a thread, at most `largest` in all.
+def block_and_warps(num_elements: int) -> tuple[int, int]:
+    """Elements of a one-dimensional block and its number of warps: 8 elements a thread, at most 2048 in all.
 
     It depends on the length of a row alone, so that a row's sums do not depend on how many rows there are.
     """
-    block = max(16, min(largest, power_of_2(num_elements)))
+    block = max(16, min(2048, power_of_2(num_elements)))
     return block, max(1, block // (32 * ELEMENTS_PER_THREAD))
 
 
@@ -83,17 +82,36 @@ def dense(tensor: Tensor) -> tuple[Tensor, int, bool]:
     return tensor, tensor.stride(0), False
 
 
+def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (B, C, H, W) tensor with dense rows, channels_last if those of `tensor` are."""
+    layout = torch.channels_last if dense(tensor)[2] else torch.contiguous_format
+    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device, memory_format=layout)
+
+
+_COUNTERS, _STREAMS = 4096, 64
+_slabs: dict[torch.device, Tensor] = {}
+_slots: dict[tuple[torch.device, int], int] = {}
+
+
+def reserve_counters(device: torch.device) -> None:
+    """Allocates a device's counters, once, outside of every CUDA graph's memory pool."""
+    if device not in _slabs:
+        _slabs[device] = torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # other streams will use them
+
+
 def counters(count: int, device: torch.device) -> Tensor:
     """At least `count` int32 zeros for `last_to_arrive`, which leaves them at zero: no launch is spent on clearing them.
 
-    Each stream has its own, since kernels on one stream do not overlap; a CUDA graph under capture gets new ones.
+    Each stream has its own, since kernels on one stream do not overlap. A CUDA graph under capture gets new ones, and so does who
+    wants more than are reserved or comes without `reserve_counters`.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
+    if device.type == "cpu":
+        reserve_counters(device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _persistent_counters(max(4096, power_of_2(count)), device, stream)
-
-
-@functools.lru_cache(maxsize=64)
-def _persistent_counters(count: int, device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
+    slot = _slots.setdefault((device, stream), len(_slots))
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing or device not in _slabs or count > _COUNTERS or slot >= _STREAMS:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    return _slabs[device][slot]

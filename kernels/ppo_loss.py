@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpo_fast.kernels.checks import check_fp32, check_ppo_loss, check_values
 from ddpo_fast.kernels.gaussian import finish_log_prob, last_to_arrive, load_guided, load_step, mean_of_step, memory_offset
-from ddpo_fast.kernels.launch import block_and_warps, counters, dense, launch, power_of_2
+from ddpo_fast.kernels.launch import block_and_warps, counters, dense, empty_like, launch, power_of_2
 from ddpo_fast.kernels.reference import MAX_LOG_RATIO
 
 
@@ -166,7 +166,7 @@ def _ppo_loss_backward(
     guidance_scale: float,
 ) -> Tensor:  # fmt: skip
     noise_pred, stride, channels_last = dense(noise_pred)
-    grad = _empty_like(noise_pred)
+    grad = empty_like(noise_pred)
     constants = _shape_constants(noise_pred, channels_last, coefficients, rows)
     launch(
         _ppo_loss_bwd_kernel, constants["CHUNKS"] * len(rows),
@@ -178,12 +178,7 @@ def _ppo_loss_backward(
 
 @_ppo_loss_backward.register_fake
 def _(upstream, slopes, noise_pred, latents, coefficients, rows, steps, guidance_scale):
-    return _empty_like(dense(noise_pred)[0])
-
-
-def _empty_like(noise_pred: Tensor) -> Tensor:
-    layout = torch.channels_last if dense(noise_pred)[2] else torch.contiguous_format
-    return torch.empty(noise_pred.shape, dtype=noise_pred.dtype, device=noise_pred.device, memory_format=layout)
+    return empty_like(noise_pred)
 
 
 def _setup_context(ctx, inputs, output):
@@ -195,7 +190,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
-    return _ppo_loss_backward(grad_loss, *ctx.saved_tensors, ctx.guidance_scale), *[None] * 10
+    grad = None if grad_loss is None else _ppo_loss_backward(grad_loss, *ctx.saved_tensors, ctx.guidance_scale)
+    return grad, *[None] * 10
 
 
 _ppo_loss.register_autograd(_backward, setup_context=_setup_context)

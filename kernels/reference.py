@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddpo_fast.kernels.checks import check_ddim_step, check_ppo_loss, check_values
+from ddpo_fast.kernels.checks import check_ddim_step, check_geglu, check_group_norm, check_ppo_loss, check_values
 
 INITIAL_STEP = 0xFFFFFFFF  # the `step` under which the noise of the initial latents x_T is drawn
 MAX_LOG_RATIO = 20.0  # beyond it a ratio is taken as exp(+-20): finite, and without a gradient
@@ -93,6 +93,7 @@ def _log_prob(next_latents: Tensor, mean: Tensor, std: Tensor, log_norm: Tensor)
     return -0.5 * ((next_latents - mean) / std).square().flatten(1).mean(1) - log_norm
 
 
+@torch.no_grad()
 def ddim_step(
     noise_pred: Tensor,
     latents: Tensor,
@@ -115,11 +116,11 @@ def ddim_step(
     (c_x, c_out, s, log(s sqrt(2 pi))), or (S, 7) with (q_x, q_out, sqrt(a_p) r) behind for x0 clipping; the prediction type is
     folded in. steps: (B,) int64, each row's row of the table. sample_ids: (B,) int64. Returns x_p (B, C, H, W) fp32; log p (B,) fp32
     in nats per element, that of the x_p returned, rounding included; and the next UNet input (G B, C, H, W): x_p in `dtype`
-    (default: noise_pred's) and noise_pred's memory layout, once for each branch.
+    (default: noise_pred's) and noise_pred's memory layout, once for each branch. Nothing here has a gradient.
     Raises ValueError for arguments that do not fit; a step outside the table or a step with s = 0 is found where that costs no
     synchronisation, on a CPU, and on a GPU gives that row NaN.
     """
-    check_ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids)
+    check_ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids, dtype)
     check_values(coefficients, steps=steps)
     out = guide(noise_pred, len(latents), guidance_scale)
     mean, std, log_norm = _mean(out, latents, coefficients, steps)
@@ -174,37 +175,6 @@ def ppo_loss(
     return weight * losses.sum(), torch.stack([losses, ratio, clipped, 0.5 * log_ratio.square()]).detach()
 
 
-def _check_floats(dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{name}: dtype {tensor.dtype}; valid are {', '.join(map(str, dtypes))}")
-
-
-def _check_group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> None:
-    if x.dim() != 4 or not x.numel():
-        raise ValueError(f"x: shape {tuple(x.shape)}; valid is (B, C, H, W) with at least one element")
-    _check_floats(dtypes, x=x)
-    if num_groups < 1 or x.shape[1] % num_groups:
-        raise ValueError(f"num_groups={num_groups}: valid is a divisor of the number of channels, {x.shape[1]}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dim() != 1 or len(tensor) != x.shape[1]:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; valid here is ({x.shape[1]},), one for each channel")
-        _check_floats(dtypes, **{name: tensor})
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: on {tensor.device}, but x is on {x.device}")
-
-
-def _check_geglu(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not x.dim() or not x.numel() or x.shape[-1] % 2:
-        raise ValueError(f"x: shape {tuple(x.shape)}; valid is (..., 2D) with at least one element")
-    _check_floats(dtypes, x=x)
-
-
-_BLOCK_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
 def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = True) -> Tensor:
     """GroupNorm (arXiv:1803.08494) and, if wanted, the SiLU that follows it in a residual block.
 
@@ -216,7 +186,7 @@ def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None, bias: Ten
     Returns y (B, C, H, W) in x's dtype.
     Raises ValueError for a shape, dtype or device that does not fit, an empty x, or a num_groups that does not divide C.
     """
-    _check_group_norm(x, num_groups, weight, bias, _BLOCK_DTYPES)
+    check_group_norm(x, num_groups, weight, bias)
     dtype = x.dtype
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # without it torch cannot differentiate the bias
@@ -233,6 +203,6 @@ def geglu(x: Tensor) -> Tensor:
     x: (..., 2D) fp32, fp16 or bf16 (fp64 here alone), a its first D columns and g the others. Returns y (..., D) in x's dtype.
     Raises ValueError for an odd last dimension, an empty x or another dtype.
     """
-    _check_geglu(x, _BLOCK_DTYPES)
+    check_geglu(x)
     value, gate = x.chunk(2, dim=-1)
     return value * torch.nn.functional.gelu(gate)
