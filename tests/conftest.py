@@ -16,7 +16,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 SD_BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
 
-def make_pipeline(folder: Path, *, channels=(16, 32), latent_size=8, latent_channels=4, prediction_type="epsilon", width=16) -> Path:
+def make_pipeline(
+    folder: Path, *, channels=(16, 32), latent_size=8, latent_channels=4, prediction_type="epsilon", width=16, groups=8
+) -> Path:
     """Writes a random pipeline that draws pictures twice the latents' size; its vocabulary is the single letters."""
     torch.manual_seed(0)
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
@@ -31,7 +33,7 @@ def make_pipeline(folder: Path, *, channels=(16, 32), latent_size=8, latent_chan
     )  # fmt: skip
     unet = UNet2DConditionModel(
         sample_size=latent_size, in_channels=latent_channels, out_channels=latent_channels, block_out_channels=channels,
-        layers_per_block=1, cross_attention_dim=width, attention_head_dim=2, norm_num_groups=8,
+        layers_per_block=1, cross_attention_dim=width, attention_head_dim=2, norm_num_groups=groups,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     vae = AutoencoderKL(
