@@ -20,6 +20,9 @@ import math
 import time
 from dataclasses import dataclass
 
+# on a CPU with AVX512-BF16 it warns that a 4-bit kernel cannot be downloaded, which nothing here uses
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
