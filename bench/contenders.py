@@ -1,0 +1,423 @@
+"""What is compared: our trainer, the textbook loop and TRL's DDPOTrainer, each able to run whole iterations of the same work on demand.
+
+    python -m bench.contenders NAME [options of train.py]     # started by bench.harness; commands on stdin
+
+All take the same command line, so the model folder, prompts, reward, numbers of samples, steps and updates, LoRA layers and rank, learning
+rate, dtype and thread count are the same. A contender is timed by stage, each stage ending when the device has done its work.
+"""
+
+import json
+import math
+import os
+import sys
+import traceback
+import warnings
+import zlib
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.textbook import TextbookLoop, Trajectories
+from ddpo_fast import train as trainer
+from ddpo_fast.advantages import PromptBaseline
+from ddpo_fast.config import parse
+from ddpo_fast.ddim import DDIMSchedule
+from ddpo_fast.fused_unet import unfuse
+from ddpo_fast.metrics import StageTimer, peak_memory_mib
+from ddpo_fast.prompts import draw_prompts
+from ddpo_fast.rollout import Rollout
+
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+STAGES = ("encode", "denoise", "decode", "reward", "update", "optimizer")
+"""Of an iteration. A contender's remaining time, the total less these, is its bookkeeping."""
+TIMED = ("encode", "sample", "decode", "reward", "train", "optimizer", "total")
+"""What is timed to know them: sample holds encode and decode, train holds optimizer."""
+
+
+class Stages(StageTimer):
+    """A StageTimer that also counts each stage's floating point operations, while `counter` is set."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.counter, self.flop = None, {}
+
+    @contextmanager
+    def __call__(self, stage: str):
+        before = self.counter.get_total_flops() if self.counter else 0
+        with super().__call__(stage):
+            yield
+        if self.counter:
+            self.flop[stage] = self.flop.get(stage, 0) + self.counter.get_total_flops() - before
+
+    def wrap(self, owner, name: str, stage: str) -> None:
+        """Times every call of a method from now on."""
+        method = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            with self(stage):
+                return method(*args, **kwargs)
+
+        setattr(owner, name, timed)
+
+    def split(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds and FLOP by stage of STAGES and in total: what was timed as sample and train, less the stages inside them."""
+
+        def divide(parts: dict[str, float]) -> dict[str, float]:
+            encode, sample, decode, reward, train, optimizer, total = (parts.get(stage, 0) for stage in TIMED)
+            return {
+                "encode": encode, "denoise": sample - encode - decode, "decode": decode, "reward": reward, "update": train - optimizer,
+                "optimizer": optimizer, "total": total,
+            }  # fmt: skip
+
+        return divide(self.seconds), divide(self.flop)
+
+
+class Contender:
+    """One way to run the work of a command line. `trainable` gives the UNet's trained parameters by name."""
+
+    def __init__(self, argv: list[str]):
+        self.setup = trainer.prepare(parse(argv))
+        self.config, self.device = self.setup.config, self.setup.policy.device
+        self.iteration = 0
+        self.unet = self.setup.policy.unet
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.unet.named_parameters() if parameter.requires_grad}
+
+    def iterate(self, count_flop: bool = False) -> dict:
+        """One iteration of DDPO: seconds by stage, reward, peak memory and, if counted, FLOP by stage."""
+        self.iteration += 1
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.stages.seconds, self.stages.flop = {}, {}
+        if count_flop:
+            with FlopCounterMode(display=False) as self.stages.counter:
+                result = self.timed_iteration()
+            self.stages.counter = None
+        else:
+            result = self.timed_iteration()
+        seconds, flop = self.stages.split()
+        result |= {"total_s": seconds["total"], "seconds": seconds, "peak_memory_mib": peak_memory_mib(self.device)}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # another contender's turn
+        return result | ({"flop": flop} if count_flop else {})
+
+    def timed_iteration(self) -> dict:
+        with self.stages("total"):
+            return self.work()
+
+    def prompts(self) -> list[str]:
+        """This iteration's; the same for every contender."""
+        config = self.config
+        return draw_prompts(
+            self.setup.prompts, config.sample.num_samples, config.prompts.samples_per_prompt, config.run.seed, self.iteration
+        )
+
+    @contextmanager
+    def perturbed(self):
+        """While it lasts, the trained parameters are away from their start, where half of LoRA's gradient is 0; alike in all contenders."""
+        saved = {name: parameter.data.clone() for name, parameter in self.trainable().items()}
+        with torch.no_grad():
+            for name, parameter in self.trainable().items():
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        yield
+        with torch.no_grad():
+            for name, parameter in self.trainable().items():
+                parameter.copy_(saved[name])
+                parameter.grad = None
+
+    def gradient(self, file: Path) -> None:
+        """Computes the gradient of the mean loss of the trajectories in `file`, one minibatch, and saves it beside it."""
+        data = torch.load(file, map_location=self.device)
+        with self.perturbed():
+            result = self.loss_gradient(data)
+        torch.save({name: value.cpu() for name, value in result.items()}, file.with_suffix(f".{type(self).__name__}"))
+
+    def collect(self) -> dict[str, Tensor]:
+        gradient = {name: parameter.grad.detach().clone() for name, parameter in self.trainable().items() if parameter.grad is not None}
+        self.unet.zero_grad()
+        return gradient
+
+
+class Ours(Contender):
+    """ddpo_fast's trainer, with `changes` that no option makes: see CHANGES."""
+
+    CHANGES = ("plain_norms", "contiguous", *(f"sdpa_{name}" for name in SDPA))
+    """plain_norms: GroupNorm and GEGLU not fused; contiguous: not channels_last; sdpa_*: one of PyTorch's attention kernels."""
+
+    def __init__(self, argv: list[str], changes: tuple[str, ...] = ()):
+        super().__init__(argv)
+        setup = self.setup
+        if unknown := set(changes) - set(self.CHANGES):
+            raise ValueError(f"{', '.join(unknown)}: valid changes are {', '.join(self.CHANGES)}")
+        if "plain_norms" in changes:
+            unfuse(self.unet)
+        self.engine = trainer.make_engine(setup)
+        if "contiguous" in changes:
+            for parameter in self.unet.parameters():
+                parameter.data = parameter.data.contiguous()
+        self.attention = [SDPA[change.removeprefix("sdpa_")] for change in changes if change.startswith("sdpa_")]
+        baseline = self.config.baseline
+        self.baseline = PromptBaseline(baseline.buffer_size, baseline.min_count, baseline.std)
+        self.stages = Stages(self.device)
+        self.stages.wrap(setup.policy, "encode_prompts", "encode")
+        self.stages.wrap(setup.policy, "decode_latents", "decode")
+        self.stages.wrap(self.engine, "step", "optimizer")
+
+    def work(self) -> dict:
+        with sdpa_kernel(self.attention) if self.attention else nullcontext():
+            return self.improve()
+
+    def improve(self) -> dict:
+        row = trainer.improve(self.setup, self.engine, self.baseline, self.stages, self.iteration)
+        if not row["ratio_error"] <= 0.1 * self.setup.clip_range:
+            raise RuntimeError(
+                f"ratio_error={row['ratio_error']:.3g}, a tenth of the clip range is {0.1 * self.setup.clip_range:.3g}: rollout and update "
+                "do not agree, so no time of theirs is reported"
+            )
+        return {key: row[key] for key in ("reward_mean", "reward_std", "ratio_error", "transitions")}
+
+    def resize(self, **options) -> None:
+        """Changes the amount of work: `section__key=value` of a config, of the sections sample and train."""
+        config = self.config.replace(**options)
+        config.check()
+        schedule = DDIMSchedule.from_scheduler(self.setup.policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, self.device)
+        self.config, self.setup = config, replace(self.setup, config=config, schedule=schedule)
+
+    def loss_gradient(self, data: dict) -> dict[str, Tensor]:
+        one_update = self.config.replace(
+            train__num_minibatches=1, train__inner_epochs=1, train__timestep_fraction=1.0, sample__num_samples=len(data["latents"])
+        )
+        setup = replace(self.setup, config=one_update)
+        embeds = setup.policy.encode_prompts(data["prompts"])
+        gradient = {}
+        engine = SimpleNamespace(loss_scale=self.engine.loss_scale, dtype=self.engine.dtype, backward=self.engine.backward)
+        engine.step = lambda: gradient.update(self.collect()) or 0.0
+        row = trainer.update(setup, engine, Rollout(embeds, data["latents"], data["log_probs"]), data["advantages"], 1)
+        gradient["ratio_error"] = torch.tensor(row["ratio_error"])
+        return gradient
+
+
+class Textbook(Contender):
+    """The textbook loop with torch's AdamW; batches as large as a minibatch of samples and train.micro_batch allow."""
+
+    def __init__(self, argv: list[str]):
+        super().__init__([*argv, "--kernels.backend=reference"])
+        config, policy = self.config, self.setup.policy
+        self.loop = TextbookLoop(policy.pipe, config.sample.num_steps, config.sample.guidance_scale)
+        self.parameters = policy.trainable_parameters()
+        options = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, config.train.learning_rate, tuple(options.betas), options.eps, options.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=policy.dtype == torch.float16)
+        self.baseline = PromptBaseline(config.baseline.buffer_size, config.baseline.min_count, config.baseline.std)
+        self.generator = torch.Generator(self.device).manual_seed(config.run.seed)
+        self.uncond_embeds = self.loop.encode([""])
+        self.stages = Stages(self.device)
+
+    def work(self) -> dict:
+        config, data, rewards, prompts = self.config, [], [], self.prompts()
+        for start in range(0, len(prompts), config.sample.batch_size):
+            batch = prompts[start : start + config.sample.batch_size]
+            with self.stages("sample"):
+                with self.stages("encode"), torch.no_grad():
+                    embeds = self.loop.encode(batch)
+                data.append(self.loop.rollout(embeds, self.uncond_embeds, self.generator))
+                with self.stages("decode"):
+                    images = self.loop.decode(data[-1].next_latents[:, -1])
+            with self.stages("reward"):
+                rewards.append(self.setup.reward(images, batch, **config.reward.kwargs))
+        joined = (torch.cat([getattr(part, name) for part in data]) for name in ("latents", "next_latents", "log_probs", "prompt_embeds"))
+        data, rewards = Trajectories(self.loop.timesteps, *joined), torch.cat(rewards)
+        limit = config.train.advantage_clip
+        advantages = self.baseline.update(prompts, rewards).clamp(-limit, limit).float().to(self.device)
+        with self.stages("train"):
+            ratios = self.update(data, advantages)
+        return {
+            "reward_mean": rewards.mean().item(),
+            "reward_std": rewards.std(correction=0).item(),
+            "ratio_error": (ratios - 1).abs().max().item(),
+            "transitions": config.sample.num_samples * config.sample.num_steps * config.train.inner_epochs,
+        }
+
+    def update(self, data: Trajectories, advantages: Tensor) -> Tensor:
+        """An iteration's updates; returns the first one's ratios."""
+        options, first = self.config.train, None
+        for _ in range(options.inner_epochs):
+            order = torch.randperm(len(advantages), generator=self.generator, device=self.device)
+            for minibatch in order.chunk(options.num_minibatches):
+                ratios = self.loop.backward(
+                    data, minibatch, options.micro_batch, advantages, self.uncond_embeds, self.setup.clip_range, self.scaler.scale
+                )
+                first = ratios if first is None else first
+                with self.stages("optimizer"):
+                    self.scaler.unscale_(self.optimizer)
+                    nn.utils.clip_grad_norm_(self.parameters, options.max_grad_norm)
+                    self.scaler.step(self.optimizer)
+                    self.scaler.update()
+                    self.optimizer.zero_grad()
+        return first
+
+    def trajectories(self, file: Path) -> None:
+        """Saves trajectories of `perturbed` parameters with made-up advantages: what every contender's gradient is compared on."""
+        prompts = self.setup.prompts[:4]
+        with self.perturbed():
+            data = self.loop.rollout(self.loop.encode(prompts), self.uncond_embeds, torch.Generator(self.device).manual_seed(1))
+        latents = torch.cat([data.latents, data.next_latents[:, -1:]], 1)
+        advantages = torch.linspace(-1.5, 2.0, len(prompts))
+        torch.save({"prompts": prompts, "latents": latents, "log_probs": data.log_probs, "advantages": advantages}, file)
+
+    def loss_gradient(self, data: dict) -> dict[str, Tensor]:
+        latents, rows = data["latents"], torch.arange(len(data["prompts"]), device=self.device)
+        embeds = self.loop.encode(data["prompts"])
+        steps = Trajectories(self.loop.timesteps, latents[:, :-1], latents[:, 1:], data["log_probs"], embeds)
+        scale = 2.0**16 if self.unet.dtype == torch.float16 else 1.0
+        ratios = self.loop.backward(
+            steps,
+            rows,
+            self.config.train.micro_batch,
+            data["advantages"],
+            self.uncond_embeds,
+            self.setup.clip_range,
+            lambda loss: scale * loss,
+        )
+        gradient = {name: value / scale for name, value in self.collect().items()}
+        return gradient | {"ratio_error": (ratios - 1).abs().max()}
+
+
+class TRL(Contender):
+    """TRL's DDPOTrainer (deleted in TRL 0.24), with our LoRA layers in place of its fixed ones; the rest is its own."""
+
+    def __init__(self, argv: list[str]):
+        super().__init__([*argv, "--kernels.backend=reference"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+        config, policy = self.config, self.setup.policy
+        if policy.full:
+            raise ValueError("lora.scope=none: the comparison with TRL is of LoRA")
+        lora: LoraConfig = policy.unet.peft_config["default"]
+
+        class Pipeline(DefaultDDPOStableDiffusionPipeline):
+            def get_trainable_layers(self):
+                self.sd_pipeline.unet.add_adapter(lora)
+                for parameter in self.sd_pipeline.unet.parameters():
+                    if parameter.requires_grad:
+                        parameter.data = parameter.data.float()
+                return self.sd_pipeline.unet
+
+        minibatch = config.sample.num_samples // config.train.num_minibatches
+        sample_batch = math.gcd(config.sample.batch_size, config.sample.num_samples)
+        train_batch = max(
+            n for n in range(1, minibatch + 1) if minibatch % n == 0 and sample_batch % n == 0 and n <= max(1, config.train.micro_batch)
+        )
+        options = DDPOConfig(
+            seed=config.run.seed, mixed_precision={"fp32": "no"}.get(config.model.dtype, config.model.dtype), allow_tf32=False,
+            sample_num_steps=config.sample.num_steps, sample_eta=config.sample.eta, sample_guidance_scale=config.sample.guidance_scale,
+            sample_batch_size=sample_batch, sample_num_batches_per_epoch=config.sample.num_samples // sample_batch,
+            train_batch_size=train_batch, train_gradient_accumulation_steps=minibatch // train_batch,
+            train_num_inner_epochs=config.train.inner_epochs, train_learning_rate=config.train.learning_rate,
+            train_adam_beta1=config.optimizer.betas[0], train_adam_beta2=config.optimizer.betas[1],
+            train_adam_weight_decay=config.optimizer.weight_decay, train_adam_epsilon=config.optimizer.eps,
+            train_max_grad_norm=config.train.max_grad_norm, train_adv_clip_max=config.train.advantage_clip,
+            train_clip_range=self.setup.clip_range, train_cfg=config.sample.guidance_scale != 1,
+            train_timestep_fraction=config.train.timestep_fraction, per_prompt_stat_tracking=True,
+            per_prompt_stat_tracking_buffer_size=config.baseline.buffer_size,
+            per_prompt_stat_tracking_min_count=config.baseline.min_count, save_freq=1 << 30,
+        )  # fmt: skip
+        PartialState(cpu=self.device.type == "cpu")  # TRL logs before it has made its own
+        self.setup = replace(self.setup, policy=None)  # TRL loads the model itself
+        pipeline = Pipeline(config.model.path, use_lora=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.trl = DDPOTrainer(options, self.reward, lambda: (next(self.queue), {}), pipeline)
+        pipeline.sd_pipeline.set_progress_bar_config(disable=True)
+        self.unet, self.rewards = pipeline.unet, []
+        self.stages = Stages(self.device)
+        self.stages.wrap(self.trl, "_generate_samples", "sample")
+        self.stages.wrap(pipeline.text_encoder, "forward", "encode")
+        self.stages.wrap(pipeline.vae, "decode", "decode")
+        self.stages.wrap(self.trl, "compute_rewards", "reward")
+        self.stages.wrap(self.trl, "_train_batched_samples", "train")
+        self.stages.wrap(self.trl.optimizer, "step", "optimizer")
+
+    def reward(self, images: Tensor, prompts: tuple[str], metadata: tuple) -> tuple[Tensor, dict]:
+        rewards = torch.as_tensor(self.setup.reward(images.float(), list(prompts), **self.config.reward.kwargs))
+        self.rewards.append(rewards.double().cpu())
+        return rewards, {}
+
+    def work(self) -> dict:
+        self.rewards.clear()
+        self.queue = iter(self.prompts())
+        self.trl.step(self.iteration, self.iteration)
+        rewards, config = torch.cat(self.rewards), self.config
+        return {
+            "reward_mean": rewards.mean().item(),
+            "reward_std": rewards.std(correction=0).item(),
+            "transitions": config.sample.num_samples * self.trl.num_train_timesteps * config.train.inner_epochs,
+        }
+
+    def loss_gradient(self, data: dict) -> dict[str, Tensor]:
+        trl, latents = self.trl, data["latents"].to(self.unet.dtype)
+        tokens = trl.sd_pipeline.tokenizer(
+            data["prompts"], return_tensors="pt", padding="max_length", truncation=True,
+            max_length=trl.sd_pipeline.tokenizer.model_max_length,
+        ).input_ids.to(self.device)  # fmt: skip
+        with torch.no_grad():
+            embeds = trl.sd_pipeline.text_encoder(tokens)[0]
+        if trl.config.train_cfg:
+            embeds = torch.cat([trl.neg_prompt_embed.expand_as(embeds), embeds])
+        trl.sd_pipeline.scheduler.set_timesteps(self.config.sample.num_steps)
+        timesteps = trl.sd_pipeline.scheduler.timesteps.to(self.device)
+        scale = 2.0**16 if self.unet.dtype == torch.float16 else 1.0
+        for step, t in enumerate(timesteps):
+            loss, _, _ = trl.calculate_loss(
+                latents[:, step], t.expand(len(latents)), latents[:, step + 1], data["log_probs"][:, step], data["advantages"], embeds
+            )
+            (scale * loss / len(timesteps)).backward()
+        return {name: value / scale for name, value in self.collect().items()}
+
+
+CONTENDERS = {"ours": Ours, "textbook": Textbook, "trl": TRL}
+
+
+def make(name: str, argv: list[str]) -> Contender:
+    """`ours`, `ours:contiguous,plain_norms` (with those changes), `textbook` or `trl`."""
+    name, _, changes = name.partition(":")
+    return CONTENDERS[name](argv, *([tuple(changes.split(","))] if changes else []))
+
+
+def main() -> None:
+    """Answers each command {"call": method, ...arguments} with one line of JSON; what the libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    try:
+        contender = make(sys.argv[1], sys.argv[2:])
+        work = {"dtype": contender.config.model.dtype, "num_samples": contender.config.sample.num_samples}
+        print(json.dumps(work), file=answers)
+        for line in sys.stdin:
+            command = json.loads(line)
+            arguments = {key: Path(value) if key == "file" else value for key, value in command.items() if key != "call"}
+            print(json.dumps(getattr(contender, command["call"])(**arguments) or {}), file=answers)
+    except Exception as error:
+        traceback.print_exc()
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers)
+
+
+if __name__ == "__main__":
+    main()

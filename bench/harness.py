@@ -1,0 +1,156 @@
+"""Contenders taking turns: each a process of its own that runs one iteration when told, all gated for correctness before any is timed."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+GRADIENT_TOLERANCE = {"fp32": 5e-4, "fp16": 2e-2, "bf16": 1e-1}
+"""Norm of a gradient's difference from the textbook loop's in fp32, over its norm, above which nothing is reported.
+
+Measured in fp32: 6e-5 of ours (the last steps' small variance amplifies rounding), 2e-6 of TRL, which rounds as the textbook loop does.
+"""
+
+
+class GateError(RuntimeError):
+    """A contender does not compute what it should, so its times mean nothing."""
+
+
+def trl_python() -> str:
+    """The interpreter of TRL's virtual environment: TRL_PY, or .venv-trl of the checkout. Raises FileNotFoundError if there is none."""
+    python = os.environ.get("TRL_PY", str(ROOT / ".venv-trl" / "bin" / "python"))
+    if subprocess.run([python, "-c", "import trl"], capture_output=True).returncode if Path(python).exists() or "/" not in python else True:
+        raise FileNotFoundError(f"{python}: there is no TRL; `make .venv-trl/installed` makes its environment, TRL_PY names another")
+    return python
+
+
+class Worker:
+    """A contender in a process of its own. Its methods raise RuntimeError, with the contender's message, when it fails."""
+
+    def __init__(self, name: str, options: list[str], python: str | None = None):
+        self.name = name
+        self.log = tempfile.TemporaryFile("w+")
+        command = [python or (trl_python() if name == "trl" else sys.executable), "-m", "bench.contenders", name, *options]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1,
+            env={k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")},
+        )  # fmt: skip
+        self.work: dict = {}
+        """Its dtype and num_samples, once it has loaded its model."""
+
+    def wait(self) -> None:
+        """Until the contender has loaded its model."""
+        if not self.work:
+            self.work = self._answer()
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"it ended with status {self.process.wait()}: {self._tail()}"}
+        if "error" in answer:
+            raise RuntimeError(f"{self.name}: {answer['error']}")
+        return answer
+
+    def _tail(self) -> str:
+        self.log.seek(0)
+        return self.log.read()[-2000:].strip()
+
+    def call(self, method: str, **arguments) -> dict:
+        """Calls a method of the contender and waits for what it returns."""
+        self.wait()
+        try:
+            self.process.stdin.write(json.dumps({"call": method, **arguments}) + "\n")
+        except BrokenPipeError:
+            pass  # the answer tells why
+        return self._answer()
+
+    def iterate(self, count_flop: bool = False) -> dict:
+        """One iteration: total_s, seconds by stage, reward_mean, reward_std, peak_memory_mib, transitions; FLOP by stage if counted."""
+        return self.call("iterate", count_flop=count_flop)
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.log.close()
+
+
+def gradient_errors(workers: dict[str, Worker], oracle: Worker) -> dict[str, float]:
+    """Each contender's gradient on the same trajectories against the textbook loop's in fp32: norm of the difference over the norm."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trajectories.pt")
+        oracle.call("trajectories", file=str(file))
+        oracle.call("gradient", file=str(file))
+        expected = torch.load(file.with_suffix(".Textbook"))
+        errors = {}
+        for name, worker in workers.items():
+            worker.call("gradient", file=str(file))
+            kind = {"ours": "Ours", "textbook": "Textbook", "trl": "TRL"}[worker.name.partition(":")[0]]
+            errors[name] = gradient_error(torch.load(file.with_suffix(f".{kind}")), expected)
+    return errors
+
+
+def gradient_error(gradient: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """|g - g*| / |g*| over the parameters that both train; raises GateError if they train different ones."""
+    names = sorted(expected.keys() - {"ratio_error"})
+    if missing := set(names) ^ (gradient.keys() - {"ratio_error"}):
+        raise GateError(f"not the same parameters are trained: {', '.join(sorted(missing)[:3])}, ... ({len(missing)})")
+    a, b = (torch.cat([g[name].flatten().double() for name in names]) for g in (gradient, expected))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def gate(workers: dict[str, Worker], oracle: Worker) -> dict[str, float]:
+    """`gradient_errors`, where each must be within GRADIENT_TOLERANCE; raises GateError for one that is not.
+
+    In half precision TRL's own error (it takes log-probs of latents that it then rounds) is returned, not refused.
+    """
+    errors, dtype = gradient_errors(workers, oracle), oracle.work["dtype"]
+    for label, error in errors.items():
+        excused = workers[label].name == "trl" and dtype != "fp32"
+        if not error <= GRADIENT_TOLERANCE[dtype] and not excused:
+            raise GateError(
+                f"{label}: its gradient is off by {error:.2g}, {GRADIENT_TOLERANCE[dtype]:.0e} is tolerated, so nothing is timed"
+            )
+    return errors
+
+
+def take_turns(workers: dict[str, Worker], rounds: int, each=lambda name, result: None) -> dict[str, list[dict]]:
+    """A B C, C B A, ...: every contender runs `rounds` iterations, one at a time, so that a drift of the machine hits all alike."""
+    results = {name: [] for name in workers}
+    with tqdm(total=rounds * len(workers), desc="iterations", unit="it", dynamic_ncols=True) as bar:
+        for number in range(rounds):
+            for name in list(workers)[:: -1 if number % 2 else 1]:
+                bar.set_postfix_str(name)
+                results[name].append(workers[name].iterate())
+                each(name, results[name][-1])
+                bar.update()
+    return results
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """Median, 20 % and 80 % quantile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[4], cuts[1], cuts[7]
+
+
+def start(stack: ExitStack, contenders: dict[str, tuple[str, list[str]]]) -> dict[str, Worker]:
+    """Starts the processes, label -> (name, options), and loads their models one after the other."""
+    workers = {}
+    for label, (name, options) in contenders.items():
+        workers[label] = stack.enter_context(Worker(name, options))
+        workers[label].wait()
+    return workers

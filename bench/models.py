@@ -1,0 +1,142 @@
+"""What is benchmarked: models and the work that is done with them. Nothing is downloaded.
+
+`embedded` is the model that ships with the package. The others have random weights and the architecture that their name says: `sd15` and
+`sdxl` in full, for a GPU, `sd15_small` and `sdxl_small` with the same blocks but fewer channels and smaller pictures, for a CPU. The
+trainer does not know SDXL's pipeline yet, so `sdxl` is its UNet (less the added text and size conditions, under 0.1 % of its
+work) in a pipeline with one text encoder.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ddpo_fast.counts import ARCHITECTURES
+from ddpo_fast.files import new_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+EMBEDDED = ROOT / "ddpo_fast" / "embedded" / "model"
+SD15 = ARCHITECTURES["stable-diffusion-v1-5/stable-diffusion-v1-5"]
+SDXL = ARCHITECTURES["stabilityai/stable-diffusion-xl-base-1.0"]
+_SMALL = {
+    "vae": {"sample_size": 256, "block_out_channels": (32, 32, 32, 32)},
+    "text_encoder": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 64},
+}
+_NO_ADDED_CONDITIONS = {"addition_embed_type": None, "addition_time_embed_dim": None, "projection_class_embeddings_input_dim": None}
+
+
+def _changed(architecture: dict, unet: dict, vae: dict, text_encoder: dict) -> dict:
+    """An architecture with other values; what it does not say is as SD 1.5 has it."""
+    base = SD15 | architecture
+    return base | {"unet": base["unet"] | unet, "vae": base["vae"] | vae, "text_encoder": base["text_encoder"] | text_encoder}
+
+
+RANDOM = {
+    "sd15": SD15,
+    "sdxl": _changed(SDXL, _NO_ADDED_CONDITIONS, {}, {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32}),
+    "sd15_small": _changed(
+        SD15,
+        {"sample_size": 32, "block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 64},
+        _SMALL["vae"],
+        _SMALL["text_encoder"],
+    ),
+    "sdxl_small": _changed(
+        SDXL,
+        _NO_ADDED_CONDITIONS
+        | {"sample_size": 32, "block_out_channels": (32, 64, 128), "attention_head_dim": (4, 4, 8), "cross_attention_dim": 64},
+        _SMALL["vae"],
+        _SMALL["text_encoder"],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model and an iteration's amount of work, as options of train.py."""
+
+    model: str
+    options: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Without the model: `24 samples x 5 steps, 2 updates`."""
+        value = dict(option.removeprefix("--").split("=") for option in self.options)
+        samples, steps, updates = (value[key] for key in ("sample.num_samples", "sample.num_steps", "train.num_minibatches"))
+        return f"{samples} samples x {steps} steps, {updates} update{'s' if updates != '1' else ''}"
+
+    def argv(self) -> list[str]:
+        """The command line; makes the model's folder if it is not there yet."""
+        path = EMBEDDED if self.model == "embedded" else random_pipeline(self.model)
+        return [f"--model.path={path}", *self.options]
+
+
+def _options(samples: int, steps: int, updates: int, micro_batch: int, *others: str) -> tuple[str, ...]:
+    return (
+        f"--sample.num_samples={samples}", f"--sample.batch_size={samples}", f"--sample.num_steps={steps}",
+        f"--train.num_minibatches={updates}", f"--train.micro_batch={micro_batch}", *others,
+    )  # fmt: skip
+
+
+_SD_LORA = ("--lora.targets=[attention]", "--lora.rank=4", "--lora.alpha=4", "--sample.guidance_scale=5", "--prompts.samples_per_prompt=1",
+            "--train.learning_rate=3e-4", "--train.clip_range=1e-4")  # fmt: skip
+WORKS = {
+    "embedded": Work("embedded", _options(24, 5, 2, 48)),
+    "sd15": Work("sd15", _options(12, 50, 2, 16, *_SD_LORA)),
+    "sdxl": Work("sdxl", _options(4, 20, 1, 4, *_SD_LORA)),
+    "sd15_small": Work("sd15_small", _options(2, 5, 1, 10, *_SD_LORA)),
+    "sdxl_small": Work("sdxl_small", _options(2, 3, 1, 6, *_SD_LORA)),
+}
+
+
+def default_models() -> list[str]:
+    """Those that suit this machine."""
+    return ["embedded", "sd15", "sdxl"] if torch.cuda.is_available() else ["embedded", "sd15_small", "sdxl_small"]
+
+
+def random_pipeline(name: str) -> Path:
+    """The folder of a pipeline with random weights, made once: build/models/<name>. fp16 where it is large."""
+    folder = ROOT / "build" / "models" / name
+    if not folder.exists():
+        architecture = RANDOM[name]
+        large = not name.endswith("_small")
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            unet, vae, text_encoder, tokenizer, scheduler = _parts(architecture)
+        pipe = StableDiffusionPipeline(
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        with new_folder(folder) as target:
+            (pipe.to(dtype=torch.float16) if large else pipe).save_pretrained(target)
+    return folder
+
+
+def _parts(architecture: dict):
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", model_max_length=77)
+    width = {"vocab_size": max(len(tokenizer), 1000), "max_position_embeddings": 77, "bos_token_id": tokenizer.bos_token_id}
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(**architecture["text_encoder"] | width, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    )
+    scheduler = DDIMScheduler(**architecture["scheduler"])
+    return UNet2DConditionModel(**architecture["unet"]), AutoencoderKL(**architecture["vae"]), text_encoder, tokenizer, scheduler
+
+
+def tiny_sdxl(folder: Path) -> Path:
+    """Writes a real SDXL pipeline, two text encoders and added conditions, of toy size: for what refuses SDXL."""
+    small = _changed(
+        SDXL, {"block_out_channels": (32, 64, 64), "sample_size": 8, "attention_head_dim": 4, "cross_attention_dim": 64}, {}, {}
+    )
+    small = small | {
+        "unet": small["unet"] | {"transformer_layers_per_block": 1, "projection_class_embeddings_input_dim": 32 + 6 * 256},
+        **_SMALL,
+        "vae": SDXL["vae"] | _SMALL["vae"] | {"sample_size": 64},
+    }
+    unet, vae, text_encoder, tokenizer, scheduler = _parts(small)
+    # the UNet's 64 is the two encoders' 32 + 32
+    half = text_encoder.config.__class__(**{**text_encoder.config.to_dict(), "hidden_size": 32, "projection_dim": 32})
+    StableDiffusionXLPipeline(
+        vae=vae, text_encoder=CLIPTextModel(half), text_encoder_2=CLIPTextModelWithProjection(half), tokenizer=tokenizer,
+        tokenizer_2=tokenizer, unet=unet, scheduler=scheduler, add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

@@ -1,0 +1,114 @@
+"""Ours against what one would use instead: TRL 0.23.1's DDPOTrainer and the textbook loop, on the same work, taking turns in one run.
+
+    python -m bench.peers                       # the embedded model on a CPU, SD 1.5 at full size on a GPU
+    python -m bench.peers --model sd15_small --rounds 5 --peers textbook
+
+TRL runs in an environment of its own (`make .venv-trl/installed`) with the same versions of everything else. Its batches are as large as
+it can make them: it takes a forward and backward for every timestep of at most a minibatch of samples. `trl, its example's batches` is
+TRL with the batch sizes of its example script, 6 samples denoised and 3 trained at a time. A ratio is that of two iterations of one
+round; the table gives the median and the 20 and 80 % quantile over the rounds.
+"""
+
+import argparse
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from bench.contenders import STAGES
+from bench.harness import GateError, gate, spread, start, take_turns, trl_python
+from bench.limits import ATTEMPTS
+from bench.models import ROOT, WORKS, Work, default_models
+from bench.rows import RESULTS, Writer
+
+EXAMPLE = "trl, its example's batches"
+PEERS = ("textbook", "trl", EXAMPLE)
+
+
+def contenders(work: Work, peers: list[str]) -> dict[str, tuple[str, list[str]]]:
+    """Label -> (contender, its command line)."""
+    argv = work.argv()
+    batches = {EXAMPLE: ["--sample.batch_size=6", "--train.micro_batch=3"]}
+    return {label: (label.partition(",")[0], argv + batches.get(label, [])) for label in ["ours", *peers]}
+
+
+def compare(work: Work, peers: list[str], rounds: int, writer: Writer) -> list[dict]:
+    """Gates, then times, every contender; returns the rows it has written. Raises GateError before anything is timed."""
+    with ExitStack() as stack:
+        workers = start(stack, contenders(work, peers))
+        oracle = workers.get("textbook") or start(stack, {"oracle": ("textbook", work.argv())})["oracle"]
+        errors = gate(workers, oracle)
+        flop = {label: worker.iterate(count_flop=True) for label, worker in workers.items()}  # warms up, too
+        results = take_turns(workers, rounds)
+    rows = []
+    for label, turns in results.items():
+        for stage in ("total", *STAGES):
+            seconds = [turn["seconds"][stage] for turn in turns]
+            median, low, high = spread(seconds)
+            row = dict(model=work.model, work=str(work), peer=label, stage=stage, median_s=median, low_s=low, high_s=high)
+            if label != "ours":
+                ours = [turn["seconds"][stage] for turn in results["ours"]]
+                row["ours_is_faster_by"], row["ratio_low"], row["ratio_high"] = spread([p / o for p, o in zip(seconds, ours)])
+            if stage == "total":
+                num_samples = workers[label].work["num_samples"]
+                row |= dict(
+                    images_per_s=num_samples / median, tflop_per_image=flop[label]["flop"]["total"] / num_samples / 1e12,
+                    peak_memory_mib=turns[-1]["peak_memory_mib"], note=f"gradient differs by {errors[label]:.1e}",
+                )  # fmt: skip
+            rows.append(writer.add(**row))
+    return rows
+
+
+def limits(peers: list[str], writer: Writer) -> list[dict]:
+    """What ours and TRL cannot do, each with what happened when it was tried."""
+    rows = []
+    for label, python in {"ours": sys.executable, **({"trl": trl_python()} if "trl" in peers else {})}.items():
+        for what in ATTEMPTS:
+            done = subprocess.run([python, "-m", "bench.limits", label, what], cwd=ROOT, capture_output=True, text=True)
+            said = done.stdout.strip() or f"it ended with status {done.returncode}"
+            rows.append(writer.add(model="", work="", peer=label, stage=what, note=said))
+            print(f"{label}, {what}: {said}", flush=True)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of one work for a terminal."""
+    lines = [f"{'':28}{'images/s':>9}" + "".join(f"{stage:>10}" for stage in ("total", *STAGES)) + "  ours is faster by"]
+    for label in dict.fromkeys(row["peer"] for row in rows):
+        mine = {row["stage"]: row for row in rows if row["peer"] == label}
+        total = mine["total"]
+        line = f"{label:28}{float(total['images_per_s']):9.3f}" + "".join(f"{float(mine[s]['median_s']):9.3f}s" for s in ("total", *STAGES))
+        if total["ours_is_faster_by"]:
+            line += "  {ours_is_faster_by} ({ratio_low} to {ratio_high})".format(**total)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=list(WORKS), default="sd15" if "sd15" in default_models() else "embedded")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all")
+    parser.add_argument("--rounds", type=int, default=5, help="iterations of each, after one to warm up")
+    parser.add_argument("--no-limits", action="store_true", help="leave out what a peer cannot do (2 minutes)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
+    options = parser.parse_args(argv)
+    writer = Writer("peers", options.out, ["python", "-m", "bench.peers", *argv])
+    if "trl" in options.peers or EXAMPLE in options.peers:
+        try:
+            trl_python()
+        except FileNotFoundError as error:
+            parser.error(str(error))
+    try:
+        rows = compare(WORKS[options.model], options.peers, options.rounds, writer)
+    except (GateError, RuntimeError) as error:
+        print(f"bench.peers: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.model}: {rows[0]['work']}, {rows[0]['device']}\n{table(rows)}", flush=True)
+    if not options.no_limits:
+        limits(options.peers, writer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Result files: one CSV file a benchmark in bench/results, to which every run appends rows with the environment they were measured in."""
+
+import csv
+import datetime
+import functools
+import importlib.metadata
+import math
+import platform
+import re
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+ENVIRONMENT = "date commit device torch triton diffusers peft python command".split()
+"""The columns that every row ends with. Rows of one run share `date`; `device` is the machine kind by which runs are compared."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file of results."""
+
+    name: str
+    keys: tuple[str, ...]
+    """Columns that say what was measured: rows of two runs with the same keys are comparable."""
+    metric: str
+    """The column that is compared between runs."""
+    better: str
+    """Which way the metric improves: lower or higher."""
+    low: str
+    high: str
+    """Columns with the spread of the metric over the repetitions of one run."""
+    others: tuple[str, ...] = ()
+    """Further columns."""
+
+    @property
+    def columns(self) -> list[str]:
+        return [*self.keys, self.metric, self.low, self.high, *self.others, *ENVIRONMENT]
+
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table(
+            "kernels", ("op", "direction", "provider", "shape", "dtype", "layout"), "p50_us", "lower", "p20_us", "p80_us",
+            ("bytes", "gb_per_s", "percent_of_copy"),
+        ),
+        Table(
+            "throughput", ("model", "work", "stage"), "median_s", "lower", "low_s", "high_s",
+            ("images_per_s", "transitions_per_s", "tflop_per_image", "tflop_per_s", "percent_of_matmul", "peak_memory_mib"),
+        ),
+        Table(
+            "scaling", ("model", "work", "axis", "value"), "median_s", "lower", "low_s", "high_s",
+            ("sample_s", "update_s", "images_per_s", "transitions_per_s", "peak_memory_mib"),
+        ),
+        Table(
+            "waterfall", ("model", "work", "technique"), "images_per_s", "higher", "low", "high",
+            ("ratio_to_baseline", "ratio_low", "ratio_high", "sample_s", "update_s", "peak_memory_mib", "ratio_error", "gradient_error",
+             "samples", "reward_before", "reward_after"),
+        ),
+        Table(
+            "peers", ("model", "work", "peer", "stage"), "median_s", "lower", "low_s", "high_s",
+            ("images_per_s", "ours_is_faster_by", "ratio_low", "ratio_high", "tflop_per_image", "peak_memory_mib", "note"),
+        ),
+        Table(
+            "reward", ("recipe", "setting"), "hours_to_target", "lower", "hours_low", "hours_high",
+            ("target", "seeds", "reached", "samples", "updates", "device_hours", "final_reward", "final_low", "final_high", "area_samples",
+             "area_low", "area_high", "area_hours", "reward_per_hour"),
+        ),
+    )
+}  # fmt: skip
+
+
+@functools.cache
+def device_name() -> str:
+    """The GPU's name, or the CPU's and the number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else platform.machine()} ({torch.get_num_threads()} threads)"
+
+
+@functools.cache
+def commit() -> str:
+    """The checkout's commit, "-dirty" if its source is not what was committed; results themselves do not count."""
+    root = Path(__file__).parents[1]
+    git = ["git", "-C", str(root)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return "unknown"
+    changed = subprocess.run([*git, "status", "--porcelain", "--", ".", ":!bench/results", ":!docs"], capture_output=True, text=True).stdout
+    return head.stdout.strip() + ("-dirty" if changed.strip() else "")
+
+
+def _text(value) -> str:
+    """A cell: nothing for None, floats with 5 significant digits and without an exponent where that is short."""
+    return f"{float(f'{value:.5g}'):.12g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+class Writer:
+    """Appends the rows of one run to a table, each as soon as it is measured. Raises ValueError for a file that is no such table."""
+
+    def __init__(self, table: str, folder: Path, argv: list[str]):
+        read(table, folder)  # better before anything is measured
+        self.table, self.path = TABLES[table], folder / f"{table}.csv"
+        self.date = datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
+        self.command = shlex.join(argv)
+
+    def add(self, **values) -> dict:
+        """Writes a row and returns it. Columns left out are empty; floats are rounded to 5 significant digits.
+
+        Raises ValueError for a column that the table has not and for a metric that is not finite.
+        """
+        if unknown := set(values) - set(self.table.columns):
+            raise ValueError(f"{self.path}: it has no column {', '.join(sorted(unknown))}")
+        version = importlib.metadata.version
+        row = dict.fromkeys(self.table.columns, "") | dict(
+            date=self.date, commit=commit(), device=device_name(), torch=torch.__version__, triton=version("triton"),
+            diffusers=version("diffusers"), peft=version("peft"), python=platform.python_version(), command=self.command,
+        )  # fmt: skip
+        row |= {key: _text(value) for key, value in values.items()}
+        _check(self.table, row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.table.columns, lineterminator="\n")
+            if not file.tell():
+                writer.writeheader()
+            writer.writerow(row)
+        return row
+
+
+def _check(table: Table, row: dict[str, str]) -> None:
+    """Raises ValueError for a metric or a spread that is neither empty nor a finite number."""
+    for column in (table.metric, table.low, table.high):
+        if row[column] and not math.isfinite(float(row[column])):
+            raise ValueError(f"{column}={row[column]}: valid is a finite number or nothing")
+
+
+def read(table: str, folder: Path = RESULTS) -> list[dict[str, str]]:
+    """A table's rows, oldest first; none if there is no file. Raises ValueError for a file that does not hold such rows."""
+    path, columns, rows = folder / f"{table}.csv", TABLES[table].columns, []
+    if not path.exists():
+        return rows
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = csv.reader(file)
+        if next(lines, None) != columns:
+            raise ValueError(f"{path}: its columns are not those of the table {table}: {', '.join(columns)}")
+        for line in lines:
+            try:
+                if len(line) != len(columns):
+                    raise ValueError(f"{len(line)} cells, not {len(columns)}")
+                rows.append(dict(zip(columns, line)))
+                _check(TABLES[table], rows[-1])
+            except ValueError as error:
+                raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
+    return rows
+
+
+def runs(rows: list[dict[str, str]], device: str | None = None) -> list[list[dict[str, str]]]:
+    """Rows grouped into runs by their date, oldest first; only those of one device, if given."""
+    dates: dict[str, list] = {}
+    for row in rows:
+        if device in (None, row["device"]):
+            dates.setdefault(row["date"], []).append(row)
+    return [dates[date] for date in sorted(dates)]

@@ -1,0 +1,160 @@
+"""What each technique is worth: from the textbook loop one technique a row, each on top of those above it.
+
+    python -m bench.waterfall                   # the embedded model on a CPU, SD 1.5 at full size on a GPU
+    python -m bench.waterfall --model sd15_small --rounds 6
+
+A row that begins with "or" is an alternative to the row above it, and the next row builds on the row above. All rows take turns in one
+run. In the same row as the speed: peak memory; ratio_error, the largest |ratio - 1| before an iteration's first update; the gradient's
+difference from the textbook loop's; and the reward, since each row's iterations are real training on the same prompts.
+"""
+
+import argparse
+import importlib.util
+import shutil
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.harness import GateError, gate, spread, start, take_turns
+from bench.models import WORKS, Work, default_models
+from bench.rows import RESULTS, Writer
+
+BASELINE = "textbook loop"
+
+
+@dataclass(frozen=True)
+class Technique:
+    """A row: options of train.py and changes of bench.contenders.Ours that it adds to, or takes from, the rows above it."""
+
+    name: str
+    options: tuple[str, ...] = ()
+    removes: tuple[str, ...] = ()
+    """Changes that the technique does away with."""
+    adds: tuple[str, ...] = ()
+    alternative: bool = False
+    other_parameters: bool = False
+    """It trains other parameters than the baseline, so its gradient is compared with a textbook loop of its own."""
+
+
+def techniques() -> list[Technique]:
+    """Those that this machine can run."""
+    on_gpu = torch.cuda.is_available()
+    rows = [
+        Technique("transition batching", ("--kernels.backend=reference", "--lora.forward=separate"), adds=("contiguous", "plain_norms"))
+    ]
+    if on_gpu:
+        rows += [
+            Technique("fused DDIM step and loss", ("--kernels.backend=triton",)),
+            Technique("fused GroupNorm+SiLU, GEGLU", removes=("plain_norms",)),
+        ]
+    rows += [Technique("channels_last", removes=("contiguous",)), Technique("merged LoRA", ("--lora.forward=merged",))]
+    rows += [Technique(f"or {name} attention", adds=(f"sdpa_{name}",), alternative=True) for name in attention_kernels()]
+    if importlib.util.find_spec("xformers"):
+        rows.append(Technique("or xformers attention", adds=("xformers",), alternative=True))
+    if on_gpu or shutil.which("g++"):
+        rows.append(Technique("compiled UNet", ("--model.compile=true",)))
+    return rows + [
+        Technique("or 8-bit AdamW", ("--optimizer.name=adamw_8bit",), alternative=True),
+        Technique("or LoRA in mid and up blocks", ("--lora.scope=mid_up",), alternative=True, other_parameters=True),
+    ]
+
+
+def attention_kernels() -> list[str]:
+    """PyTorch's attention kernels that are not what it takes by itself here."""
+    return ["flash", "efficient", "cudnn", "math"] if torch.cuda.is_available() else ["math"]
+
+
+def contenders(work: Work, rows: list[Technique]) -> dict[str, tuple[str, list[str]]]:
+    """Label -> (contender, command line), the baseline first."""
+    result, options, changes = {BASELINE: ("textbook", work.argv())}, [], []
+    for row in rows:
+        mine = options + list(row.options)
+        changed = [change for change in changes if change not in row.removes] + list(row.adds)
+        result[row.name] = (":".join(["ours", *([",".join(changed)] if changed else [])]), work.argv() + mine)
+        if not row.alternative:
+            options, changes = mine, changed
+    return result
+
+
+def measure(work: Work, rows: list[Technique], rounds: int, writer: Writer) -> list[dict]:
+    """Gates, then times, every row; returns what it has written. Raises GateError before anything is timed."""
+    with ExitStack() as stack:
+        workers = start(stack, contenders(work, rows))
+        errors = {}
+        for row in rows:
+            if row.other_parameters:
+                options = [option for option in row.options if option.startswith("--lora.scope")]
+                with ExitStack() as own:
+                    oracle = start(own, {"oracle": ("textbook", work.argv() + options)})["oracle"]
+                    errors |= gate({row.name: workers[row.name]}, oracle)
+        errors = gate({label: worker for label, worker in workers.items() if label not in errors}, workers[BASELINE]) | errors
+        first = {label: worker.iterate() for label, worker in workers.items()}  # warms up, compiles
+        results = take_turns(workers, rounds)
+        num_samples = workers[BASELINE].work["num_samples"]
+    baseline = [turn["total_s"] for turn in results[BASELINE]]
+    written = []
+    for label, turns in results.items():
+        speed, low, high = spread([num_samples / turn["total_s"] for turn in turns])
+        ratio, ratio_low, ratio_high = spread([base / turn["total_s"] for base, turn in zip(baseline, turns)])
+        half = max(1, rounds // 2)
+        written.append(
+            writer.add(
+                model=work.model, work=str(work), technique=label, images_per_s=speed, low=low, high=high, ratio_to_baseline=ratio,
+                ratio_low=ratio_low, ratio_high=ratio_high, sample_s=seconds(turns, "encode", "denoise", "decode"),
+                update_s=seconds(turns, "update", "optimizer"),
+                peak_memory_mib=turns[-1]["peak_memory_mib"], ratio_error=max(turn["ratio_error"] for turn in [first[label], *turns]),
+                gradient_error=errors[label], samples=num_samples * rounds, reward_before=first[label]["reward_mean"],
+                reward_after=sum(turn["reward_mean"] for turn in turns[-half:]) / half,
+            )
+        )  # fmt: skip
+    return written
+
+
+def seconds(turns: list[dict], *stages: str) -> float:
+    """The median over iterations of some stages' time together."""
+    return spread([sum(turn["seconds"][stage] for stage in stages) for turn in turns])[0]
+
+
+def table(rows: list[dict]) -> str:
+    """The rows for a terminal."""
+    lines = [
+        f"{'':30}{'images/s':>9}{'x baseline':>12}{'sample':>9}{'update':>9}{'MiB':>8}{'ratio_error':>13}{'gradient':>10}{'reward':>18}"
+    ]
+    for row in rows:
+        lines.append(
+            "{technique:30}{images_per_s:>9}{ratio_to_baseline:>12}{sample_s:>8}s{update_s:>8}s".format(**row)
+            + f"{float(row['peak_memory_mib']):8.0f}{float(row['ratio_error']):13.1e}{float(row['gradient_error']):10.1e}"
+            + f"{float(row['reward_before']):9.3f} ->{float(row['reward_after']):7.3f}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m bench.waterfall", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=list(WORKS), default="sd15" if "sd15" in default_models() else "embedded")
+    parser.add_argument("--rounds", type=int, default=5, help="iterations of each row, after one to warm up")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only rows whose name contains one of these, and what they build on")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
+    options = parser.parse_args(argv)
+    rows = techniques()
+    if options.only:
+        if not (wanted := [row for row in rows if any(text in row.name for text in options.only)]):
+            parser.error(f"--only {' '.join(options.only)}: valid are {', '.join(row.name for row in rows)}")
+        rows = [row for row in rows[: rows.index(wanted[-1]) + 1] if row in wanted or not row.alternative]
+    try:
+        written = measure(
+            WORKS[options.model], rows, options.rounds, Writer("waterfall", options.out, ["python", "-m", "bench.waterfall", *argv])
+        )
+    except (GateError, RuntimeError) as error:
+        print(f"bench.waterfall: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.model}: {written[0]['work']}, {written[0]['device']}\n{table(written)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
