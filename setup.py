@@ -30,5 +30,5 @@ setup(
         "tqdm",
         "pyyaml",
     ],
-    extras_require={"gpu": ["xformers"], "build": ["cairosvg"], "test": ["pytest", "pytest-benchmark", "ruff", "hypothesis"]},
+    extras_require={"gpu": ["xformers"], "build": ["cairosvg"], "test": ["scipy", "pytest", "pytest-benchmark", "ruff", "hypothesis"]},
 )

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -20,28 +20,36 @@ Measured in fp32: 6e-5 of ours (the last steps' small variance amplifies roundin
 """
 
 
+RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 class GateError(RuntimeError):
     """A contender does not compute what it should, so its times mean nothing."""
 
 
 def trl_python() -> str:
     """The interpreter of TRL's virtual environment: TRL_PY, or .venv-trl of the checkout. Raises FileNotFoundError if there is none."""
-    python = os.environ.get("TRL_PY", str(ROOT / ".venv-trl" / "bin" / "python"))
-    if subprocess.run([python, "-c", "import trl"], capture_output=True).returncode if Path(python).exists() or "/" not in python else True:
-        raise FileNotFoundError(f"{python}: there is no TRL; `make .venv-trl/installed` makes its environment, TRL_PY names another")
+    python = os.environ.get("TRL_PY", ".venv-trl/bin/python")
+    try:
+        subprocess.run([python, "-c", "import trl"], cwd=ROOT, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise FileNotFoundError(
+            f"TRL_PY={python}: it has no TRL; `make .venv-trl/installed` makes an environment for it, TRL_PY names another Python"
+        ) from None
     return python
 
 
 class Worker:
     """A contender in a process of its own. Its methods raise RuntimeError, with the contender's message, when it fails."""
 
-    def __init__(self, name: str, options: list[str], python: str | None = None):
+    def __init__(self, name: str, options: list[str], environment: dict[str, object] | None = None):
+        """`environment`: variables to set; without a RANK among them the contender is alone."""
         self.name = name
         self.log = tempfile.TemporaryFile("w+")
-        command = [python or (trl_python() if name == "trl" else sys.executable), "-m", "bench.contenders", name, *options]
+        command = [trl_python() if name == "trl" else sys.executable, "-m", "bench.contenders", name, *options]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1,
-            env={k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")},
+            env={k: v for k, v in os.environ.items() if k not in RANK} | {k: str(v) for k, v in (environment or {}).items()},
         )  # fmt: skip
         self.work: dict = {}
         """Its dtype and num_samples, once it has loaded its model."""
@@ -49,9 +57,10 @@ class Worker:
     def wait(self) -> None:
         """Until the contender has loaded its model."""
         if not self.work:
-            self.work = self._answer()
+            self.work = self.answer()
 
-    def _answer(self) -> dict:
+    def answer(self) -> dict:
+        """What the contender returns for the command before."""
         line = self.process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"it ended with status {self.process.wait()}: {self._tail()}"}
         if "error" in answer:
@@ -62,14 +71,16 @@ class Worker:
         self.log.seek(0)
         return self.log.read()[-2000:].strip()
 
+    def send(self, method: str, **arguments) -> None:
+        """Has the contender begin a method, whose `answer` is to be fetched."""
+        self.wait()
+        with suppress(BrokenPipeError):  # the answer tells why
+            self.process.stdin.write(json.dumps({"call": method, **arguments}) + "\n")
+
     def call(self, method: str, **arguments) -> dict:
         """Calls a method of the contender and waits for what it returns."""
-        self.wait()
-        try:
-            self.process.stdin.write(json.dumps({"call": method, **arguments}) + "\n")
-        except BrokenPipeError:
-            pass  # the answer tells why
-        return self._answer()
+        self.send(method, **arguments)
+        return self.answer()
 
     def iterate(self, count_flop: bool = False) -> dict:
         """One iteration: total_s, seconds by stage, reward_mean, reward_std, peak_memory_mib, transitions; FLOP by stage if counted."""
@@ -79,11 +90,14 @@ class Worker:
         return self
 
     def __exit__(self, *_) -> None:
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()  # which ends a contender that waits for a command
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
         self.log.close()
 
 

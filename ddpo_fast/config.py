@@ -16,6 +16,8 @@ from typing import Literal, NoReturn, Optional
 import jsonargparse
 import yaml
 
+from ddpo_fast.gpus import GPUS, HERE, parse_devices
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -27,6 +29,9 @@ class ModelConfig:
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Compute type of the networks; latents, log-probs and trainable weights are fp32 in any case. auto: fp16 on a
     GPU, fp32 on a CPU. bf16's log-prob noise (about 1e-4) is as large as the clip range."""
+    compile: bool = False
+    """Compile the UNet with torch.compile. The first iteration takes a minute or two longer; on a CPU it needs a C++
+    compiler."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,10 @@ class LoraConfig:
     """Rank r of the update s B A."""
     alpha: float = 16.0
     """Scale s = alpha / rank."""
+    forward: Literal["auto", "merged", "separate"] = "auto"
+    """merged: a layer computes with W + s B A, formed once an update; the gradient is the same, and a forward pass as fast
+    as without LoRA, for a second copy of these layers' weights. separate: W, A and B each on its own. auto: merged in fp32;
+    fp16 and bf16 would round a small update away, so separate."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +133,9 @@ class BaselineConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit: bitsandbytes' AdamW with its state in 8 bits, block by block; tensors of less than 4,096 elements keep
+    32."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Decay rates of the gradient's mean and square."""
     eps: float = 1e-8
@@ -173,6 +183,9 @@ class RunConfig:
     """Newest checkpoints kept."""
     resume: bool = False
     """Continue the newest checkpoint of run.dir with that run's config. `--resume` for short."""
+    plan: Optional[str] = None
+    """Only print what the run would need (memory by kind, time of an iteration, samples an hour) on these devices: a GPU such
+    as H200, several such as 8xH200, or here, this machine. `--plan=8xH200` for short, `--plan` for here."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +275,7 @@ _RULES = [
         "all, mid_up, none, or block names joined by commas, such as mid_block,up_blocks.2",
         lambda v, c: v in ("all", "mid_up", "none") or bool(_SCOPE.fullmatch(v)),
     ),
+    ("lora.forward", "auto or separate, when lora.scope is none", lambda v, c: v != "merged" or c.lora.scope != "none"),
     ("lora.targets", "at least one of attention, feed_forward, convolution, projection", lambda v, c: len(v) > 0),
     ("prompts.file", "a text file with at least one line", lambda v, c: v is None or _has_lines(v)),
     ("prompts.name", "simple_animals, unless prompts.file is given", lambda v, c: v is not None or c.prompts.file is not None),
@@ -297,6 +311,11 @@ _RULES = [
         "a directory that holds no run yet; to continue the one in it, add --resume",
         lambda v, c: c.run.resume or v is None or not any(Path(v, "checkpoints").glob("[0-9]*")),
     ),
+    (
+        "run.plan",
+        f"here, or one of {', '.join(GPUS)}, or several of them as in 8xH200",
+        lambda v, c: v is None or parse_devices(v) is not None,
+    ),
 ]
 
 
@@ -316,7 +335,7 @@ def _has_lines(path: str) -> bool:
 def _parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="deepspeed ddpo_fast/train.py",
-        usage="%(prog)s [--config RECIPE] [--section.option VALUE ...] [--resume]",
+        usage="%(prog)s [--config RECIPE] [--section.option VALUE ...] [--resume] [--plan[=DEVICES]]",
         description="Improves a text-to-image diffusion model by reinforcement learning (DDPO). Without options, the embedded "
         "model learns to draw pictures that compress well.",
         exit_on_error=False,
@@ -330,7 +349,9 @@ def _parser() -> jsonargparse.ArgumentParser:
 def parse(argv: list[str]) -> Config:
     """The config of a command line. Raises ValueError with one line that names the option, its value and what is
     valid."""
-    argv = ["--run.resume=true" if arg == "--resume" else arg for arg in argv if not arg.startswith("--local_rank")]
+    short = {"--resume": "--run.resume=true", "--plan": f"--run.plan={HERE}"}
+    argv = [short.get(arg, arg) for arg in argv if not arg.startswith("--local_rank")]
+    argv = [f"--run.{arg[2:]}" if arg.startswith("--plan=") else arg for arg in argv]
     parser = _parser()
     _check_recipes(argv)
     try:

@@ -104,6 +104,11 @@ class Engine:
             "zero_allow_untested_optimizer": True,
         }
         self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self._tell_change()  # they are rank 0's now
+
+    def _tell_change(self) -> None:
+        """Counts a change of the trainable weights that torch has not seen: DeepSpeed writes some through `.data`."""
+        torch.autograd.graph.increment_version(self.parameters)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds the gradient of a loss, given times `loss_scale`, to the update's; the ranks' mean is taken at the `last` one."""
@@ -121,6 +126,7 @@ class Engine:
         else:
             self.module.step()  # ZeRO leaves out an update that is not finite by itself
             norm = float(self.module.get_global_grad_norm())
+        self._tell_change()
         if self.dtype == torch.float16:
             self._adapt_loss_scale(math.isfinite(norm))
         return norm
@@ -142,4 +148,5 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote, bit for bit."""
         _, client_state = self.module.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        self._tell_change()
         self.loss_scale, self.good_updates = client_state["loss_scale"], client_state["good_updates"]

@@ -12,21 +12,14 @@ transformers.logging.disable_progress_bar()
 diffusers.utils.logging.disable_progress_bar()
 
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ddpo_fast.files import new_folder
+from ddpo_fast.lora import set_trainable
+from ddpo_fast.merged_lora import merge
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-LORA_TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
-    "convolution": ("conv1", "conv2", "conv_shortcut", "conv"),
-    "projection": ("proj_in", "proj_out", "time_emb_proj"),
-}
-"""Ends of the names that diffusers gives the layers inside a UNet's blocks."""
 
 
 class Policy:
@@ -53,36 +46,13 @@ class Policy:
             module.requires_grad_(False).eval()
         self.unet, self.forward = self.pipe.unet, self.pipe.unet
         self.full = scope == "none"
-        if self.full:
-            self.unet.requires_grad_(True).float()
-        else:
-            self._add_lora(scope, targets, rank, alpha)
+        set_trainable(self.unet, scope, targets, rank, alpha)
+        self.merged_layers: list[nn.Module] = []
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape = (self.unet.config.in_channels, height, width)
         self._prompt_embeds: dict[str, Tensor] = {}
         self.uncond_embeds = self.encode_prompts([""])
-
-    def _add_lora(self, scope: str, targets: list[str], rank: int, alpha: float) -> None:
-        blocks = [name for name, _ in self.unet.named_modules() if name.count(".") == (0 if name == "mid_block" else 1)]
-        blocks = [name for name in blocks if name.split(".")[0] in ("down_blocks", "mid_block", "up_blocks")]
-        chosen = {
-            "all": blocks,
-            "mid_up": [name for name in blocks if not name.startswith("down_blocks")],
-        }.get(scope, scope.split(","))
-        if unknown := set(chosen) - set(blocks):
-            raise ValueError(f"lora.scope={scope}: this UNet has no {', '.join(sorted(unknown))}; its blocks are {', '.join(blocks)}")
-        ends = tuple(f".{end}" for target in targets for end in LORA_TARGETS[target])
-        names = [
-            name
-            for name, module in self.unet.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and name.endswith(ends) and name.startswith(tuple(f"{b}." for b in chosen))
-        ]
-        if not names:
-            raise ValueError(f"lora.scope={scope}: {', '.join(chosen)} have no layers of lora.targets={targets}")
-        self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian"))
-        for parameter in self.trainable_parameters():
-            parameter.data = parameter.data.float()
 
     def attach(self, forward: nn.Module) -> None:
         """Runs the UNet through `forward`, an engine's wrapper of it, from now on, frozen convolutions in channels_last layout.
@@ -93,6 +63,10 @@ class Policy:
         for parameter in self.unet.parameters():
             if parameter.dim() == 4 and not parameter.requires_grad:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+    def merge_lora(self) -> None:
+        """Makes the UNet compute with LoRA's update merged into a copy of its weights, see `merged_lora.merge`, from now on."""
+        self.merged_layers = merge(self.unet)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
@@ -112,6 +86,8 @@ class Policy:
         the compute dtype; what it predicts (noise, v, picture) is the scheduler's prediction_type. With guidance the first half of the
         rows are unconditional; `ddim_step` and `ppo_loss` combine the halves.
         """
+        for layer in self.merged_layers:
+            layer.refresh()  # here, because a compiled UNet cannot
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16)):
             return self.forward(unet_input, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
 

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import logging
 import math
+import os
 import time
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import torch
+from bitsandbytes.optim import AdamW8bit
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,6 +39,7 @@ from ddpo_fast.fused_unet import fuse
 from ddpo_fast.kernels import Ops
 from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
 from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
+from ddpo_fast.plan import make_plan, plan_text
 from ddpo_fast.policy import Policy, check_model_class
 from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.report import write_report
@@ -44,6 +47,8 @@ from ddpo_fast.rewards import load_reward, score_or_nan
 from ddpo_fast.rollout import Rollout, generate, micro_batches, minibatches, transitions
 
 logger = logging.getLogger("ddpo_fast")
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adamw_8bit": AdamW8bit}
 
 EVAL_SAMPLE_ID = 1 << 48
 """Evaluation samples are numbered from here, training samples from 0: their noise never meets."""
@@ -71,6 +76,11 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_or_exit(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
+        if config.run.plan is not None:
+            if os.environ.get("RANK", "0") == "0":
+                check_model_class(config.model.path)
+                print(plan_text(make_plan(config)), flush=True)
+            return
         setup = prepare(config)
     except ValueError as error:
         user_error(error)
@@ -101,6 +111,8 @@ def prepare(config: Config) -> Setup:
     policy = Policy(config.model.path, config.model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha)
     if ops.backend == "triton":
         fuse(policy.unet, ops)
+    if lora.forward == "merged" or (lora.forward == "auto" and policy.dtype == torch.float32 and not policy.full):
+        policy.merge_lora()
     schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
     clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
     return Setup(config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, ops, clip_range)
@@ -110,7 +122,7 @@ def train(setup: Setup) -> None:
     """The run: iteration 0 evaluates the untrained model, every later one improves it; metrics, pictures and checkpoints as it goes."""
     config, rank = setup.config, setup.rank
     baseline = PromptBaseline(config.baseline.buffer_size, config.baseline.min_count, config.baseline.std)
-    engine = _engine(setup)
+    engine = make_engine(setup)
     state = {"iteration": -1, "device_hours": 0.0, "bad_rewards": 0}
     if config.run.resume:
         state = checkpoint.load(setup.run_dir, engine)
@@ -287,9 +299,9 @@ def _block(count: int, rank: int, world_size: int) -> slice:
     return slice(rank * count // world_size, (rank + 1) * count // world_size)
 
 
-def _engine(setup: Setup) -> Engine:
+def make_engine(setup: Setup) -> Engine:
     config, policy = setup.config, setup.policy
-    optimizer = torch.optim.AdamW(
+    optimizer = OPTIMIZERS[config.optimizer.name](
         policy.trainable_parameters(),
         lr=config.train.learning_rate,
         betas=tuple(config.optimizer.betas),
@@ -298,6 +310,8 @@ def _engine(setup: Setup) -> Engine:
     )
     engine = Engine(policy.unet, optimizer, zero_stage=config.zero.stage, max_grad_norm=config.train.max_grad_norm, dtype=policy.dtype)
     policy.attach(engine.module)
+    if config.model.compile:
+        policy.unet.compile()
     return engine
 
 

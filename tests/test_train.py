@@ -484,7 +484,7 @@ def test_number_of_operations_around_the_unet(options, monkeypatch, guidance_sca
                 )
             )
         )  # fmt: skip
-        engine = trainer._engine(setup)
+        engine = trainer.make_engine(setup)
         with CountOps(setup.policy, engine) as mode:
             rollout, _ = trainer.generate(
                 setup.policy, setup.schedule, setup.ops, torch.arange(2), ["a", "b"], seed=0, guidance_scale=guidance_scale

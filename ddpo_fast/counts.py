@@ -1,0 +1,300 @@
+"""Networks counted without being loaded: parameters, operations, bytes alive during a call. Shape letter: R UNet rows.
+
+Networks are built from their configs as fake tensors, shapes without memory, and called as the policy calls them, while two modes
+count operations and the bytes alive.
+"""
+
+import json
+import math
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ddpo_fast.fused_unet import fuse
+from ddpo_fast.kernels import Ops, reference
+from ddpo_fast.lora import set_trainable
+from ddpo_fast.merged_lora import merge
+
+MIB = 2**20
+ROWS = (8, 16)
+"""Rows that a call is counted at. With fewer, small tensors of fixed size may decide when the peak is reached."""
+
+_SD15 = {
+    "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "vae": {
+        "sample_size": 512,
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "scaling_factor": 0.18215,
+    },
+    "text_encoder": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+    },
+    "scheduler": {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    },
+}
+_SDXL = {
+    "unet": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "vae": _SD15["vae"] | {"sample_size": 1024, "scaling_factor": 0.13025},
+}
+ARCHITECTURES: dict[str, dict[str, dict]] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD15,
+    "runwayml/stable-diffusion-v1-5": _SD15,
+    "CompVis/stable-diffusion-v1-4": _SD15,
+    "stabilityai/stable-diffusion-xl-base-1.0": _SDXL,
+}
+"""Pipelines known without a network, as differences from the defaults of diffusers' and transformers' classes."""
+
+
+def architecture(path: str) -> dict[str, dict]:
+    """The configs of a pipeline's unet, vae and text_encoder: of a folder, of `ARCHITECTURES`, or from the hub.
+
+    Raises ValueError where they cannot be read.
+    """
+    try:
+        if Path(path).is_dir():
+            return {part: json.loads(Path(path, part, "config.json").read_text()) for part in ("unet", "vae", "text_encoder")}
+        if path in ARCHITECTURES:
+            return ARCHITECTURES[path]
+        text_encoder = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder").to_dict()
+        return {
+            "unet": dict(UNet2DConditionModel.load_config(path, subfolder="unet")),
+            "vae": dict(AutoencoderKL.load_config(path, subfolder="vae")),
+            "text_encoder": text_encoder,
+        }
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path={path}: {' '.join(str(error).split())}") from error
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations inside it have made and that are still alive: `now`, and their largest sum, `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self._alive:  # a view is no new storage
+                    self._add(storage._cdata, storage)
+        return out
+
+    def _add(self, key: int, storage: torch.UntypedStorage) -> None:
+        num_bytes = storage.nbytes()
+
+        def freed(_):
+            del self._alive[key]
+            self.now -= num_bytes
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter of matrix operations, which does not know attention on a CPU."""
+    aten = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One network call: operations of a row, and the bytes that it needs beyond weights, fixed_bytes + R row_bytes at most."""
+
+    row_flop: float
+    fixed_bytes: float
+    row_bytes: float
+
+    def mib(self, num_rows: int) -> float:
+        return (self.fixed_bytes + num_rows * self.row_bytes) / MIB
+
+
+def count(call: Callable[[int], object]) -> Call:
+    """Counts `call(R)` at `ROWS` rows and draws a line. Works on real tensors and on fake ones."""
+    peaks = []
+    for num_rows in ROWS:
+        with flop_counter() as flops, LiveBytes() as live:
+            call(num_rows)
+        peaks.append(live.peak)
+    slope = (peaks[1] - peaks[0]) / (ROWS[1] - ROWS[0])
+    return Call(flops.get_total_flops() / ROWS[1], peaks[0] - ROWS[0] * slope, slope)
+
+
+class _CudaNorms(TorchFunctionMode):
+    """Normalisations in fp32, as autocast has them on a GPU and not on a CPU, which is where fake tensors are."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (F.group_norm, F.layer_norm):
+            args = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
+            kwargs = {key: arg.float() if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+class _SavesInput(torch.autograd.Function):
+    """An operation of `reference` that saves its input alone, as the Triton kernel in its place does."""
+
+    @staticmethod
+    def forward(ctx, operation, x, *rest):
+        ctx.operation, ctx.rest = operation, rest
+        ctx.save_for_backward(x)
+        return operation(x, *rest)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = ctx.operation(x, *ctx.rest)
+        return None, torch.autograd.grad(y, x, grad)[0], *(None for _ in ctx.rest)
+
+
+def _merge(unet: nn.Module) -> list[nn.Module]:
+    """`merge` with copies that are never refreshed, for which a weight needs an address."""
+
+    def make_copy(layer: nn.Module) -> None:
+        layer.merged_weight = torch.empty_like(layer.base_layer.weight, requires_grad=False)
+        layer.refresh = lambda: None
+
+    for layer in unet.modules():
+        if isinstance(layer, LoraLayer):
+            layer.refresh = partial(make_copy, layer)
+    return merge(unet)
+
+
+@dataclass(frozen=True)
+class ModelCounts:
+    """What a pipeline is made of and what its calls cost."""
+
+    weight_bytes: dict[str, int]
+    """Frozen weights of unet, vae and text_encoder, and the copies that LoRA is merged into."""
+    trained_sizes: tuple[int, ...]
+    """Elements of each trained tensor; they are fp32."""
+    num_latents: int
+    """Elements of a sample's latents."""
+    embed_bytes: int
+    """A prompt's embeddings."""
+    forward: Call
+    """The UNet without gradient."""
+    update: Call
+    """The UNet forward and backward."""
+    saved_row_bytes: float
+    """What a row keeps between forward and backward."""
+    decode: Call
+    """The VAE's decoder; a row is a picture."""
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(self.trained_sizes)
+
+
+def count_model(arch: dict[str, dict], dtype: torch.dtype, lora, *, on_gpu: bool, fused: bool, merged: bool = False) -> ModelCounts:
+    """Counts a pipeline with the trained weights that `lora` (scope, targets, rank, alpha) asks for, computing in `dtype`.
+
+    on_gpu: autocast's rules are a GPU's. fused: GroupNorm, SiLU and GEGLU are the Triton kernels. merged: LoRA computes with merged
+    weights. Raises as `set_trainable` does.
+    """
+    text = CLIPTextConfig(**arch.get("text_encoder", {}))
+    with torch.device("meta"):
+        unet, vae = (kind.from_config(arch[part]) for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
+        parts = {"unet": unet, "vae": vae} | ({"text_encoder": CLIPTextModel(text)} if "text_encoder" in arch else {})
+    for network in parts.values():
+        nn.Module.to(network, dtype).requires_grad_(False).eval()
+    set_trainable(unet, lora.scope, lora.targets, lora.rank, lora.alpha)
+    copies = _merge(unet) if merged else []
+    embed_shape, size = (text.max_position_embeddings, unet.config.cross_attention_dim), unet.config.sample_size
+    latent_shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    norms = _CudaNorms() if on_gpu and dtype != torch.float32 else nullcontext()
+
+    def forward(num_rows: int) -> Tensor:
+        x, embeds = torch.empty(num_rows, *latent_shape, dtype=dtype), torch.empty(num_rows, *embed_shape, dtype=dtype)
+        added = None
+        if unet.config.addition_embed_type == "text_time":
+            pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+            added = {"text_embeds": torch.empty(num_rows, pooled, dtype=dtype), "time_ids": torch.empty(num_rows, 6, dtype=dtype)}
+        timesteps = torch.empty(num_rows, dtype=torch.int64)
+        with autocast, norms:
+            return unet(x, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+    def decode(num_rows: int) -> Tensor:
+        images = vae.decode(torch.empty(num_rows, *latent_shape, dtype=dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    with FakeTensorMode():
+        for network in (unet, vae):
+            network._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+        trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)  # gradients are accounted for apart
+        if fused:
+            saving = [lambda x, *rest, op=op: _SavesInput.apply(op, x, *rest) for op in (reference.group_norm_silu, reference.geglu)]
+            fuse(unet, Ops("counted", reference.ddim_step, reference.ppo_loss, *saving))
+        with torch.no_grad():
+            calls = {"forward": count(forward), "decode": count(decode)}
+        saved = []
+        for num_rows in ROWS:
+            with LiveBytes() as live:
+                out = forward(num_rows)
+            saved.append(live.now)
+            del out
+        calls["update"] = count(lambda num_rows: forward(num_rows).float().square().mean().backward())
+    return ModelCounts(
+        weight_bytes={name: sum(p.nbytes for p in part.parameters() if not p.requires_grad) for name, part in parts.items()}
+        | {"merged": sum(layer.merged_weight.nbytes for layer in copies)},
+        trained_sizes=tuple(parameter.numel() for parameter in trained),
+        num_latents=math.prod(latent_shape),
+        embed_bytes=math.prod(embed_shape) * dtype.itemsize,
+        saved_row_bytes=(saved[1] - saved[0]) / (ROWS[1] - ROWS[0]),
+        **calls,
+    )

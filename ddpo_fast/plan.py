@@ -1,0 +1,392 @@
+"""What a run needs, before anything of it is started: memory by kind, operations, seconds; and the time of an iteration on N devices.
+
+Shape letters: N devices (ranks), S denoising steps, G UNet rows a sample (2 with guidance), P trained weights.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ddpo_fast.counts import MIB, ModelCounts, architecture, count_model
+from ddpo_fast.gpus import GPUS, HERE, parse_devices
+
+USABLE = 0.9
+"""Share of a device's memory that is planned for; its context, workspaces and the allocator's gaps get the rest. An estimate."""
+FRACTIONS = {"cuda": (0.35, 0.30), "cpu": (0.50, 0.45)}
+"""Share of the matrix product's speed that sampling and the update reach. On a GPU an estimate; on a CPU measured, embedded model."""
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed reduces gradients in buckets of at most so many."""
+RESIDENT = ("frozen weights", "trained weights", "optimizer state", "rollout", "activation cache")
+"""Kinds of memory that every phase holds."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One iteration: the options that decide how much of what it does. Names are those of the options."""
+
+    num_samples: int
+    batch_size: int
+    num_steps: int
+    rows: int
+    """UNet rows of a sample or transition, G."""
+    num_minibatches: int
+    inner_epochs: int
+    micro_batch: int
+    trained_steps: int
+    """Steps of a sample that an epoch trains on."""
+    optimizer: str
+    zero_stage: int
+
+    @classmethod
+    def of(cls, config) -> "Work":
+        """The work of a config's iterations."""
+        sample, train = config.sample, config.train
+        return cls(
+            sample.num_samples, sample.batch_size, sample.num_steps, 1 if sample.guidance_scale == 1 else 2,
+            train.num_minibatches, train.inner_epochs, train.micro_batch, max(1, round(train.timestep_fraction * sample.num_steps)),
+            config.optimizer.name, config.zero.stage,
+        )  # fmt: skip
+
+    def share(self, num_devices: int) -> int:
+        """Samples of a rank. Raises ValueError for a number of ranks that the trainer would refuse."""
+        multiple = num_devices * self.num_minibatches
+        if self.num_samples % multiple:
+            raise ValueError(f"sample.num_samples={self.num_samples}: valid is a multiple of {multiple} with {num_devices} ranks")
+        return self.num_samples // num_devices
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a rank runs on."""
+
+    name: str
+    memory_mib: float
+    matmul_flops: float
+    """Matrix product in the compute dtype, FLOP/s."""
+    fractions: tuple[float, float]
+    """Share of it that sampling and the update reach."""
+    source: str
+    """Where these numbers are from."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it is started; memory is one rank's, in MiB, operations are those of an iteration of all ranks."""
+
+    device: Device
+    num_devices: int
+    work: Work
+    counts: ModelCounts
+    memory: dict[str, float]
+    flop: dict[str, float]
+    seconds: dict[str, float]
+    advice: list[str]
+    """What to lower, if it does not fit."""
+
+    @property
+    def samples_per_hour(self) -> float:
+        return 3600 * self.work.num_samples / sum(self.seconds.values())
+
+
+def state_bytes(optimizer: str, sizes: Iterable[int]) -> int:
+    """Optimizer state of tensors of so many elements: two moments, fp32, or in 8 bits, with an fp32 scale for every 256 elements.
+
+    bitsandbytes leaves tensors of less than 4,096 elements in fp32.
+    """
+    if optimizer not in ("adamw", "adamw_8bit"):
+        raise ValueError(f"optimizer.name={optimizer}: valid is adamw or adamw_8bit")
+    return sum(8 * size if optimizer == "adamw" or size < 4096 else 2 * (size + 4 * math.ceil(size / 256)) for size in sizes)
+
+
+def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, float]:
+    """Memory of one rank by kind, in MiB: `RESIDENT`, the update's gradients, and what sampling, decoding and the update add.
+
+    ZeRO 1 and 2 shard the optimizer state, and an fp32 copy of the trained weights, over the ranks; 2 the gradients too.
+    """
+    trained, samples = 4 * counts.num_trainable, work.share(num_devices)
+    sizes, copy, gradients = counts.trained_sizes, 0, trained
+    if work.zero_stage > 0:
+        sizes, copy = [math.ceil(counts.num_trainable / num_devices)], trained / num_devices  # a shard is one flat tensor
+    if work.zero_stage == 2:
+        gradients /= num_devices
+    if work.zero_stage > 0 or num_devices > 1:
+        gradients += min(trained, 4 * BUCKET_ELEMENTS)
+    trajectory = 4 * counts.num_latents * (work.num_steps + 1) + 4 * work.num_steps + counts.embed_bytes
+    batch = min(work.batch_size, samples)
+    transitions = min(work.micro_batch, samples // work.num_minibatches * work.trained_steps)
+    rollout = samples * trajectory / MIB
+    return {
+        "frozen weights": sum(counts.weight_bytes.values()) / MIB,
+        "trained weights": trained / MIB,
+        "optimizer state": (state_bytes(work.optimizer, sizes) + copy) / MIB,
+        "rollout": rollout,
+        "activation cache": 0.0,
+        "gradients": gradients / MIB,
+        "sampling": max(counts.forward.mib(work.rows * batch), rollout),  # its batches are joined into a second copy
+        "decode": counts.decode.mib(batch),
+        "update": counts.update.mib(work.rows * transitions),
+    }
+
+
+def phases_mib(memory: dict[str, float]) -> dict[str, float]:
+    """Memory of each phase of an iteration at its peak; the largest is the rank's."""
+    resident = sum(memory[kind] for kind in RESIDENT)
+    return {
+        phase: resident + memory[phase] + (memory["gradients"] if phase == "update" else 0) for phase in ("sampling", "decode", "update")
+    }
+
+
+def iteration_flop(counts: ModelCounts, work: Work) -> dict[str, float]:
+    """FLOP of an iteration, all ranks together, by phase."""
+    rows = work.num_samples * work.rows
+    return {
+        "sampling": rows * work.num_steps * counts.forward.row_flop,
+        "decode": work.num_samples * counts.decode.row_flop,
+        "update": rows * work.inner_epochs * work.trained_steps * counts.update.row_flop,
+    }
+
+
+def advise(counts: ModelCounts, work: Work, num_devices: int, budget_mib: float) -> list[str]:
+    """One line for each option that has to be lowered for the run to fit, with the largest value that does; none if it fits."""
+    lines, phases = [], phases_mib(memory_mib(counts, work, num_devices))
+    for option, field, ours in (
+        ("sample.batch_size", "batch_size", ("sampling", "decode")),
+        ("train.micro_batch", "micro_batch", ("update",)),
+    ):
+        if max(phases[phase] for phase in ours) <= budget_mib:
+            continue
+        for value in range(getattr(work, field) - 1, 0, -1):
+            lower = phases_mib(memory_mib(counts, replace(work, **{field: value}), num_devices))
+            if max(lower[phase] for phase in ours) <= budget_mib:
+                lines.append(f"{option}={getattr(work, field)} does not fit; {value} does")
+                break
+        else:
+            lines.append(f"{' and '.join(ours)} does not fit even with {option}=1: fewer samples or trained weights, or a larger device")
+    return lines
+
+
+def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a square matrix product, measured for about a second."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def seconds(repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            product = a @ b
+        product[0, 0].item()  # waits for the device
+        return time.perf_counter() - start
+
+    seconds(1)
+    repeats = max(1, round(0.2 / seconds(1)))
+    return 2 * size**3 * repeats / min(seconds(repeats) for _ in range(4))
+
+
+def find_device(name: str, dtype: torch.dtype, num_devices: int) -> Device:
+    """A GPU of the table by its specification, or this machine's device, measured; a CPU's memory is divided among its ranks."""
+    if name != HERE:
+        gpu = GPUS[name]
+        tflops = gpu.fp32_tflops if dtype == torch.float32 else gpu.fp16_tflops
+        return Device(
+            name,
+            gpu.memory_gib * 1024,
+            tflops * 1e12,
+            FRACTIONS["cuda"],
+            "by specification; the shares are estimates, no GPU has been measured yet",
+        )
+    if torch.cuda.is_available():
+        properties, device = torch.cuda.get_device_properties(0), torch.device("cuda", 0)
+        return Device(
+            properties.name,
+            properties.total_memory / MIB,
+            matmul_flops(dtype, device),
+            FRACTIONS["cuda"],
+            "measured; the shares are estimates, no GPU has been measured yet",
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB
+    flops = matmul_flops(dtype, torch.device("cpu"))
+    return Device(
+        f"CPU ({torch.get_num_threads()} threads)",
+        memory / num_devices,
+        flops,
+        FRACTIONS["cpu"],
+        "measured; the shares are the embedded model's",
+    )
+
+
+def make_plan(config) -> Plan:
+    """The plan of a config on the devices that run.plan names. Raises ValueError naming the option at fault."""
+    num_devices, name = parse_devices(config.run.plan)
+    if config.run.plan == HERE:
+        num_devices = int(os.environ.get("WORLD_SIZE", "1"))
+    on_gpu = name != HERE or torch.cuda.is_available()
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if on_gpu else torch.float32}
+    dtype = dtype[config.model.dtype]
+    work = Work.of(config)
+    work.share(num_devices)
+    arch = architecture(config.model.path)
+    if arch["unet"].get("addition_embed_type") is not None:
+        raise ValueError(f"model.path={config.model.path}: its UNet takes more than latents, time and text; valid is SD 1.x or 2.x")
+    fused = config.kernels.backend == "triton" or (config.kernels.backend == "auto" and on_gpu)
+    merged = config.lora.forward == "merged" or (config.lora.forward == "auto" and dtype == torch.float32 and config.lora.scope != "none")
+    counts = count_model(arch, dtype, config.lora, on_gpu=on_gpu, fused=fused, merged=merged)
+    device = find_device(name, dtype, num_devices)
+    flop = iteration_flop(counts, work)
+    sampling, update = (num_devices * device.matmul_flops * fraction for fraction in device.fractions)
+    seconds = {phase: value / (update if phase == "update" else sampling) for phase, value in flop.items()}
+    advice = advise(counts, work, num_devices, USABLE * device.memory_mib)
+    return Plan(device, num_devices, work, counts, memory_mib(counts, work, num_devices), flop, seconds, advice)
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as a table, ending with whether it fits."""
+    work, memory, device, counts = plan.work, plan.memory, plan.device, plan.counts
+    samples, phases, devices = work.share(plan.num_devices), phases_mib(memory), f"{plan.num_devices} x {plan.device.name}"
+    weights = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in counts.weight_bytes.items() if size)
+    rows = work.rows * min(work.micro_batch, samples // work.num_minibatches * work.trained_steps)
+    notes = {
+        "frozen weights": weights,
+        "trained weights": f"{counts.num_trainable:,} in fp32",
+        "optimizer state": f"{work.optimizer}, ZeRO {work.zero_stage}",
+        "rollout": f"{samples} samples x {work.num_steps} steps",
+        "activation cache": "there is none yet",
+        "gradients": "in the update only",
+        "sampling": f"batches of {min(work.batch_size, samples)}, {work.rows} UNet rows each sample",
+        "decode": f"batches of {min(work.batch_size, samples)}",
+        "update": f"{rows} UNet rows, of which each saves {counts.saved_row_bytes / MIB:,.0f} for its backward",
+    }
+    lines = [f"memory of one rank of {devices}, MiB"]
+    lines += [f"  {kind:<17}{memory[kind]:>10,.0f}  {note}" for kind, note in notes.items()]
+    peak = max(phases, key=phases.get)
+    lines += [
+        f"  {'peak':<17}{phases[peak]:>10,.0f}  in {peak}, of {device.memory_mib:,.0f} (of which {USABLE:.0%} is planned for, an estimate)",
+        f"an iteration on {devices}",
+        *(f"  {phase:<17}{plan.flop[phase] / 1e12:>12,.2f} TFLOP {plan.seconds[phase]:>10,.1f} s" for phase in plan.flop),
+        f"  {work.num_samples} samples in {sum(plan.seconds.values()):,.1f} s: {plan.samples_per_hour:,.1f} samples an hour",
+        f"  estimated: {device.fractions[0]:.0%} in sampling and {device.fractions[1]:.0%} in the update of "
+        f"{device.matmul_flops / 1e12:,.3g} TFLOP/s, {device.source}",
+        "  left out: the reward, evaluation, checkpoints, communication",
+        *(plan.advice or ["it fits"]),
+    ]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one rank's work was measured to cost, in seconds; the links in bytes and bytes a second."""
+
+    sample_call_s: float
+    """A UNet call in sampling, whatever its rows, and what each row adds; the denoising step included."""
+    sample_row_s: float
+    decode_image_s: float
+    reward_image_s: float
+    update_call_s: float
+    """A micro-batch forward and backward, whatever its rows, and what each row adds."""
+    update_row_s: float
+    optimizer_s: float
+    """An update's own: minibatch, clipping, optimizer step."""
+    gradient_bytes: float
+    """All-reduced an update: 4 P. ZeRO sends as much, gradients one way and weights the other."""
+    bandwidth: float
+    """Bytes a second that a rank sends and receives."""
+    latency_s: float
+    """Of one message."""
+    serial_s: float
+    """Rank 0's work of an iteration that others wait for: checkpoint, weights, report."""
+
+
+SATURATED = {
+    "sampling calls": "sampling batches too small",
+    "update calls": "update micro-batches too small",
+    "optimizer": "optimizer step",
+    "rank 0": "rank 0's serial work",
+}
+"""What it means that a term of `iteration_terms` grew; a term that is not here is its own name."""
+
+
+def iteration_terms(work: Work, costs: Costs, num_devices: int) -> dict[str, float]:
+    """Seconds of an iteration on N ranks by term; their sum is its time.
+
+    Calls are whole: ceil(samples / batch_size) S in sampling, ceil(transitions / micro_batch) an update. A ring all-reduce of b bytes
+    takes 2 (N - 1) / N b / bandwidth + 2 (N - 1) latency.
+    """
+    samples, others = work.share(num_devices), num_devices - 1
+    transitions = samples // work.num_minibatches * work.trained_steps
+    num_updates = work.num_minibatches * work.inner_epochs
+    all_reduce = 2 * others * (costs.gradient_bytes / num_devices / costs.bandwidth + costs.latency_s)
+    gather = others * (8 * samples / costs.bandwidth + costs.latency_s)
+    return {
+        "sampling calls": math.ceil(samples / work.batch_size) * work.num_steps * costs.sample_call_s,
+        "sampling rows": samples * work.num_steps * work.rows * costs.sample_row_s,
+        "decode": samples * costs.decode_image_s,
+        "reward": samples * costs.reward_image_s,
+        "update calls": num_updates * math.ceil(transitions / work.micro_batch) * costs.update_call_s,
+        "update rows": num_updates * transitions * work.rows * costs.update_row_s,
+        "optimizer": num_updates * costs.optimizer_s / (num_devices if work.zero_stage else 1),
+        "all-reduce": num_updates * all_reduce,
+        "gather": gather + 4 * others * costs.latency_s,  # rewards; two small all-reduces of statistics
+        "rank 0": costs.serial_s,
+    }
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The prediction for one number of devices."""
+
+    num_devices: int
+    seconds: float
+    """Of an iteration."""
+    images_per_s: float
+    efficiency: float
+    """t(1) / (N t(N))."""
+    shares: dict[str, float]
+    """Of `seconds`, by term."""
+    saturated_by: str
+    """What cost the most efficiency since N = 1; nothing at N = 1."""
+
+
+def scaling(work: Work, costs: Costs, max_devices: int = 64) -> list[Scaling]:
+    """The predictions for every number of devices up to `max_devices` that the samples divide over."""
+    rows, first = [], iteration_terms(work, costs, 1)
+    for num_devices in range(1, max_devices + 1):
+        if work.num_samples % (num_devices * work.num_minibatches):
+            continue
+        terms = iteration_terms(work, costs, num_devices)
+        seconds = sum(terms.values())
+        growth = {name: num_devices * value - first[name] for name, value in terms.items()}  # device-seconds more than on one
+        worst = max(growth, key=growth.get)
+        rows.append(
+            Scaling(
+                num_devices,
+                seconds,
+                work.num_samples / seconds,
+                sum(first.values()) / (num_devices * seconds),
+                {name: value / seconds for name, value in terms.items()},
+                SATURATED.get(worst, worst) if growth[worst] > 0 else "",
+            )
+        )
+    return rows
+
+
+def saturation(rows: list[Scaling]) -> Scaling | None:
+    """The first row below 80 % efficiency."""
+    return next((row for row in rows if row.efficiency < 0.8), None)
+
+
+def scaling_text(rows: list[Scaling]) -> str:
+    """The predictions as a table, ending with what saturates first."""
+    names = list(rows[0].shares)
+    lines = [f"{'N':>3}{'s':>10}{'images/s':>10}{'efficiency':>12}" + "".join(f"{name:>16}" for name in names)]
+    for row in rows:
+        shares = "".join(f"{row.shares[name]:>16.1%}" for name in names)
+        lines.append(f"{row.num_devices:>3}{row.seconds:>10.3f}{row.images_per_s:>10.3f}{row.efficiency:>12.0%}{shares}")
+    end = saturation(rows)
+    if end is None:
+        lines.append(f"80 % efficiency holds up to {rows[-1].num_devices} devices, as far as these samples divide")
+    else:
+        lines.append(f"below 80 % efficiency from {end.num_devices} devices on: {end.saturated_by}")
+    return "\n".join(lines)

@@ -1,0 +1,237 @@
+"""The benchmarks' contenders do the same work, and a wrong one is refused before anything is timed."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import harness, models, peers, throughput, waterfall
+from bench.contenders import Ours, Stages, Textbook, make
+from bench.rows import Writer, read
+from ddpo_fast.kernels import reference
+
+
+@pytest.fixture
+def argv(tiny_model, tmp_path):
+    return [
+        f"--model.path={tiny_model}", f"--run.dir={tmp_path / 'run'}", "--sample.num_samples=8", "--sample.batch_size=8",
+        "--sample.num_steps=3", "--train.num_minibatches=2", "--train.micro_batch=5", "--lora.rank=2", "--prompts.samples_per_prompt=1",
+    ]  # fmt: skip
+
+
+class Local:
+    """A Worker without a process: its contender is in this one."""
+
+    def __init__(self, name, options):
+        self.name, self.contender = name, make(name, options)
+        self.work = {"dtype": self.contender.config.model.dtype, "num_samples": self.contender.config.sample.num_samples}
+
+    def call(self, method, **arguments):
+        if "file" in arguments:
+            arguments["file"] = harness.Path(arguments["file"])
+        return getattr(self.contender, method)(**arguments) or {}
+
+    def iterate(self, count_flop=False):
+        return self.contender.iterate(count_flop)
+
+
+def local_start(stack, contenders):
+    return {label: Local(name, options) for label, (name, options) in contenders.items()}
+
+
+@pytest.fixture
+def tiny_work(argv, monkeypatch):
+    """Works on the tiny model, in this process."""
+    work = models.Work("embedded", tuple(option for option in argv if not option.startswith("--model.path")))
+    monkeypatch.setattr(models, "EMBEDDED", argv[0].partition("=")[2])
+    for module in (peers, throughput, waterfall):
+        monkeypatch.setattr(module, "start", local_start)
+    return work
+
+
+def broken_loss(ops, factor):
+    """`ops` whose loss has a gradient `factor` times the right one."""
+
+    def ppo_loss(*args, **kwargs):
+        loss, statistics = ops.ppo_loss(*args, **kwargs)
+        return loss.detach() + factor * (loss - loss.detach()), statistics
+
+    return replace(ops, ppo_loss=ppo_loss)
+
+
+def broken_step(ops):
+    """`ops` whose step adds a hundredth too much noise."""
+
+    def ddim_step(noise_pred, latents, coefficients, *args):
+        wrong = coefficients.clone()
+        wrong[:, 2] *= 1.01
+        next_latents, _, unet_input = reference.ddim_step(noise_pred, latents, wrong, *args)
+        return next_latents, ops.ddim_step(noise_pred, latents, coefficients, *args)[1], unet_input
+
+    return replace(ops, ddim_step=ddim_step)
+
+
+def test_contenders_do_the_same_work(argv):
+    ours, textbook = Local("ours", argv), Local("textbook", argv)
+    errors = harness.gate({"ours": ours, "textbook": textbook}, textbook)
+    assert errors["textbook"] == 0 and 0 < errors["ours"] < harness.GRADIENT_TOLERANCE["fp32"]
+    results = [worker.iterate(count_flop=True) for worker in (ours, textbook)]
+    for stage in ("denoise", "decode", "update"):
+        assert results[0]["flop"][stage] == pytest.approx(results[1]["flop"][stage], rel=0.3) and results[0]["flop"][stage] > 0
+    for result in results:
+        assert result["transitions"] == 24 and result["ratio_error"] < 1e-5
+        assert (
+            sum(result["seconds"][stage] for stage in ("encode", "denoise", "decode", "reward", "update", "optimizer")) <= result["total_s"]
+        )
+        assert all(seconds >= 0 for seconds in result["seconds"].values())
+
+
+def test_gate_leaves_the_parameters_as_they_were(argv):
+    textbook, ours = Local("textbook", argv), Local("ours", argv)
+    before = {name: parameter.detach().clone() for name, parameter in ours.contender.trainable().items()}
+    harness.gate({"ours": ours}, textbook)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in ours.contender.trainable().items())
+    assert all(parameter.grad is None for parameter in ours.contender.trainable().values())
+
+
+@pytest.mark.parametrize("factor", [0.98, -1.0])
+def test_wrong_gradient_is_refused(argv, factor):
+    ours, textbook = Local("ours", argv), Local("textbook", argv)
+    ours.contender.setup = replace(ours.contender.setup, ops=broken_loss(ours.contender.setup.ops, factor))
+    with pytest.raises(harness.GateError, match="ours: its gradient is off by"):
+        harness.gate({"ours": ours}, textbook)
+
+
+def test_wrong_step_is_refused(argv):
+    ours = Ours(argv)
+    ours.setup = replace(ours.setup, ops=broken_step(ours.setup.ops))
+    with pytest.raises(RuntimeError, match="ratio_error"):
+        ours.iterate()
+
+
+@pytest.mark.parametrize("module", [waterfall, throughput, peers])
+def test_benchmark_reports_nothing_of_a_broken_kernel(module, tiny_work, monkeypatch, tmp_path, capsys):
+    def start(stack, contenders):
+        workers = local_start(stack, contenders)
+        for worker in workers.values():
+            if worker.name.startswith("ours"):
+                worker.contender.setup = replace(worker.contender.setup, ops=broken_loss(worker.contender.setup.ops, 0.98))
+        return workers
+
+    monkeypatch.setattr(module, "WORKS", {"embedded": tiny_work})
+    monkeypatch.setattr(module, "start", start)
+    options = {waterfall: ["--only", "transition"], throughput: ["--models", "embedded"], peers: ["--peers", "textbook"]}[module]
+    assert module.main([*options, "--rounds", "1", "--out", str(tmp_path)]) == 1
+    assert "gradient is off" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.csv"))
+
+
+def test_waterfall_writes_speed_and_quality(tiny_work, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(waterfall, "WORKS", {"embedded": tiny_work})
+    monkeypatch.setattr(waterfall, "techniques", lambda: [row for row in TECHNIQUES if "ompiled" not in row.name])
+    assert waterfall.main(["--rounds", "2", "--out", str(tmp_path)]) == 0
+    rows = read("waterfall", tmp_path)
+    assert [row["technique"] for row in rows][:2] == [waterfall.BASELINE, "transition batching"] and len(rows) == len(TECHNIQUES)
+    assert float(rows[0]["ratio_to_baseline"]) == 1
+    for row in rows:
+        assert float(row["ratio_error"]) < 1e-5 and float(row["gradient_error"]) < 5e-4 and float(row["images_per_s"]) > 0
+        assert row["reward_after"] and float(row["samples"]) == 16
+    assert "x baseline" in capsys.readouterr().out
+
+
+TECHNIQUES = [row for row in waterfall.techniques() if not row.name.startswith("or x")]
+
+
+def test_techniques_build_on_each_other_but_not_on_alternatives():
+    contenders = waterfall.contenders(models.Work("embedded", ()), waterfall.techniques())
+    assert contenders["transition batching"][0] == "ours:contiguous,plain_norms"
+    assert contenders["channels_last"][0] == "ours:plain_norms"
+    assert contenders["or math attention"][0].endswith("sdpa_math") and "sdpa" not in contenders["or 8-bit AdamW"][0]
+    assert "--optimizer.name=adamw_8bit" not in contenders["or LoRA in mid and up blocks"][1]
+    assert "--lora.forward=merged" in contenders["or LoRA in mid and up blocks"][1]
+
+
+def test_peers_pairs_rounds(tiny_work, monkeypatch, tmp_path):
+    monkeypatch.setattr(peers, "WORKS", {"embedded": tiny_work})
+    assert peers.main(["--peers", "textbook", "--rounds", "3", "--no-limits", "--out", str(tmp_path)]) == 0
+    rows = {(row["peer"], row["stage"]): row for row in read("peers", tmp_path)}
+    total = rows["textbook", "total"]
+    assert float(total["ratio_low"]) <= float(total["ours_is_faster_by"]) <= float(total["ratio_high"])
+    assert rows["ours", "total"]["ours_is_faster_by"] == "" and float(rows["ours", "total"]["tflop_per_image"]) > 0
+    assert float(total["images_per_s"]) == pytest.approx(8 / float(total["median_s"]), rel=1e-3)
+
+
+def test_peers_without_trl_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TRL_PY", "no/such/python")
+    with pytest.raises(SystemExit) as stop:
+        peers.main(["--peers", "trl", "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "TRL_PY=no/such/python: it has no TRL" in capsys.readouterr().err
+
+
+def test_stages_split_what_contains_others():
+    stages = Stages(torch.device("cpu"))
+    stages.seconds = {"sample": 5.0, "encode": 1.0, "decode": 0.5, "train": 4.0, "optimizer": 1.0, "reward": 0.25, "total": 10.0}
+    seconds, _ = stages.split()
+    assert seconds == {"encode": 1.0, "denoise": 3.5, "decode": 0.5, "reward": 0.25, "update": 3.0, "optimizer": 1.0, "total": 10.0}
+
+
+def test_resize_changes_the_work_and_checks_it(argv):
+    ours = Ours(argv)
+    ours.resize(sample__num_samples=4, sample__num_steps=2, train__inner_epochs=2)
+    assert ours.iterate()["transitions"] == 4 * 2 * 2
+    with pytest.raises(ValueError, match="sample.num_samples=3"):
+        ours.resize(sample__num_samples=3)
+
+
+def test_worker_is_a_process_that_reports_its_failure(argv):
+    with harness.Worker("ours", argv) as worker:
+        assert worker.iterate()["reward_mean"] < 0
+        with pytest.raises(RuntimeError, match="ours: ValueError: sample.num_samples=3"):
+            worker.call("resize", sample__num_samples=3)
+    with harness.Worker("ours", ["--model.path=nowhere"]) as worker, pytest.raises(RuntimeError, match="model.path=nowhere"):
+        worker.wait()
+
+
+def test_turns_alternate():
+    order = []
+
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+        def iterate(self):
+            order.append(self.name)
+            return {}
+
+    harness.take_turns({name: Fake(name) for name in "AB"}, 3)
+    assert "".join(order) == "ABBAAB"
+
+
+def test_random_pipelines_have_the_named_architecture(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "ROOT", tmp_path)
+    folder = models.random_pipeline("sd15_small")
+    assert folder == models.random_pipeline("sd15_small")
+    textbook = Textbook([f"--model.path={folder}", "--sample.num_samples=4", "--lora.targets=[attention]"])
+    blocks = [type(block).__name__ for block in textbook.unet.down_blocks]
+    assert blocks == ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+
+
+def test_scaling_rows(tiny_work, monkeypatch, tmp_path):
+    @contextmanager
+    def local(name, options):
+        yield type("", (Local,), {"wait": lambda self: None})(name, options)
+
+    monkeypatch.setattr(throughput, "Worker", local)
+    monkeypatch.setattr(throughput, "VALUES", {"cpu": {"batch": (2, 4), "steps": (2, 3)}})
+    monkeypatch.setitem(throughput.START["cpu"], "sample__num_samples", 4)
+    monkeypatch.setattr(throughput, "rank_times", lambda *_: {})
+    rows = throughput.scaling(tiny_work, 1, Writer("scaling", tmp_path, ["test"]))
+    assert [(row["axis"], row["value"]) for row in rows] == [("batch", "2"), ("batch", "4"), ("steps", "2"), ("steps", "3")]
+    assert all(float(row["median_s"]) > 0 for row in rows)
+
+
+def test_ranks_share_the_work(tiny_work):
+    base = {"sample__num_samples": 4, "sample__batch_size": 4, "sample__num_steps": 2, "train__num_minibatches": 1, "train__micro_batch": 8}
+    times = throughput.rank_times(tiny_work, base, 1)
+    assert list(times) == [1, 2] and all(turns[0]["transitions"] == 8 for turns in times.values())

@@ -1,0 +1,357 @@
+"""What is planned against what is: counts by hand, real runs under the same modes, closed forms, 2 real ranks."""
+
+import dataclasses
+import math
+import typing
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bitsandbytes.optim import AdamW8bit
+from diffusers import DDIMScheduler
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import predict
+from ddpo_fast import train as trainer
+from ddpo_fast.config import OptimizerConfig, parse
+from ddpo_fast.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, architecture, count_model, flop_counter
+from ddpo_fast.ddim import DDIMSchedule
+from ddpo_fast.gpus import GPUS, parse_devices
+from ddpo_fast.plan import Costs, Work, advise, iteration_flop, iteration_terms, memory_mib, phases_mib, saturation, scaling, state_bytes
+from ddpo_fast.policy import DTYPES, Policy
+
+SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
+ATTENTION = SimpleNamespace(scope="all", targets=["attention"], rank=4, alpha=4.0)
+WORK = Work(
+    num_samples=64, batch_size=8, num_steps=10, rows=2, num_minibatches=2, inner_epochs=1, micro_batch=16, trained_steps=10,
+    optimizer="adamw", zero_stage=0,
+)  # fmt: skip
+COSTS = Costs(
+    sample_call_s=0.0, sample_row_s=1e-3, decode_image_s=2e-3, reward_image_s=1e-4, update_call_s=0.0, update_row_s=3e-3, optimizer_s=0.0,
+    gradient_bytes=0.0, bandwidth=math.inf, latency_s=0.0, serial_s=0.0,
+)  # fmt: skip
+COUNTS = ModelCounts(
+    weight_bytes={"unet": 100 * MIB}, trained_sizes=(MIB,), num_latents=MIB // 4, embed_bytes=0,
+    forward=Call(1.0, 0, MIB), update=Call(3.0, 10 * MIB, 20 * MIB), saved_row_bytes=15 * MIB, decode=Call(2.0, 0, 30 * MIB),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return count_model(architecture(SD15), torch.float32, ATTENTION, on_gpu=False, fused=False)
+
+
+def real(tiny_model, dtype: str, scope: str, merged: bool = False) -> Policy:
+    policy = Policy(str(tiny_model), dtype, torch.device("cpu"), scope, ["attention"], 4, 4.0)
+    if merged:
+        policy.merge_lora()
+    for parameter in policy.trainable_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return policy
+
+
+def predict_noise(policy: Policy, num_rows: int) -> torch.Tensor:
+    x, embeds = torch.randn(num_rows, *policy.latent_shape).to(policy.dtype), policy.uncond_embeds.expand(num_rows, -1, -1)
+    return policy.predict_noise(x, torch.full((num_rows,), 500), embeds)
+
+
+def test_parameters_by_hand_and_as_loaded(tiny_model):
+    """LoRA on attention of width 32 and text of width 16: 6 layers 32 -> 32 and 2 of 16 -> 32 in each of 1 + 1 + 2 transformers."""
+    counts = count_model(architecture(str(tiny_model)), torch.float16, ATTENTION, on_gpu=True, fused=True)
+    assert counts.num_trainable == 4 * 4 * (6 * (32 + 32) + 2 * (16 + 32))
+    policy = real(tiny_model, "fp16", "all")
+    assert counts.num_trainable == sum(p.numel() for p in policy.trainable_parameters())
+    for name, network in (("unet", policy.unet), ("vae", policy.pipe.vae), ("text_encoder", policy.pipe.text_encoder)):
+        assert counts.weight_bytes[name] == sum(p.nbytes for p in network.parameters() if not p.requires_grad) > 0
+    assert (counts.num_latents, counts.embed_bytes) == (4 * 8 * 8, 8 * 16 * 2)
+
+
+def test_full_fine_tuning_trains_fp32_masters(tiny_model):
+    lora = SimpleNamespace(scope="none", targets=[], rank=1, alpha=1.0)
+    counts = count_model(architecture(str(tiny_model)), torch.float16, lora, on_gpu=False, fused=False)
+    policy = real(tiny_model, "fp16", "none")
+    assert counts.weight_bytes["unet"] == 0
+    assert sorted(counts.trained_sizes) == sorted(p.numel() for p in policy.trainable_parameters())
+    assert counts.update.fixed_bytes >= 2 * counts.num_trainable * 0.9  # autocast's fp16 copies live from forward to backward
+
+
+@pytest.mark.parametrize(
+    "dtype, scope, merged",
+    [("fp32", "all", False), ("fp32", "all", True), ("bf16", "all", False), ("bf16", "all", True), ("bf16", "none", False),
+     ("fp32", "mid_up", True)],
+)  # fmt: skip
+def test_bytes_and_operations_are_those_of_a_real_run(tiny_model, dtype, scope, merged):
+    lora = SimpleNamespace(scope=scope, targets=["attention"], rank=4, alpha=4.0)
+    counts = count_model(architecture(str(tiny_model)), DTYPES[dtype], lora, on_gpu=False, fused=False, merged=merged)
+    policy, rows = real(tiny_model, dtype, scope, merged), 5
+    assert counts.weight_bytes["merged"] == sum(layer.merged_weight.nbytes for layer in policy.merged_layers)
+    parameters = {p.untyped_storage().data_ptr() for p in (*policy.unet.parameters(), *policy.unet.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    def update() -> None:
+        predict_noise(policy, rows).float().square().mean().backward()
+
+    with torch.no_grad(), LiveBytes() as live:
+        predict_noise(policy, rows)
+    assert counts.forward.mib(rows) == pytest.approx(live.peak / MIB, rel=0.02)
+    with LiveBytes() as live:
+        update()
+    assert counts.update.mib(rows) == pytest.approx(live.peak / MIB, rel=0.02)
+    with flop_counter() as flops:
+        update()
+    assert flops.get_total_flops() == rows * counts.update.row_flop
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        predict_noise(policy, rows)
+    if scope != "none":  # there autocast's copies of the weights are saved too
+        assert rows * counts.saved_row_bytes == pytest.approx(sum(storage.nbytes() for storage in saved.values()), rel=0.1)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:  # attention as plain matrix products
+        predict_noise(policy, rows)
+    assert flops.get_total_flops() == rows * counts.forward.row_flop
+
+
+def test_live_bytes_by_hand():
+    with LiveBytes() as live:
+        a = torch.zeros(1000)
+        b = a.view(10, 100).t()  # no new storage
+        c = a + 1
+        assert (live.now, live.peak) == (8000, 8000)
+        del a, b
+        assert (live.now, live.peak) == (4000, 8000)
+        c = c + 1
+        assert (live.now, live.peak, len(c)) == (4000, 8000, 1000)
+
+
+def test_fused_kernels_save_less_and_a_gpus_autocast_more(tiny_model):
+    def saved(on_gpu: bool, fused: bool) -> float:
+        return count_model(architecture(str(tiny_model)), torch.float16, ATTENTION, on_gpu=on_gpu, fused=fused).saved_row_bytes
+
+    assert saved(on_gpu=True, fused=False) > max(saved(on_gpu=True, fused=True), saved(on_gpu=False, fused=False))
+
+
+def test_stable_diffusion_15(sd15):
+    assert sd15.weight_bytes == {"unet": 4 * 859_520_964, "vae": 4 * 83_653_863, "text_encoder": 4 * 123_060_480, "merged": 0}
+    assert sd15.num_trainable == 797_184 and sd15.num_latents == 16384
+    assert sd15.forward.row_flop == pytest.approx(0.803e12, rel=0.01)
+    assert sd15.update.row_flop / sd15.forward.row_flop == pytest.approx(2.21, rel=0.01)
+    assert sd15.decode.row_flop == pytest.approx(2.5e12, rel=0.02)
+    assert sd15.saved_row_bytes == pytest.approx(2 * 799e6, rel=0.01)  # 799 MB in fp16
+
+
+@pytest.mark.slow
+def test_sdxl():
+    counts = count_model(architecture(SDXL), torch.float32, ATTENTION, on_gpu=False, fused=False)
+    assert counts.weight_bytes["unet"] == 4 * 2_567_463_684
+    assert counts.forward.row_flop == pytest.approx(6.76e12, rel=0.01)
+    assert counts.update.row_flop / counts.forward.row_flop == pytest.approx(2.14, rel=0.01)
+    assert counts.saved_row_bytes == pytest.approx(2 * 5.59e9, rel=0.02)
+
+
+@pytest.mark.parametrize("path", [path for path, parts in ARCHITECTURES.items() if "scheduler" in parts])
+def test_known_schedulers_make_a_schedule(path):
+    schedule = DDIMSchedule.from_scheduler(DDIMScheduler(**ARCHITECTURES[path]["scheduler"]), 50, 1.0)
+    assert schedule.timesteps[0] == 981 and schedule.timesteps[-1] == 1
+
+
+def test_a_folder_without_configs_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"^model\.path=.*No such file[^\n]*$"):
+        architecture(str(tmp_path))
+
+
+def test_optimizer_state():
+    assert state_bytes("adamw", [1000, 5000]) == 8 * 6000
+    parameters = [torch.nn.Parameter(torch.randn(size)) for size in (1000, 5000)]
+    optimizer = AdamW8bit(parameters)
+    sum(p.sum() for p in parameters).backward()
+    optimizer.step()
+    real_bytes = sum(
+        state[name].nbytes for state in optimizer.state.values() for name in ("state1", "state2", "absmax1", "absmax2") if name in state
+    )
+    assert state_bytes("adamw_8bit", [1000, 5000]) == real_bytes
+    for name in typing.get_args(typing.get_type_hints(OptimizerConfig)["name"]):
+        assert 0 < state_bytes(name, [5000]) <= 40000
+    with pytest.raises(ValueError, match="optimizer.name=sgd: valid is"):
+        state_bytes("sgd", [1])
+
+
+def test_memory_of_a_rank_by_hand():
+    """1 MiB a latent, so 11 MiB a trajectory (and its 10 log-probs); 4 MiB of trained weights."""
+    memory = memory_mib(COUNTS, WORK, 1)
+    rollout = 64 * (11 + 40 / MIB)
+    assert memory == pytest.approx(
+        {"frozen weights": 100, "trained weights": 4, "optimizer state": 8, "rollout": rollout, "activation cache": 0, "gradients": 4,
+         "sampling": rollout, "decode": 240, "update": 10 + 32 * 20}
+    )  # fmt: skip
+    phases = phases_mib(memory)
+    assert phases == pytest.approx({"sampling": 112 + 2 * rollout, "decode": 112 + rollout + 240, "update": 112 + rollout + 4 + 650})
+    sharded = {
+        stage: memory_mib(COUNTS, dataclasses.replace(WORK, zero_stage=stage), 4) for stage in (0, 1, 2)
+    }  # with the bucket that gradients are reduced in, and ZeRO's copy of the weights
+    assert [sharded[stage]["optimizer state"] for stage in (0, 1, 2)] == [8, 3, 3]
+    assert [sharded[stage]["gradients"] for stage in (0, 1, 2)] == [8, 8, 5]
+    assert sharded[0]["rollout"] == pytest.approx(rollout / 4)
+
+
+def test_operations_of_an_iteration():
+    work = dataclasses.replace(WORK, inner_epochs=3, trained_steps=5)
+    assert iteration_flop(COUNTS, work) == {"sampling": 64 * 10 * 2 * 1, "decode": 64 * 2, "update": 64 * 5 * 3 * 2 * 3}
+
+
+@pytest.mark.parametrize(
+    "option, field, budget", [("sample.batch_size", "batch_size", 960.0), ("train.micro_batch", "micro_batch", 1200.0)]
+)
+def test_advice_is_the_largest_value_that_fits(option, field, budget):
+    work = dataclasses.replace(WORK, num_samples=32, batch_size=32, micro_batch=64)
+    lines = [line for line in advise(COUNTS, work, 1, budget) if line.startswith(option)]
+    value = int(lines[0].split("; ")[1].split()[0])
+    assert lines == [f"{option}={getattr(work, field)} does not fit; {value} does"] and 1 <= value < getattr(work, field)
+    for tried, fits in ((value, True), (value + 1, False)):
+        again = advise(COUNTS, dataclasses.replace(work, **{field: tried}), 1, budget)
+        assert fits == (not any(line.startswith(option) for line in again))
+
+
+def test_no_advice_where_it_fits_and_none_that_would_not_help():
+    assert advise(COUNTS, WORK, 1, 1e6) == []
+    assert advise(COUNTS, WORK, 1, 50.0) == [
+        "sampling and decode does not fit even with sample.batch_size=1: fewer samples or trained weights, or a larger device",
+        "update does not fit even with train.micro_batch=1: fewer samples or trained weights, or a larger device",
+    ]
+
+
+def test_without_overhead_scaling_is_perfect():
+    rows = scaling(WORK, COSTS)
+    assert [row.num_devices for row in rows] == [1, 2, 4, 8, 16, 32]
+    one = 64 * (20 * 1e-3 + 2e-3 + 1e-4) + 64 * 20 * 3e-3
+    for row in rows:
+        assert row.seconds == pytest.approx(one / row.num_devices) and row.efficiency == pytest.approx(1)
+        assert row.images_per_s == pytest.approx(64 / one * row.num_devices) and sum(row.shares.values()) == pytest.approx(1)
+    assert saturation(rows) is None
+
+
+def test_all_reduce_in_a_ring():
+    costs = dataclasses.replace(COSTS, gradient_bytes=1e9, bandwidth=1e9, latency_s=1e-3)
+    terms = iteration_terms(WORK, costs, 4)
+    assert terms["all-reduce"] == pytest.approx(2 * (2 * 3 / 4 * 1e9 / 1e9 + 2 * 3 * 1e-3))
+    assert terms["gather"] == pytest.approx(3 * (8 * 16 / 1e9 + 1e-3) + 2 * 2 * 3 * 1e-3)
+    assert saturation(scaling(WORK, costs)).saturated_by == "all-reduce"
+    assert iteration_terms(WORK, costs, 1)["all-reduce"] == iteration_terms(WORK, costs, 1)["gather"] == 0
+
+
+@pytest.mark.parametrize(
+    "cost, expected",
+    [
+        ("sample_call_s", "sampling batches too small"),
+        ("update_call_s", "update micro-batches too small"),
+        ("optimizer_s", "optimizer step"),
+        ("serial_s", "rank 0's serial work"),
+    ],
+)
+def test_what_saturates_is_named(cost, expected):
+    end = saturation(scaling(WORK, dataclasses.replace(COSTS, **{cost: 1.0})))
+    assert end is not None and end.saturated_by == expected and end.efficiency < 0.8
+
+
+def test_serial_work_is_amdahls_law():
+    costs = dataclasses.replace(COSTS, serial_s=1.0)
+    parallel = sum(iteration_terms(WORK, COSTS, 1).values())
+    for row in scaling(WORK, costs):
+        assert row.efficiency == pytest.approx((parallel + 1) / (parallel + row.num_devices))
+
+
+def test_calls_are_whole():
+    costs = dataclasses.replace(COSTS, sample_call_s=1.0, update_call_s=1.0)
+    for num_devices in (1, 2, 4, 8, 16, 32):
+        samples = 64 // num_devices
+        terms = iteration_terms(WORK, costs, num_devices)
+        assert terms["sampling calls"] == 10 * math.ceil(samples / 8)
+        assert terms["update calls"] == 2 * math.ceil(samples // 2 * 10 / 16)
+    sharded = dataclasses.replace(WORK, zero_stage=1)
+    assert iteration_terms(sharded, dataclasses.replace(COSTS, optimizer_s=1.0), 4)["optimizer"] == pytest.approx(0.5)
+
+
+def test_samples_must_divide():
+    with pytest.raises(ValueError, match="sample.num_samples=64: valid is a multiple of 6 with 3 ranks"):
+        iteration_terms(WORK, COSTS, 3)
+
+
+def test_fit_finds_the_costs():
+    design = [[1.0, 8.0], [1.0, 4.0], [2.0, 4.0], [4.0, 1.0]]
+    assert predict.fit(design, [3 * a + 2 * b for a, b in design]) == pytest.approx([3, 2])
+    assert predict.fit(design, [8.0, 4.0, 3.9, 0.9])[0] == 0 < predict.fit(design, [8.0, 4.0, 3.9, 0.9])[1]
+
+
+@pytest.mark.parametrize("text, expected", [("H200", (1, "H200")), ("8xh100", (8, "H100")), ("here", (1, "here")), ("0xH200", None)])
+def test_names_of_devices(text, expected):
+    assert parse_devices(text) == expected
+    assert all(parse_devices(f"3x{name}") == (3, name) for name in GPUS)
+
+
+@pytest.mark.parametrize("argument, plan", [("--plan", "here"), ("--plan=8xH200", "8xH200"), ("--run.plan=L4", "L4")])
+def test_plan_on_the_command_line(argument, plan):
+    assert parse([argument]).run.plan == plan
+    assert parse([]).run.plan is None
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch, tmp_path):
+    for name in ("prepare", "init_distributed", "Policy"):
+        monkeypatch.setattr(trainer, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_of_a_recipe_without_its_model(nothing_starts, capsys):
+    recipe = trainer.__file__.replace("ddpo_fast/train.py", "configs/sd15_compressibility.yaml")
+    trainer.main(["--config", recipe, "--plan=2xH200"])
+    out = capsys.readouterr().out
+    assert "memory of one rank of 2 x H200" in out and "128 samples x 50 steps" in out and out.endswith("it fits\n")
+    assert "frozen weights        2,034  unet 1,639, vae 160, text_encoder 235" in out
+
+
+def test_plan_of_this_machine(nothing_starts, tiny_model, capsys):
+    trainer.main(["--model.path", str(tiny_model), "--plan", "--train.num_minibatches=2", "--sample.batch_size=4"])
+    out = capsys.readouterr().out
+    assert "batches of 4, 2 UNet rows each sample" in out and "samples an hour" in out and out.endswith("it fits\n")
+
+
+def test_only_rank_0_prints_the_plan(nothing_starts, tiny_model, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    trainer.main(["--model.path", str(tiny_model), "--plan=H200"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--plan=H201"], "error: run.plan=H201: valid is here, or one of B200, H200, "),
+        (["--plan=7xH200"], "error: sample.num_samples=48: valid is a multiple of 28 with 7 ranks"),
+        (["--plan=H200", "--model.path", SDXL], "its UNet takes more than latents, time and text"),
+        (["--plan=H200", "--lora.scope=up_blocks.9"], "error: lora.scope=up_blocks.9: this UNet has no up_blocks.9"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_one_line(nothing_starts, options, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        trainer.main(options)
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.slow
+def test_two_ranks_take_as_long_as_predicted(tiny_model):
+    config = parse(
+        [f"--model.path={tiny_model}", "--sample.num_samples=32", "--sample.batch_size=16", "--train.num_minibatches=2",
+         "--train.micro_batch=16", "--lora.rank=2", "--prompts.limit=4", "--prompts.samples_per_prompt=1"]
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    try:
+        work, costs = predict.calibrate(config)
+    finally:
+        torch.set_num_threads(threads)
+    for row in predict.check(config, work, costs):
+        assert row.predicted_s == pytest.approx(row.measured_s, rel=0.25), row
