@@ -1,1 +1,13 @@
-"""Measurements of the kernels: what they need (`kernel_resources`) and how fast they are (`kernels`)."""
+"""What this trainer is worth in time, memory and reward, measured beside what one would use instead.
+
+    peers       ours, TRL's DDPOTrainer and the textbook loop on the same work, taking turns; what a peer cannot do (`limits`)
+    waterfall   from the textbook loop one technique a row, its quality beside its speed
+    throughput  the stages of an iteration; how cost grows with batch, steps, micro-batch, inner epochs and ranks
+    reward      reward per device-hour of two or more settings, with several seeds
+    predict     an iteration's time on N devices, from costs measured on this one
+    kernels     every fused operation by itself; kernel_resources: what it takes of a GPU, compiled ahead of time
+    compare     a run against the last one on the same kind of machine; headline: README's tables and pictures
+
+`contenders` are what is timed, each a process of its own that `harness` starts, gates for correctness and gives its turn. They do the
+work of `models`; `textbook` is the oracle among them. `rows` are written to results/, which has a LOG.md of what was learnt.
+"""

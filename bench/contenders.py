@@ -216,7 +216,7 @@ class Textbook(Contender):
     """The textbook loop with torch's AdamW; batches as large as a minibatch of samples and train.micro_batch allow."""
 
     def __init__(self, argv: list[str]):
-        super().__init__([*argv, "--kernels.backend=reference"])
+        super().__init__([*argv, "--kernels.backend=reference", "--lora.forward=separate"])
         config, policy = self.config, self.setup.policy
         self.loop = TextbookLoop(policy.pipe, config.sample.num_steps, config.sample.guidance_scale)
         self.parameters = policy.trainable_parameters()
@@ -304,7 +304,7 @@ class TRL(Contender):
     """TRL's DDPOTrainer (deleted in TRL 0.24), with our LoRA layers in place of its fixed ones; the rest is its own."""
 
     def __init__(self, argv: list[str]):
-        super().__init__([*argv, "--kernels.backend=reference"])
+        super().__init__([*argv, "--kernels.backend=reference", "--lora.forward=separate"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline

@@ -178,7 +178,7 @@ def _misfit(layer: nn.Module) -> str | None:
     if type(layer) not in _MERGED or type(layer.base_layer) is not _BASES[type(layer)]:
         return f"it is a {type(layer).__name__} on a {type(layer.base_layer).__name__}; valid is a LoRA on an nn.Linear or nn.Conv2d"
     if list(layer.lora_A) != [ADAPTER] or layer.merged:
-        return f"its adapters are {list(layer.lora_A)}, merged into its weight {layer.merged_adapters}; valid is 'default' alone, not merged"
+        return f"its adapters are {list(layer.lora_A)}, in its weight already {layer.merged_adapters}; valid is 'default' alone, not there"
     if layer.lora_variant or layer.lora_bias[ADAPTER] or not isinstance(layer.lora_dropout[ADAPTER], nn.Identity):
         return "its LoRA is of another kind, or has a bias or dropout; valid is a plain one"
     base = layer.base_layer
