@@ -11,3 +11,9 @@
 `contenders` are what is timed, each a process of its own that `harness` starts, gates for correctness and gives its turn. They do the
 work of `models`; `textbook` is the oracle among them. `rows` are written to results/, which has a LOG.md of what was learnt.
 """
+
+import logging
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torchvision is missing, which nothing here uses
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a 4-bit kernel that cannot be downloaded, likewise

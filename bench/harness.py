@@ -48,7 +48,7 @@ class Worker:
         self.log = tempfile.TemporaryFile("w+")
         command = [trl_python() if name == "trl" else sys.executable, "-m", "bench.contenders", name, *options]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1,
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1, start_new_session=True,
             env={k: v for k, v in os.environ.items() if k not in RANK} | {k: str(v) for k, v in (environment or {}).items()},
         )  # fmt: skip
         self.work: dict = {}
@@ -118,8 +118,8 @@ def gradient_errors(workers: dict[str, Worker], oracle: Worker) -> dict[str, flo
 
 def gradient_error(gradient: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """|g - g*| / |g*| over the parameters that both train; raises GateError if they train different ones."""
-    names = sorted(expected.keys() - {"ratio_error"})
-    if missing := set(names) ^ (gradient.keys() - {"ratio_error"}):
+    names = sorted(expected)
+    if missing := set(names) ^ gradient.keys():
         raise GateError(f"not the same parameters are trained: {', '.join(sorted(missing)[:3])}, ... ({len(missing)})")
     a, b = (torch.cat([g[name].flatten().double() for name in names]) for g in (gradient, expected))
     return ((a - b).norm() / b.norm()).item()
@@ -128,28 +128,40 @@ def gradient_error(gradient: dict[str, torch.Tensor], expected: dict[str, torch.
 def gate(workers: dict[str, Worker], oracle: Worker) -> dict[str, float]:
     """`gradient_errors`, where each must be within GRADIENT_TOLERANCE; raises GateError for one that is not.
 
-    In half precision TRL's own error (it takes log-probs of latents that it then rounds) is returned, not refused.
+    In half precision TRL's own error (it takes log-probs of latents that it then rounds) may be up to a half.
     """
-    errors, dtype = gradient_errors(workers, oracle), oracle.work["dtype"]
+    errors = gradient_errors(workers, oracle)
     for label, error in errors.items():
-        excused = workers[label].name == "trl" and dtype != "fp32"
-        if not error <= GRADIENT_TOLERANCE[dtype] and not excused:
-            raise GateError(
-                f"{label}: its gradient is off by {error:.2g}, {GRADIENT_TOLERANCE[dtype]:.0e} is tolerated, so nothing is timed"
-            )
+        dtype = workers[label].work["dtype"]
+        tolerance = 0.5 if workers[label].name == "trl" and dtype != "fp32" else GRADIENT_TOLERANCE[dtype]
+        if not error <= tolerance:
+            raise GateError(f"{label}: its gradient is off by {error:.2g}, {tolerance:.0e} is tolerated, so nothing is timed")
     return errors
 
 
-def take_turns(workers: dict[str, Worker], rounds: int, each=lambda name, result: None) -> dict[str, list[dict]]:
-    """A B C, C B A, ...: every contender runs `rounds` iterations, one at a time, so that a drift of the machine hits all alike."""
+def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, list[dict]]:
+    """A B C, C B A, ...: every contender runs `rounds` iterations, one at a time, so that a drift of the machine hits all alike.
+
+    Interrupted, it returns the whole rounds there are. A contender that fails is left out, with a line that says so.
+    """
     results = {name: [] for name in workers}
     with tqdm(total=rounds * len(workers), desc="iterations", unit="it", dynamic_ncols=True) as bar:
-        for number in range(rounds):
-            for name in list(workers)[:: -1 if number % 2 else 1]:
-                bar.set_postfix_str(name)
-                results[name].append(workers[name].iterate())
-                each(name, results[name][-1])
-                bar.update()
+        try:
+            for number in range(rounds):
+                for name in list(results)[:: -1 if number % 2 else 1]:
+                    bar.set_postfix_str(name)
+                    try:
+                        results[name].append(workers[name].iterate())
+                    except RuntimeError as error:
+                        del results[name]
+                        tqdm.write(f"left out: {error}", file=sys.stderr)
+                    bar.update()
+        except KeyboardInterrupt:
+            whole = min(len(turns) for turns in results.values())
+            if not whole:
+                raise
+            tqdm.write(f"interrupted: {whole} whole rounds count", file=sys.stderr)
+            results = {name: turns[:whole] for name, turns in results.items()}
     return results
 
 
@@ -164,7 +176,12 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 def start(stack: ExitStack, contenders: dict[str, tuple[str, list[str]]]) -> dict[str, Worker]:
     """Starts the processes, label -> (name, options), and loads their models one after the other."""
     workers = {}
-    for label, (name, options) in contenders.items():
+    for label, (name, options) in tqdm(contenders.items(), desc="loading", unit="model", dynamic_ncols=True, leave=False):
         workers[label] = stack.enter_context(Worker(name, options))
         workers[label].wait()
     return workers
+
+
+def start_oracle(stack: ExitStack, argv: list[str]) -> Worker:
+    """The textbook loop in fp32."""
+    return start(stack, {"oracle": ("textbook", [*argv, "--model.dtype=fp32"])})["oracle"]

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -28,30 +29,34 @@ WORKS = "works"
 
 def attempt(contender: str, what: str) -> str:
     """One line: WORKS, or the error's type and text."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         model = tiny_sdxl(Path(folder, "model")) if what == "SDXL" else EMBEDDED
-        script = [str(Path(__file__)), "--rank", contender, what, str(model), folder]
-        num_ranks = 1 if what == "SDXL" else 2
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "bench.limits", *script[1:]], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                env=os.environ | {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank % max(1, torch.cuda.device_count())), "WORLD_SIZE": str(num_ranks),
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-                },
-            )
-            for rank in range(num_ranks)
-        ]  # fmt: skip
-        try:
-            said = [process.communicate(timeout=240)[0].strip().splitlines() for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    lines = [lines[-1] if lines else "it died without a word" for lines in said]
-    return next((line for line in lines if line != WORKS), WORKS)
+        free.bind(("127.0.0.1", 0))
+        num_ranks, port = 1 if what == "SDXL" else 2, free.getsockname()[1]
+        environment = os.environ | {
+            "WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        if torch.cuda.device_count() < num_ranks:
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        free.close()
+        processes, answers = [], [Path(folder, f"rank{rank}") for rank in range(num_ranks)]
+        for rank, answer in enumerate(answers):
+            command = [sys.executable, "-m", "bench.limits", "--rank", contender, what, str(model), folder]
+            with answer.open("w") as file:
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, cwd=ROOT, env=environment | own, stdout=file, stderr=subprocess.DEVNULL))
+        deadline, said = time.monotonic() + 240, []
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline and set(said) <= {WORKS}:
+            time.sleep(0.5)  # a rank that has failed leaves the others waiting
+            said = [answer.read_text().strip() for answer in answers if answer.stat().st_size]
+        for process in processes:
+            process.kill()
+            process.wait()
+        said = [answer.read_text().strip() for answer in answers if answer.stat().st_size]
+    return next((line for line in said if line != WORKS), WORKS if len(said) == num_ranks else "it did not answer")
 
 
 def in_rank(contender: str, what: str, model: str, folder: str) -> str:

@@ -16,13 +16,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench.contenders import STAGES
-from bench.harness import GateError, gate, spread, start, take_turns, trl_python
+from bench.harness import GateError, gate, spread, start, start_oracle, take_turns, trl_python
 from bench.limits import ATTEMPTS
 from bench.models import ROOT, WORKS, Work, default_models
-from bench.rows import RESULTS, Writer
+from bench.rows import PEERS, RESULTS, Writer
 
-EXAMPLE = "trl, its example's batches"
-PEERS = ("textbook", "trl", EXAMPLE)
+OTHERS = [peer for peer in PEERS if peer != "ours"]
+EXAMPLE = OTHERS[-1]
 
 
 def contenders(work: Work, peers: list[str]) -> dict[str, tuple[str, list[str]]]:
@@ -36,8 +36,8 @@ def compare(work: Work, peers: list[str], rounds: int, writer: Writer) -> list[d
     """Gates, then times, every contender; returns the rows it has written. Raises GateError before anything is timed."""
     with ExitStack() as stack:
         workers = start(stack, contenders(work, peers))
-        oracle = workers.get("textbook") or start(stack, {"oracle": ("textbook", work.argv())})["oracle"]
-        errors = gate(workers, oracle)
+        with ExitStack() as own:
+            errors = gate(workers, start_oracle(own, work.argv()))
         flop = {label: worker.iterate(count_flop=True) for label, worker in workers.items()}  # warms up, too
         results = take_turns(workers, rounds)
     rows = []
@@ -66,7 +66,7 @@ def limits(peers: list[str], writer: Writer) -> list[dict]:
         for what in ATTEMPTS:
             done = subprocess.run([python, "-m", "bench.limits", label, what], cwd=ROOT, capture_output=True, text=True)
             said = done.stdout.strip() or f"it ended with status {done.returncode}"
-            rows.append(writer.add(model="", work="", peer=label, stage=what, note=said))
+            rows.append(writer.add(model="any", work="what it can do", peer=label, stage=what, note=said))
             print(f"{label}, {what}: {said}", flush=True)
     return rows
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=list(WORKS), default="sd15" if "sd15" in default_models() else "embedded")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all")
+    parser.add_argument("--peers", nargs="+", choices=OTHERS, default=OTHERS, help="default: all")
     parser.add_argument("--rounds", type=int, default=5, help="iterations of each, after one to warm up")
     parser.add_argument("--no-limits", action="store_true", help="leave out what a peer cannot do (2 minutes)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")

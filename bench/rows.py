@@ -13,10 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import triton
 
 RESULTS = Path(__file__).parent / "results"
 ENVIRONMENT = "date commit device torch triton diffusers peft python command".split()
 """The columns that every row ends with. Rows of one run share `date`; `device` is the machine kind by which runs are compared."""
+
+
+PEERS = {
+    "ours": "ours",
+    "textbook": "textbook loop",
+    "trl": "TRL",
+    "trl, its example's batches": "TRL, its example's batches",
+}
+"""What the peers of table peers are called in it and for a reader."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ class Writer:
             raise ValueError(f"{self.path}: it has no column {', '.join(sorted(unknown))}")
         version = importlib.metadata.version
         row = dict.fromkeys(self.table.columns, "") | dict(
-            date=self.date, commit=commit(), device=device_name(), torch=torch.__version__, triton=version("triton"),
+            date=self.date, commit=commit(), device=device_name(), torch=torch.__version__, triton=triton.__version__,
             diffusers=version("diffusers"), peft=version("peft"), python=platform.python_version(), command=self.command,
         )  # fmt: skip
         row |= {key: _text(value) for key, value in values.items()}

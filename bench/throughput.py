@@ -13,7 +13,6 @@ import os
 import socket
 import statistics
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 from bench.contenders import STAGES
-from bench.harness import GateError, Worker, gate, spread, start, take_turns
+from bench.harness import GateError, Worker, gate, spread, start, start_oracle, take_turns
 from bench.models import WORKS, Work, default_models
 from bench.rows import RESULTS, Writer
+from ddpo_fast.plan import matmul_flops
 from ddpo_fast.policy import DTYPES
 
 AXES = {
@@ -56,31 +56,17 @@ START = {
 """What is held while one axis varies."""
 
 
-def matmul_peak(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of the best of 20 products of two square matrices, 8,192 wide on a GPU, 2,048 on a CPU."""
-    size = 8192 if device == "cuda" else 2048
-    a = torch.randn(size, size, device=device).to(dtype)
-    times = []
-    for _ in range(20):
-        begin = time.perf_counter()
-        a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(times)
-
-
 def stages(work: Work, rounds: int, writer: Writer) -> list[dict]:
     """Rows of one work's stages. Raises GateError before anything is timed."""
     with ExitStack() as stack:
         workers = start(stack, {work.model: ("ours", work.argv())})
         with ExitStack() as own:
-            gate(workers, start(own, {"oracle": ("textbook", work.argv())})["oracle"])
+            gate(workers, start_oracle(own, work.argv()))
         worker = workers[work.model]
         counted = worker.iterate(count_flop=True)
         turns = take_turns(workers, rounds)[work.model]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    peak, num_samples, rows = matmul_peak(DTYPES[worker.work["dtype"]], device), worker.work["num_samples"], []
+    peak, num_samples, rows = matmul_flops(DTYPES[worker.work["dtype"]], torch.device(device)), worker.work["num_samples"], []
     for stage in (*STAGES, "total"):
         median, low, high = spread([turn["seconds"][stage] for turn in turns])
         flop = counted["flop"][stage]
@@ -102,9 +88,9 @@ def scaling(work: Work, rounds: int, writer: Writer) -> list[dict]:
     base, points = START[device], [(axis, value) for axis, values in VALUES[device].items() for value in values]
     times: dict[tuple[str, int], list[dict]] = {point: [] for point in points}
     with Worker("ours", work.argv()) as worker:
-        with Worker("textbook", work.argv()) as oracle:
-            oracle.wait()
-            gate({"ours": worker}, oracle)
+        worker.wait()
+        with ExitStack() as own:
+            gate({"ours": worker}, start_oracle(own, work.argv()))
         for turn in tqdm(range(rounds + 1), desc="rounds of all axes", unit="round", dynamic_ncols=True):
             for axis, value in points:
                 worker.call("resize", **base | dict.fromkeys(AXES[axis], value))

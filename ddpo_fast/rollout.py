@@ -109,10 +109,12 @@ class MicroBatch:
 
 
 def micro_batches(rows: np.ndarray, steps: np.ndarray, size: int, timesteps: Tensor, guided: bool, device) -> Iterator[MicroBatch]:
-    """Transitions in pieces of at most `size`. All indices go to the device in one copy; timesteps: (S,) int64, on the CPU."""
-    parts = []
-    for start in range(0, len(rows), size):
-        r, s = rows[start : start + size], steps[start : start + size]
+    """Transitions in pieces of at most `size`, all about as large: a small last one would use the hardware badly.
+
+    All indices go to the device in one copy; timesteps: (S,) int64, on the CPU.
+    """
+    parts, num_parts = [], -(-len(rows) // size)
+    for r, s in zip(np.array_split(rows, num_parts), np.array_split(steps, num_parts)):
         parts.append([r, s, r, s, timesteps.numpy()[s], r + 1])
         if guided:
             parts[-1][2:] = [np.tile(index, 2) for index in parts[-1][2:5]] + [np.concatenate([np.zeros_like(r), r + 1])]

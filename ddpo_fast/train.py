@@ -25,7 +25,6 @@ from dataclasses import dataclass
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import torch
-from bitsandbytes.optim import AdamW8bit
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,8 +46,6 @@ from ddpo_fast.rewards import load_reward, score_or_nan
 from ddpo_fast.rollout import Rollout, generate, micro_batches, minibatches, transitions
 
 logger = logging.getLogger("ddpo_fast")
-
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adamw_8bit": AdamW8bit}
 
 EVAL_SAMPLE_ID = 1 << 48
 """Evaluation samples are numbered from here, training samples from 0: their noise never meets."""
@@ -301,7 +298,11 @@ def _block(count: int, rank: int, world_size: int) -> slice:
 
 def make_engine(setup: Setup) -> Engine:
     config, policy = setup.config, setup.policy
-    optimizer = OPTIMIZERS[config.optimizer.name](
+    if config.optimizer.name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit as optimizer_class  # only who asks for it needs a build of it that fits the GPU
+    else:
+        optimizer_class = torch.optim.AdamW
+    optimizer = optimizer_class(
         policy.trainable_parameters(),
         lr=config.train.learning_rate,
         betas=tuple(config.optimizer.betas),

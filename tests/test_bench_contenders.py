@@ -45,7 +45,7 @@ def tiny_work(argv, monkeypatch):
     """Works on the tiny model, in this process."""
     work = models.Work("embedded", tuple(option for option in argv if not option.startswith("--model.path")))
     monkeypatch.setattr(models, "EMBEDDED", argv[0].partition("=")[2])
-    for module in (peers, throughput, waterfall):
+    for module in (harness, peers, throughput, waterfall):
         monkeypatch.setattr(module, "start", local_start)
     return work
 
@@ -73,12 +73,12 @@ def broken_step(ops):
 
 
 def test_contenders_do_the_same_work(argv):
-    ours, textbook = Local("ours", argv), Local("textbook", argv)
+    ours, textbook = Local("ours", [*argv, "--lora.forward=separate"]), Local("textbook", argv)
     errors = harness.gate({"ours": ours, "textbook": textbook}, textbook)
     assert errors["textbook"] == 0 and 0 < errors["ours"] < harness.GRADIENT_TOLERANCE["fp32"]
     results = [worker.iterate(count_flop=True) for worker in (ours, textbook)]
     for stage in ("denoise", "decode", "update"):
-        assert results[0]["flop"][stage] == pytest.approx(results[1]["flop"][stage], rel=0.3) and results[0]["flop"][stage] > 0
+        assert results[0]["flop"][stage] == results[1]["flop"][stage] > 0
     for result in results:
         assert result["transitions"] == 24 and result["ratio_error"] < 1e-5
         assert (
@@ -129,18 +129,16 @@ def test_benchmark_reports_nothing_of_a_broken_kernel(module, tiny_work, monkeyp
 
 def test_waterfall_writes_speed_and_quality(tiny_work, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(waterfall, "WORKS", {"embedded": tiny_work})
-    monkeypatch.setattr(waterfall, "techniques", lambda: [row for row in TECHNIQUES if "ompiled" not in row.name])
+    uncompiled = [row for row in waterfall.techniques() if "compiled" not in row.name]
+    monkeypatch.setattr(waterfall, "techniques", lambda: uncompiled)
     assert waterfall.main(["--rounds", "2", "--out", str(tmp_path)]) == 0
     rows = read("waterfall", tmp_path)
-    assert [row["technique"] for row in rows][:2] == [waterfall.BASELINE, "transition batching"] and len(rows) == len(TECHNIQUES)
+    assert [row["technique"] for row in rows][:2] == [waterfall.BASELINE, "transition batching"] and len(rows) == 1 + len(uncompiled)
     assert float(rows[0]["ratio_to_baseline"]) == 1
     for row in rows:
         assert float(row["ratio_error"]) < 1e-5 and float(row["gradient_error"]) < 5e-4 and float(row["images_per_s"]) > 0
-        assert row["reward_after"] and float(row["samples"]) == 16
+        assert row["reward_after"] and float(row["samples"]) == 24
     assert "x baseline" in capsys.readouterr().out
-
-
-TECHNIQUES = [row for row in waterfall.techniques() if not row.name.startswith("or x")]
 
 
 def test_techniques_build_on_each_other_but_not_on_alternatives():
@@ -158,7 +156,8 @@ def test_peers_pairs_rounds(tiny_work, monkeypatch, tmp_path):
     rows = {(row["peer"], row["stage"]): row for row in read("peers", tmp_path)}
     total = rows["textbook", "total"]
     assert float(total["ratio_low"]) <= float(total["ours_is_faster_by"]) <= float(total["ratio_high"])
-    assert rows["ours", "total"]["ours_is_faster_by"] == "" and float(rows["ours", "total"]["tflop_per_image"]) > 0
+    assert rows["ours", "total"]["ours_is_faster_by"] == "" and "gradient differs" in total["note"]
+    assert float(rows["ours", "total"]["peak_memory_mib"]) > 100 and float(rows["ours", "total"]["tflop_per_image"]) > 0
     assert float(total["images_per_s"]) == pytest.approx(8 / float(total["median_s"]), rel=1e-3)
 
 
@@ -167,6 +166,42 @@ def test_peers_without_trl_is_one_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         peers.main(["--peers", "trl", "--out", str(tmp_path)])
     assert stop.value.code == 2 and "TRL_PY=no/such/python: it has no TRL" in capsys.readouterr().err
+
+
+def test_interrupted_turns_count_whole_rounds(capsys):
+    class Fake:
+        def __init__(self, name, iterations):
+            self.name, self.iterations = name, iterations
+
+        def iterate(self):
+            self.iterations -= 1
+            if self.iterations < 0:
+                raise KeyboardInterrupt if self.name == "A" else RuntimeError("B: it broke")
+            return {}
+
+    assert harness.take_turns({"A": Fake("A", 2), "B": Fake("B", 9)}, 5) == {"A": [{}] * 2, "B": [{}] * 2}
+    assert harness.take_turns({"A": Fake("A", 9), "B": Fake("B", 1)}, 3) == {"A": [{}] * 3}
+    assert "left out: B: it broke" in capsys.readouterr().err
+
+
+def test_broken_attention_is_refused(argv, monkeypatch):
+    ours, textbook = Local("ours:sdpa_math", argv), Local("textbook", argv)
+    scaled = torch.nn.functional.scaled_dot_product_attention
+
+    def backend_is_math() -> bool:
+        return not torch.backends.cuda.flash_sdp_enabled()
+
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: scaled(*a, **k) * (1.1 if backend_is_math() else 1.0)
+    )
+    with pytest.raises(harness.GateError, match="ours:sdpa_math"):
+        harness.gate({"ours:sdpa_math": ours}, textbook)
+
+
+@pytest.mark.parametrize("option", ["--optimizer.name=adamw_8bit", "--sample.eta=0.5", "--train.timestep_fraction=0.5"])
+def test_contender_refuses_what_it_does_not_have(argv, option):
+    with pytest.raises(ValueError, match=f"{option[2:]}: this contender has"):
+        Textbook([*argv, option])
 
 
 def test_stages_split_what_contains_others():

@@ -79,7 +79,8 @@ def test_micro_batches_cover_every_transition_once(size, guided):
     rows, steps = transitions(np.array([3, 1, 8]), 0, 4, 1.0, KEY)
     timesteps = torch.tensor([901, 601, 301, 1])
     parts = list(micro_batches(rows, steps, size, timesteps, guided, "cpu"))
-    assert [len(part.rows) for part in parts] == [size] * (12 // size) + ([12 % size] if 12 % size else [])
+    lengths = [len(part.rows) for part in parts]
+    assert len(parts) == -(-12 // size) and max(lengths) <= size and max(lengths) - min(lengths) <= 1
     assert torch.cat([part.rows for part in parts]).tolist() == rows.tolist()
     assert torch.cat([part.steps for part in parts]).tolist() == steps.tolist()
     for part in parts:
