@@ -92,9 +92,12 @@ def peers_section(rows: Rows) -> list[str]:
         lines = [line("**images/s**", "total", "images_per_s"), *(line(name, name.removesuffix(", s"), "median_s") for name in stages)]
         blocks += [
             table(["", *(PEERS[peer] for peer in peers), *(f"{PEERS[peer]} / ours" for peer in others)], lines),
-            "Last columns: the peer's seconds over ours, the median of paired rounds and the middle 60 % of them.",
+            "Last columns: the peer's seconds over ours, the median of paired rounds and the middle 60 % of them. TRL and the textbook "
+            "loop train batches as large as they can make them, a minibatch of samples at one timestep. Ours encodes a prompt once "
+            "in a run.",
         ]
-    notes = [(PEERS[row["peer"]], row["stage"], " ".join(row["note"].replace("`", "'").split())) for row in rows if row["note"]]
+    untimed = [row for row in rows if row["note"] and not row["median_s"]]
+    notes = [(PEERS[row["peer"]], row["stage"], " ".join(row["note"].replace("`", "'").split())) for row in untimed]
     items = [f"- {peer}, {stage}: `{textwrap.shorten(note, 160, placeholder=' ...')}`" for peer, stage, note in notes]
     return [*blocks, "\n".join(items)] if items else blocks
 
@@ -159,7 +162,8 @@ def reward_section(rows: Rows) -> list[str]:
         ]
         for row in rows
     ]
-    return [table(header, lines)]
+    recipe = rows[0]["recipe"]
+    return [table(header, lines), f"![reward against samples and against device-hours](docs/reward_{recipe}.png)"]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Costs come from the trainer's own functions, called at several sizes: a time is 
 What the model leaves out: ranks that slow each other down, in memory or by uneven work.
 """
 
+import argparse
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from ddpo_fast import checkpoint
 from ddpo_fast import train as trainer
-from ddpo_fast.config import Config, parse_or_exit
+from ddpo_fast.config import Config, parse_or_exit, user_error
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.engine import Engine
 from ddpo_fast.files import write_text
@@ -214,11 +215,25 @@ def check(config: Config, work: Work, costs: Costs) -> list[Check]:
 
 
 def main(argv: list[str]) -> None:
-    config = parse_or_exit([option for option in argv if option != "--check"])
-    work, costs = calibrate(config)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.predict", description=__doc__.partition("\n")[0], epilog="Other options are those of ddpo_fast/train.py.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="really run 1 and 2 ranks, and compare")
+    parser.add_argument("--machine_devices", type=int, default=Costs.machine_devices, help="devices of a machine (%(default)s)")
+    parser.add_argument(
+        "--network_gbit_s", type=float, default=Costs.network_bandwidth * 8 / 1e9, help="network between machines (%(default)s)"
+    )
+    options, others = parser.parse_known_args(argv)
+    config = parse_or_exit(others)
+    try:
+        work, costs = calibrate(config)
+    except ValueError as error:
+        user_error(error)
+    costs = replace(costs, machine_devices=options.machine_devices, network_bandwidth=options.network_gbit_s * 1e9 / 8)
     print("one rank: " + ", ".join(f"{name} {value:.4g}" for name, value in vars(costs).items()))
     print(scaling_text(scaling(work, costs)), flush=True)
-    if "--check" in argv:
+    if options.check:
         print(f"{'ranks':>5}{'predicted s':>13}{'measured s':>12}{'ratio':>8}")
         for row in check(config, work, costs):
             print(f"{row.num_ranks:>5}{row.predicted_s:>13.3f}{row.measured_s:>12.3f}{row.predicted_s / row.measured_s:>8.2f}", flush=True)

@@ -297,6 +297,10 @@ class Costs:
     """Of one message."""
     serial_s: float
     """Rank 0's work of an iteration that others wait for: checkpoint, weights, report."""
+    machine_devices: int = 8
+    """Devices of one machine; more than that are joined by the network."""
+    network_bandwidth: float = 12.5e9
+    """Bytes a second between two machines, by default 100 Gbit/s: the ring crosses it once each way."""
 
 
 SATURATED = {
@@ -312,13 +316,14 @@ def iteration_terms(work: Work, costs: Costs, num_devices: int) -> dict[str, flo
     """Seconds of an iteration on N ranks by term; their sum is its time.
 
     Calls are whole: ceil(samples / batch_size) S in sampling, ceil(transitions / micro_batch) an update. A ring all-reduce of b bytes
-    takes 2 (N - 1) / N b / bandwidth + 2 (N - 1) latency.
+    takes 2 (N - 1) / N b / bandwidth + 2 (N - 1) latency, at the bandwidth of its slowest link: the network's beyond one machine.
     """
     samples, others = work.share(num_devices), num_devices - 1
     transitions = samples // work.num_minibatches * work.trained_steps
     num_updates = work.num_minibatches * work.inner_epochs
-    all_reduce = 2 * others * (costs.gradient_bytes / num_devices / costs.bandwidth + costs.latency_s)
-    gather = others * (8 * samples / costs.bandwidth + costs.latency_s)
+    bandwidth = costs.bandwidth if num_devices <= costs.machine_devices else min(costs.bandwidth, costs.network_bandwidth)
+    all_reduce = 2 * others * (costs.gradient_bytes / num_devices / bandwidth + costs.latency_s)
+    gather = others * (8 * samples / bandwidth + costs.latency_s)
     return {
         "sampling calls": math.ceil(samples / work.batch_size) * work.num_steps * costs.sample_call_s,
         "sampling rows": samples * work.num_steps * work.rows * costs.sample_row_s,

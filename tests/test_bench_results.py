@@ -131,6 +131,16 @@ def test_a_change_counts_beyond_noise(bench, tmp_path, capsys, table, old, new, 
     assert ("REGRESSIONS" in out) == (expected == "worse")
 
 
+def test_others_getting_slower_is_no_regression(bench, tmp_path):
+    for day, seconds in enumerate((1.0, 2.0), 1):
+        bench.add(tmp_path, "peers", *(dict(peer=peer, stage="total", median_s=seconds) for peer in ("trl", "textbook")), day=day)
+        bench.add(tmp_path, "waterfall", dict(technique="textbook loop", images_per_s=1 / seconds), day=day)
+    assert bench.compare.main(["--results", str(tmp_path)]) == 0
+    for day, seconds in enumerate((1.0, 2.0), 3):
+        bench.add(tmp_path, "peers", dict(peer="ours", stage="total", median_s=seconds), day=day)
+    assert bench.compare.main(["--results", str(tmp_path)]) == 1
+
+
 def test_regressions_come_last(bench, tmp_path, capsys):
     bench.add(tmp_path, "kernels", kernel("slower", 100.0), kernel("same", 1.0))
     bench.add(tmp_path, "kernels", kernel("slower", 150.0), kernel("same", 1.0), day=2, torch="9.9")
@@ -251,12 +261,19 @@ def test_the_rows_become_markdown(bench, readme, monkeypatch, expected):
     assert expected in readme.read_text()
 
 
+def test_every_peer_has_a_name(bench, readme):
+    for peer in bench.rows.PEERS:
+        bench.add(readme.parent, "peers", dict(model="m", work="w", peer=peer, stage="total", median_s=1.0, images_per_s=1.0, note="n"))
+    assert headline(bench, readme) == 0
+    assert "| ours | textbook loop | TRL | TRL, its example's batches |" in readme.read_text() and "`n`" not in readme.read_text()
+
+
 def test_what_has_no_rows_is_left_out(bench, readme):
     assert headline(bench, readme) == 0
     assert readme.read_text() == "# Title\n\nbefore\n\n<!-- bench:begin -->\n<!-- bench:end -->\n\nafter\n"
     bench.add(readme.parent, "reward", dict(recipe="r", setting="ours", reward_per_hour=1.0))
     assert headline(bench, readme) == 0
-    assert readme.read_text().count("**") == 2 and "png" not in readme.read_text()
+    assert readme.read_text().count("**") == 2 and readme.read_text().count("png") == readme.read_text().count("docs/reward_r.png") == 1
     assert not (readme.parent / "docs").exists()
 
 

@@ -223,6 +223,12 @@ def test_no_advice_where_it_fits_and_none_that_would_not_help():
     ]
 
 
+def test_beyond_one_machine_the_network_is_the_slowest_link():
+    costs = dataclasses.replace(COSTS, gradient_bytes=1e9, bandwidth=1e11, machine_devices=4, network_bandwidth=1e9)
+    inside, across = (iteration_terms(WORK, costs, num_devices)["all-reduce"] for num_devices in (4, 8))
+    assert inside == pytest.approx(2 * 2 * 3 / 4 * 1e9 / 1e11) and across == pytest.approx(2 * 2 * 7 / 8 * 1e9 / 1e9)
+
+
 def test_without_overhead_scaling_is_perfect():
     rows = scaling(WORK, COSTS)
     assert [row.num_devices for row in rows] == [1, 2, 4, 8, 16, 32]
