@@ -46,23 +46,23 @@ headline: $(SETUP)  ## README's tables and pictures of speed, anew from bench/re
 kernel-table: $(SETUP)  ## compiles every kernel for four GPUs and rewrites bench/results/kernel_resources.csv
 	$(RUN) bench.kernel_resources
 
-gpu:  ## all three parts, 24 minutes at most, on a CUDA machine that needs no network; one that fails does not stop the next
+gpu:  ## all three parts, 25 minutes at most, on a CUDA machine that needs no network; one that fails does not stop the next
 	@status=0; for part in gpu-kernels gpu-train gpu-peers; do $(MAKE) $$part || status=$$?; done; exit $$status
 
-gpu-kernels: cuda-here  ## the kernels' tests and benchmarks, 8 minutes at most
+gpu-kernels: cuda-here  ## the kernels' tests and benchmarks, 9 minutes at most
 	@unset TRITON_INTERPRET; status=0; set -x; \
-	$(BOX) 230 $(PY) -m pytest tests/test_kernels.py tests/test_blocks.py tests/test_noise.py || status=$$?; \
-	$(BOX) 220 $(PY) -m bench.kernels || status=$$?; exit $$status
+	$(BOX) 220 $(PY) -m pytest tests/test_kernels.py tests/test_blocks.py tests/test_noise.py || status=$$?; \
+	$(BOX) 200 $(PY) -m bench.kernels || status=$$?; exit $$status
 
-gpu-train: cuda-here  ## SD 1.5 and SDXL at full size by stages; what each technique is worth; 8 minutes at most
+gpu-train: cuda-here  ## SD 1.5 and SDXL at full size by stages; what each technique is worth; 9 minutes at most
 	@unset TRITON_INTERPRET; status=0; set -x; \
-	$(BOX) 180 $(PY) -m bench.throughput --models sd15 sdxl --rounds 2 || status=$$?; \
-	$(BOX) 290 $(PY) -m bench.waterfall --model sd15_wide --rounds 3 || status=$$?; exit $$status
+	$(BOX) 230 $(PY) -m bench.throughput --models sd15 sdxl --rounds 2 || status=$$?; \
+	$(BOX) 300 $(PY) -m bench.waterfall --model sd15_wide --rounds 3 || status=$$?; exit $$status
 
-gpu-peers: cuda-here $(TRL_SETUP)  ## SD 1.5 beside TRL and the textbook loop, 8 minutes at most
+gpu-peers: cuda-here $(TRL_SETUP)  ## SD 1.5 beside TRL and the textbook loop, 9 minutes at most
 	@unset TRITON_INTERPRET; status=0; set -x; \
-	$(BOX) 290 $(PY) -m bench.peers --model sd15 --rounds 3 || status=$$?; \
-	$(BOX) 170 $(PY) -m bench.peers --model sd15_wide --peers textbook trl --rounds 3 --no-limits || status=$$?; exit $$status
+	$(BOX) 330 $(PY) -m bench.peers --model sd15 --peers textbook trl --rounds 3 --no-limits || status=$$?; \
+	$(BOX) 200 $(PY) -m bench.peers --model sd15_wide --peers textbook trl --rounds 3 || status=$$?; exit $$status
 
 has-gpu:
 	@command -v nvidia-smi >/dev/null || { echo "make gpu: no CUDA machine, there is no nvidia-smi here"; exit 1; }

@@ -299,7 +299,7 @@ class Textbook(Contender):
 
     def trajectories(self, file: Path) -> None:
         """Saves trajectories of `perturbed` parameters with made-up advantages: what every contender's gradient is compared on."""
-        prompts = self.setup.prompts[:4]
+        prompts = self.setup.prompts[:2]
         with self.perturbed():
             data = self.loop.rollout(self.loop.encode(prompts), self.uncond_embeds, torch.Generator(self.device).manual_seed(1))
         latents = torch.cat([data.latents, data.next_latents[:, -1:]], 1)

@@ -101,16 +101,29 @@ class Worker:
         self.log.close()
 
 
+def leave_out(workers: dict[str, Worker], name: str, error: RuntimeError) -> None:
+    """Goes on without a contender that failed, and says so."""
+    del workers[name]
+    tqdm.write(f"left out: {error}", file=sys.stderr)
+
+
 def gradient_errors(workers: dict[str, Worker], oracle: Worker) -> dict[str, float]:
-    """Each contender's gradient on the same trajectories against the textbook loop's in fp32: norm of the difference over the norm."""
+    """Each contender's gradient on the same trajectories against the textbook loop's in fp32: norm of the difference over the norm.
+
+    A contender that fails is left out, of `workers` too.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trajectories.pt")
         oracle.call("trajectories", file=str(file))
         oracle.call("gradient", file=str(file))
         expected = torch.load(file.with_suffix(".Textbook"))
         errors = {}
-        for name, worker in workers.items():
-            worker.call("gradient", file=str(file))
+        for name, worker in list(workers.items()):
+            try:
+                worker.call("gradient", file=str(file))
+            except RuntimeError as error:
+                leave_out(workers, name, error)
+                continue
             kind = {"ours": "Ours", "textbook": "Textbook", "trl": "TRL"}[worker.name.partition(":")[0]]
             errors[name] = gradient_error(torch.load(file.with_suffix(f".{kind}")), expected)
     return errors
@@ -142,26 +155,35 @@ def gate(workers: dict[str, Worker], oracle: Worker) -> dict[str, float]:
 def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, list[dict]]:
     """A B C, C B A, ...: every contender runs `rounds` iterations, one at a time, so that a drift of the machine hits all alike.
 
-    Interrupted, it returns the whole rounds there are. A contender that fails is left out, with a line that says so.
+    Interrupted, it returns the whole rounds there are. A contender that fails is left out, of `workers` too.
     """
     results = {name: [] for name in workers}
     with tqdm(total=rounds * len(workers), desc="iterations", unit="it", dynamic_ncols=True) as bar:
         try:
             for number in range(rounds):
-                for name in list(results)[:: -1 if number % 2 else 1]:
+                for name in list(workers)[:: -1 if number % 2 else 1]:
                     bar.set_postfix_str(name)
                     try:
                         results[name].append(workers[name].iterate())
                     except RuntimeError as error:
-                        del results[name]
-                        tqdm.write(f"left out: {error}", file=sys.stderr)
+                        leave_out(workers, name, error)
                     bar.update()
         except KeyboardInterrupt:
-            whole = min(len(turns) for turns in results.values())
-            if not whole:
+            if not min((len(results[name]) for name in workers), default=0):
                 raise
-            tqdm.write(f"interrupted: {whole} whole rounds count", file=sys.stderr)
-            results = {name: turns[:whole] for name, turns in results.items()}
+            tqdm.write("interrupted: the whole rounds count", file=sys.stderr)
+    whole = min((len(results[name]) for name in workers), default=0)
+    return {name: results[name][:whole] for name in workers}
+
+
+def warm_up(workers: dict[str, Worker], count_flop: bool = False) -> dict[str, dict]:
+    """One iteration of each, which is not timed; those that fail are left out, of `workers` too."""
+    results = {}
+    for name, worker in list(workers.items()):
+        try:
+            results[name] = worker.iterate(count_flop=count_flop)
+        except RuntimeError as error:
+            leave_out(workers, name, error)
     return results
 
 
@@ -174,14 +196,19 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def start(stack: ExitStack, contenders: dict[str, tuple[str, list[str]]]) -> dict[str, Worker]:
-    """Starts the processes, label -> (name, options), and loads their models one after the other."""
-    workers = {}
-    for label, (name, options) in tqdm(contenders.items(), desc="loading", unit="model", dynamic_ncols=True, leave=False):
-        workers[label] = stack.enter_context(Worker(name, options))
-        workers[label].wait()
+    """Starts the processes, label -> (name, options), and waits until all have loaded their models; without those that fail."""
+    workers = {label: stack.enter_context(Worker(name, options)) for label, (name, options) in contenders.items()}
+    for label, worker in tqdm(list(workers.items()), desc="loading", unit="model", dynamic_ncols=True, leave=False):
+        try:
+            worker.wait()
+        except RuntimeError as error:
+            leave_out(workers, label, error)
     return workers
 
 
 def start_oracle(stack: ExitStack, argv: list[str]) -> Worker:
     """The textbook loop in fp32."""
-    return start(stack, {"oracle": ("textbook", [*argv, "--model.dtype=fp32"])})["oracle"]
+    workers = start(stack, {"oracle": ("textbook", [*argv, "--model.dtype=fp32"])})
+    if not workers:
+        raise RuntimeError("nothing is timed without the textbook loop to compare with")
+    return workers["oracle"]

@@ -84,7 +84,7 @@ WORKS = {
     "embedded": Work("embedded", _options(24, 5, 2, 48)),
     "sd15": Work("sd15", _options(12, 50, 2, 12, *_SD_LORA)),  # rollout and update with as many rows a call: the same kernels
     "sd15_wide": Work("sd15", _options(32, 10, 1, 32, *_SD_LORA)),  # batches as large as TRL can make them, too
-    "sdxl": Work("sdxl", _options(4, 20, 1, 4, *_SD_LORA)),
+    "sdxl": Work("sdxl", _options(4, 10, 1, 4, *_SD_LORA)),
     "sd15_small": Work("sd15_small", _options(2, 5, 1, 10, *_SD_LORA)),
     "sdxl_small": Work("sdxl_small", _options(2, 3, 1, 6, *_SD_LORA)),
 }

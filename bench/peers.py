@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench.contenders import STAGES
-from bench.harness import GateError, gate, spread, start, start_oracle, take_turns, trl_python
+from bench.harness import GateError, gate, spread, start, start_oracle, take_turns, trl_python, warm_up
 from bench.limits import ATTEMPTS
 from bench.models import ROOT, WORKS, Work, default_models
 from bench.rows import PEERS, RESULTS, Writer
@@ -38,8 +38,10 @@ def compare(work: Work, peers: list[str], rounds: int, writer: Writer) -> list[d
         workers = start(stack, contenders(work, peers))
         with ExitStack() as own:
             errors = gate(workers, start_oracle(own, work.argv()))
-        flop = {label: worker.iterate(count_flop=True) for label, worker in workers.items()}  # warms up, too
+        flop = warm_up(workers, count_flop=True)
         results = take_turns(workers, rounds)
+    if "ours" not in results:
+        raise RuntimeError("ours failed, so there is nothing to compare with")
     rows = []
     for label, turns in results.items():
         for stage in ("total", *STAGES):
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{options.model}: {rows[0]['work']}, {rows[0]['device']}\n{table(rows)}", flush=True)
     if not options.no_limits:
         limits(options.peers, writer)
-    return 0
+    return int({row["peer"] for row in rows} != {"ours", *options.peers})
 
 
 if __name__ == "__main__":

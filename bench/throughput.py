@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from bench.contenders import STAGES
-from bench.harness import GateError, Worker, gate, spread, start, start_oracle, take_turns
+from bench.harness import GateError, Worker, gate, spread, start, start_oracle, take_turns, warm_up
 from bench.models import WORKS, Work, default_models
 from bench.rows import RESULTS, Writer
 from ddpo_fast.plan import matmul_flops
@@ -62,9 +62,11 @@ def stages(work: Work, rounds: int, writer: Writer) -> list[dict]:
         workers = start(stack, {work.model: ("ours", work.argv())})
         with ExitStack() as own:
             gate(workers, start_oracle(own, work.argv()))
-        worker = workers[work.model]
-        counted = worker.iterate(count_flop=True)
-        turns = take_turns(workers, rounds)[work.model]
+        counted = warm_up(workers, count_flop=True)
+        turns = take_turns(workers, rounds)
+    if work.model not in turns:
+        raise RuntimeError("it failed")
+    worker, counted, turns = workers[work.model], counted[work.model], turns[work.model]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peak, num_samples, rows = matmul_flops(DTYPES[worker.work["dtype"]], torch.device(device)), worker.work["num_samples"], []
     for stage in (*STAGES, "total"):

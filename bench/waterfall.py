@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import GateError, gate, spread, start, start_oracle, take_turns
+from bench.harness import GateError, gate, spread, start, start_oracle, take_turns, warm_up
 from bench.models import WORKS, Work, default_models
 from bench.rows import RESULTS, Writer
 
@@ -85,16 +85,19 @@ def measure(work: Work, rows: list[Technique], rounds: int, writer: Writer) -> l
         workers = start(stack, contenders(work, rows))
         errors = {}
         for row in rows:
-            if row.other_parameters:
+            if row.other_parameters and row.name in workers:
                 options = [option for option in row.options if option.startswith("--lora.scope")]
                 with ExitStack() as own:
                     errors |= gate({row.name: workers[row.name]}, start_oracle(own, work.argv() + options))
         with ExitStack() as own:
-            same = {label: worker for label, worker in workers.items() if label not in errors}
-            errors |= gate(same, start_oracle(own, work.argv()))
-        first = {label: worker.iterate() for label, worker in workers.items()}  # warms up, compiles
+            names = {row.name for row in rows if row.other_parameters}
+            errors |= gate({label: worker for label, worker in workers.items() if label not in names}, start_oracle(own, work.argv()))
+        workers = {label: worker for label, worker in workers.items() if label in errors}
+        first = warm_up(workers)
         results = take_turns(workers, rounds)
-        num_samples = workers[BASELINE].work["num_samples"]
+    if BASELINE not in results:
+        raise RuntimeError("the textbook loop failed, so there is nothing to compare with")
+    num_samples = workers[BASELINE].work["num_samples"]
     baseline = [turn["total_s"] for turn in results[BASELINE]]
     written = []
     for label, turns in results.items():
@@ -154,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench.waterfall: {error}", file=sys.stderr)
         return 1
     print(f"{options.model}: {written[0]['work']}, {written[0]['device']}\n{table(written)}")
-    return 0
+    return int(len(written) != 1 + len(rows))
 
 
 if __name__ == "__main__":

@@ -180,8 +180,28 @@ def test_interrupted_turns_count_whole_rounds(capsys):
             return {}
 
     assert harness.take_turns({"A": Fake("A", 2), "B": Fake("B", 9)}, 5) == {"A": [{}] * 2, "B": [{}] * 2}
+    with pytest.raises(KeyboardInterrupt):
+        harness.take_turns({"B": Fake("B", 9), "A": Fake("A", 0)}, 5)
     assert harness.take_turns({"A": Fake("A", 9), "B": Fake("B", 1)}, 3) == {"A": [{}] * 3}
     assert "left out: B: it broke" in capsys.readouterr().err
+
+
+def test_a_technique_that_fails_is_left_out_and_the_others_are_measured(tiny_work, monkeypatch, tmp_path, capsys):
+    def start(stack, contenders):
+        workers = local_start(stack, contenders)
+        if "channels_last" in workers:
+
+            def fail():
+                raise RuntimeError("ours: no kernel for this")
+
+            workers["channels_last"].contender.work = fail
+        return workers
+
+    monkeypatch.setattr(waterfall, "WORKS", {"embedded": tiny_work})
+    monkeypatch.setattr(waterfall, "start", start)
+    assert waterfall.main(["--only", "channels_last", "merged", "--rounds", "1", "--out", str(tmp_path)]) == 1
+    assert "left out: ours: no kernel for this" in capsys.readouterr().err
+    assert [row["technique"] for row in read("waterfall", tmp_path)] == [waterfall.BASELINE, "transition batching", "merged LoRA"]
 
 
 def test_broken_attention_is_refused(argv, monkeypatch):
