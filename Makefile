@@ -14,7 +14,7 @@ BOX := timeout -s INT -k 15
 DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export DS_ACCELERATOR
 
-.PHONY: demo test test-slow lint bench bench-reward headline kernel-table gpu gpu-kernels gpu-train gpu-peers has-gpu cuda-here clean
+.PHONY: demo test test-slow lint bench bench-kernels bench-reward headline kernel-table gpu gpu-kernels gpu-train gpu-peers has-gpu cuda-here clean
 
 demo: .venv/installed  ## reinforcement learning on the embedded model: the reward rises, pictures before and after
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed ddpo_fast/train.py
@@ -34,8 +34,10 @@ bench: $(SETUP) $(TRL_SETUP)  ## this machine's speed beside TRL's and the textb
 	$(RUN) bench.waterfall
 	$(RUN) bench.throughput --scaling
 	$(RUN) bench.throughput
-	$(RUN) bench.kernels
 	$(RUN) bench.compare || true
+
+bench-kernels: $(SETUP)  ## every fused operation by itself: a minute
+	$(RUN) bench.kernels
 
 bench-reward: $(SETUP) $(TRL_SETUP)  ## reward per device-hour, ours against TRL: 5 seeds, 40 minutes; interrupted, it continues
 	$(RUN) bench.reward
@@ -56,7 +58,7 @@ gpu-kernels: cuda-here  ## the kernels' tests and benchmarks, 9 minutes at most
 
 gpu-train: cuda-here  ## SD 1.5 and SDXL at full size by stages; what each technique is worth; 9 minutes at most
 	@unset TRITON_INTERPRET; status=0; set -x; \
-	$(BOX) 230 $(PY) -m bench.throughput --models sd15 sdxl --rounds 2 || status=$$?; \
+	$(BOX) 230 $(PY) -m bench.throughput --models sd15 sdxl || status=$$?; \
 	$(BOX) 300 $(PY) -m bench.waterfall --model sd15_wide --rounds 3 || status=$$?; exit $$status
 
 gpu-peers: cuda-here $(TRL_SETUP)  ## SD 1.5 beside TRL and the textbook loop, 9 minutes at most

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=list(WORKS), default="sd15" if "sd15" in default_models() else "embedded")
     parser.add_argument("--peers", nargs="+", choices=OTHERS, default=OTHERS, help="default: all")
     parser.add_argument("--rounds", type=int, default=5, help="iterations of each, after one to warm up")
-    parser.add_argument("--no-limits", action="store_true", help="leave out what a peer cannot do (2 minutes)")
+    parser.add_argument("--no-limits", action="store_true", help="leave out what a peer cannot do (a minute and a half)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     options = parser.parse_args(argv)
     writer = Writer("peers", options.out, ["python", "-m", "bench.peers", *argv])

@@ -34,7 +34,7 @@ AXES = {
 }
 """An axis of scaling and the options that take its value; of the pictures an iteration, all are one batch."""
 VALUES = {
-    "cpu": {"batch": (6, 12, 24), "steps": (2, 5, 10), "micro_batch": (1, 4, 16, 60), "inner_epochs": (1, 2, 4)},
+    "cpu": {"batch": (6, 12, 24), "steps": (2, 5, 10), "micro_batch": (4, 15, 60), "inner_epochs": (1, 2, 4)},
     "cuda": {"batch": (8, 16, 32, 64), "steps": (5, 10, 20, 50), "micro_batch": (1, 4, 16, 64), "inner_epochs": (1, 2, 4)},
 }
 START = {
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.throughput", description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(WORKS), default=default_models())
     parser.add_argument("--scaling", action="store_true", help="how the first model's cost grows, instead of the stages")
-    parser.add_argument("--rounds", type=int, default=3, help="iterations of each, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=2, help="iterations of each, after one to warm up")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
     options = parser.parse_args(argv)
     writer = Writer("scaling" if options.scaling else "throughput", options.out, ["python", "-m", "bench.throughput", *argv])

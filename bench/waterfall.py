@@ -10,7 +10,6 @@ row's iterations are real training on the same prompts.
 """
 
 import argparse
-import shutil
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ from bench.models import WORKS, Work, default_models
 from bench.rows import RESULTS, Writer
 
 BASELINE = "textbook loop"
-MERGED = "merged LoRA", ("--lora.forward=merged",)
-"""On a GPU, in fp16, an alternative: it rounds small updates away, so it is not what the trainer does by itself."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,8 @@ class Technique:
     """It trains other parameters than the baseline, so its gradient is compared with a textbook loop of its own."""
 
 
-def techniques() -> list[Technique]:
-    """Those that this machine can run."""
+def techniques(compiled: bool = True) -> list[Technique]:
+    """Those that this machine can run; the compiled UNet last, since what builds on it would have to be compiled anew."""
     on_gpu = torch.cuda.is_available()
     rows = [
         Technique("transition batching", ("--kernels.backend=reference", "--lora.forward=separate"), adds=("contiguous", "plain_norms"))
@@ -52,14 +49,15 @@ def techniques() -> list[Technique]:
             Technique("fused DDIM step and loss", ("--kernels.backend=triton",)),
             Technique("fused GroupNorm+SiLU, GEGLU", removes=("plain_norms",)),
         ]
-    rows += [Technique("channels_last", removes=("contiguous",)), Technique(*MERGED, alternative=on_gpu)]
+    rows.append(Technique("channels_last", removes=("contiguous",)))
+    # in fp16, a GPU's default, an alternative: it rounds small updates away, so it is not what the trainer does by itself
+    rows.append(Technique("or merged LoRA" if on_gpu else "merged LoRA", ("--lora.forward=merged",), alternative=on_gpu))
     rows += [Technique(f"or {name} attention", adds=(f"sdpa_{name}",), alternative=True) for name in attention_kernels()]
-    if on_gpu or shutil.which("g++"):
-        rows.append(Technique("compiled UNet", ("--model.compile=true",)))
-    return rows + [
+    rows += [
         Technique("or 8-bit AdamW", ("--optimizer.name=adamw_8bit",), alternative=True),
         Technique("or LoRA in mid and up blocks", ("--lora.scope=mid_up",), alternative=True, other_parameters=True),
     ]
+    return rows + [Technique("compiled UNet", ("--model.compile=true",))] * compiled
 
 
 def attention_kernels() -> list[str]:
@@ -141,10 +139,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.waterfall", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=list(WORKS), default="sd15" if "sd15" in default_models() else "embedded")
     parser.add_argument("--rounds", type=int, default=5, help="iterations of each row, after one to warm up")
+    parser.add_argument("--compile", action="store_true", help="on a CPU, too, with the compiled UNet: four minutes of compiling")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only rows whose name contains one of these, and what they build on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     options = parser.parse_args(argv)
-    rows = techniques()
+    rows = techniques(options.compile or torch.cuda.is_available())
     if options.only:
         if not (wanted := [row for row in rows if any(text in row.name for text in options.only)]):
             parser.error(f"--only {' '.join(options.only)}: valid are {', '.join(row.name for row in rows)}")

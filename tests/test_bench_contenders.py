@@ -129,8 +129,7 @@ def test_benchmark_reports_nothing_of_a_broken_kernel(module, tiny_work, monkeyp
 
 def test_waterfall_writes_speed_and_quality(tiny_work, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(waterfall, "WORKS", {"embedded": tiny_work})
-    uncompiled = [row for row in waterfall.techniques() if "compiled" not in row.name]
-    monkeypatch.setattr(waterfall, "techniques", lambda: uncompiled)
+    uncompiled = waterfall.techniques(compiled=False)
     assert waterfall.main(["--rounds", "2", "--out", str(tmp_path)]) == 0
     rows = read("waterfall", tmp_path)
     assert [row["technique"] for row in rows][:2] == [waterfall.BASELINE, "transition batching"] and len(rows) == 1 + len(uncompiled)
@@ -148,6 +147,7 @@ def test_techniques_build_on_each_other_but_not_on_alternatives():
     assert contenders["or math attention"][0].endswith("sdpa_math") and "sdpa" not in contenders["or 8-bit AdamW"][0]
     assert "--optimizer.name=adamw_8bit" not in contenders["or LoRA in mid and up blocks"][1]
     assert "--lora.forward=merged" in contenders["or LoRA in mid and up blocks"][1]
+    assert not any("mid_up" in option or "8bit" in option for option in contenders["compiled UNet"][1])
 
 
 def test_peers_pairs_rounds(tiny_work, monkeypatch, tmp_path):
