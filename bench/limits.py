@@ -56,6 +56,7 @@ def attempt(contender: str, what: str) -> str:
             process.kill()
             process.wait()
         said = [answer.read_text().strip() for answer in answers if answer.stat().st_size]
+    said = [line.replace(str(model), "MODEL") for line in said]
     return next((line for line in said if line != WORKS), WORKS if len(said) == num_ranks else "it did not answer")
 
 
