@@ -34,7 +34,7 @@ AXES = {
 }
 """An axis of scaling and the options that take its value; of the pictures an iteration, all are one batch."""
 VALUES = {
-    "cpu": {"batch": (6, 12, 24), "steps": (2, 5, 10), "micro_batch": (4, 15, 60), "inner_epochs": (1, 2, 4)},
+    "cpu": {"batch": (4, 12, 24), "steps": (2, 5, 10), "micro_batch": (4, 15, 60), "inner_epochs": (1, 2, 4)},
     "cuda": {"batch": (8, 16, 32, 64), "steps": (5, 10, 20, 50), "micro_batch": (1, 4, 16, 64), "inner_epochs": (1, 2, 4)},
 }
 START = {
