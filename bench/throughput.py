@@ -43,6 +43,7 @@ START = {
         "sample__batch_size": 12,
         "sample__num_steps": 5,
         "train__num_minibatches": 1,
+        "train__inner_epochs": 1,
         "train__micro_batch": 60,
     },
     "cuda": {
@@ -50,6 +51,7 @@ START = {
         "sample__batch_size": 16,
         "sample__num_steps": 10,
         "train__num_minibatches": 1,
+        "train__inner_epochs": 1,
         "train__micro_batch": 16,
     },
 }
