@@ -17,7 +17,7 @@ from ddpo_fast.gpus import GPUS, HERE, parse_devices
 USABLE = 0.9
 """Share of a device's memory that is planned for; its context, workspaces and the allocator's gaps get the rest. An estimate."""
 FRACTIONS = {"cuda": (0.35, 0.30), "cpu": (0.55, 0.48)}
-"""Share of the matrix product's speed that sampling and the update reach. On a GPU an estimate; on a CPU measured by bench.throughput, embedded model."""
+"""Share of the matrix product's speed that sampling and the update reach: on a GPU an estimate, on a CPU bench.throughput's."""
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed reduces gradients in buckets of at most so many."""
 RESIDENT = ("frozen weights", "trained weights", "optimizer state", "rollout", "activation cache")
