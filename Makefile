@@ -29,7 +29,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(SETUP) $(TRL_SETUP)  ## this machine's speed beside TRL's and the textbook loop's, what each technique is worth, how cost grows: 12 minutes
+bench: $(SETUP) $(TRL_SETUP)  ## this machine's speed beside TRL's and the textbook loop's, what each technique is worth, how cost grows: 15 minutes
 	$(RUN) bench.peers
 	$(RUN) bench.waterfall
 	$(RUN) bench.throughput --scaling
@@ -39,7 +39,7 @@ bench: $(SETUP) $(TRL_SETUP)  ## this machine's speed beside TRL's and the textb
 bench-kernels: $(SETUP)  ## every fused operation by itself: a minute
 	$(RUN) bench.kernels
 
-bench-reward: $(SETUP) $(TRL_SETUP)  ## reward per device-hour, ours against TRL: 5 seeds, 40 minutes; interrupted, it continues
+bench-reward: $(SETUP) $(TRL_SETUP)  ## reward per device-hour, ours against TRL: 5 seeds, half an hour; interrupted, it continues
 	$(RUN) bench.reward
 
 headline: $(SETUP)  ## README's tables and pictures of speed, anew from bench/results

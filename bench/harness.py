@@ -18,8 +18,6 @@ GRADIENT_TOLERANCE = {"fp32": 5e-4, "fp16": 2e-2, "bf16": 1e-1}
 
 Measured in fp32: 6e-5 of ours (the last steps' small variance amplifies rounding), 2e-6 of TRL, which rounds as the textbook loop does.
 """
-
-
 RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -297,6 +297,7 @@ def _block(count: int, rank: int, world_size: int) -> slice:
 
 
 def make_engine(setup: Setup) -> Engine:
+    """The engine of a run's optimizer, through which the policy's UNet runs from now on."""
     config, policy = setup.config, setup.policy
     if config.optimizer.name == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit as optimizer_class  # only who asks for it needs a build of it that fits the GPU
