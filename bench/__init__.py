@@ -14,6 +14,10 @@ work of `models`; `textbook` is the oracle among them. `rows` are written to res
 
 import logging
 import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout: the folder that commands are started in."""
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torchvision is missing, which nothing here uses
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a 4-bit kernel that cannot be downloaded, likewise

@@ -361,8 +361,7 @@ class TRL(Contender):
         if self.setup.world_size == 1:  # as a user of one process has it: no wrapper that synchronises gradients
             torch.distributed.destroy_process_group()
             atexit.unregister(torch.distributed.destroy_process_group)
-            for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-                os.environ.pop(variable, None)
+            os.environ.pop("LOCAL_RANK", None)
         PartialState(cpu=self.device.type == "cpu")  # TRL logs before it has made its own
         self.setup = replace(self.setup, policy=None)  # TRL loads the model itself
         pipeline = Pipeline(config.model.path, use_lora=True)

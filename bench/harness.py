@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -12,17 +13,32 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench import ROOT
+
 GRADIENT_TOLERANCE = {"fp32": 5e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Norm of a gradient's difference from the textbook loop's in fp32, over its norm, above which nothing is reported.
 
 Measured in fp32: 6e-5 of ours (the last steps' small variance amplifies rounding), 2e-6 of TRL, which rounds as the textbook loop does.
 """
-RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells a process of a group."""
 
 
 class GateError(RuntimeError):
     """A contender does not compute what it should, so its times mean nothing."""
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def rank_variables(num_ranks: int) -> list[dict[str, str]]:
+    """RANK_VARIABLES of a group's processes, as a launcher on one machine sets them."""
+    port = str(free_port())
+    return [dict(zip(RANK_VARIABLES, (str(rank), str(rank), str(num_ranks), "127.0.0.1", port))) for rank in range(num_ranks)]
 
 
 def trl_python() -> str:
@@ -40,14 +56,14 @@ def trl_python() -> str:
 class Worker:
     """A contender in a process of its own. Its methods raise RuntimeError, with the contender's message, when it fails."""
 
-    def __init__(self, name: str, options: list[str], environment: dict[str, object] | None = None):
+    def __init__(self, name: str, options: list[str], environment: dict[str, str] | None = None):
         """`environment`: variables to set; without a RANK among them the contender is alone."""
         self.name = name
         self.log = tempfile.TemporaryFile("w+")
         command = [trl_python() if name == "trl" else sys.executable, "-m", "bench.contenders", name, *options]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1, start_new_session=True,
-            env={k: v for k, v in os.environ.items() if k not in RANK} | {k: str(v) for k, v in (environment or {}).items()},
+            env={k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | (environment or {}),
         )  # fmt: skip
         self.work: dict = {}
         """Its dtype and num_samples, once it has loaded its model."""

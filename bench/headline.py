@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
+from bench import ROOT
 from bench.rows import PEERS, RESULTS, read, runs
 
-ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 IDEAL = {"batch": 1, "steps": 1, "inner_epochs": 1, "micro_batch": 0, "ranks": -1}
 """The power of an axis' value with which the time of an iteration grows if all of its work, and nothing else, depends on it."""

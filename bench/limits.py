@@ -4,7 +4,6 @@ python -m bench.limits ours|trl SDXL|ZeRO|"2 ranks"      # prints one line: what
 """
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from bench.models import EMBEDDED, ROOT, tiny_sdxl
+from bench import ROOT
+from bench.harness import rank_variables
+from bench.models import EMBEDDED, tiny_sdxl
 
 ATTEMPTS = ("SDXL", "ZeRO", "2 ranks")
 """An SDXL pipeline; optimizer state sharded by DeepSpeed ZeRO 2; gradients synchronised between two ranks."""
@@ -29,24 +30,16 @@ WORKS = "works"
 
 def attempt(contender: str, what: str) -> str:
     """One line: WORKS, or the error's type and text."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+    with tempfile.TemporaryDirectory() as folder:
         model = tiny_sdxl(Path(folder, "model")) if what == "SDXL" else EMBEDDED
-        free.bind(("127.0.0.1", 0))
-        num_ranks, port = 1 if what == "SDXL" else 2, free.getsockname()[1]
-        environment = os.environ | {
-            "WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
+        num_ranks = 1 if what == "SDXL" else 2
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         if torch.cuda.device_count() < num_ranks:
             environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        free.close()
         processes, answers = [], [Path(folder, f"rank{rank}") for rank in range(num_ranks)]
-        for rank, answer in enumerate(answers):
+        for own, answer in zip(rank_variables(num_ranks), answers):
             command = [sys.executable, "-m", "bench.limits", "--rank", contender, what, str(model), folder]
             with answer.open("w") as file:
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 processes.append(subprocess.Popen(command, cwd=ROOT, env=environment | own, stdout=file, stderr=subprocess.DEVNULL))
         deadline, said = time.monotonic() + 240, []
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline and set(said) <= {WORKS}:

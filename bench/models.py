@@ -13,10 +13,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from bench import ROOT
 from ddpo_fast.counts import ARCHITECTURES
 from ddpo_fast.files import new_folder
 
-ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "ddpo_fast" / "embedded" / "model"
 SD15 = ARCHITECTURES["stable-diffusion-v1-5/stable-diffusion-v1-5"]
 SDXL = ARCHITECTURES["stabilityai/stable-diffusion-xl-base-1.0"]

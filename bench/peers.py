@@ -15,10 +15,11 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from bench import ROOT
 from bench.contenders import STAGES
 from bench.harness import GateError, gate, spread, start, start_oracle, take_turns, trl_python, warm_up
 from bench.limits import ATTEMPTS
-from bench.models import ROOT, WORKS, Work, default_models
+from bench.models import WORKS, Work, default_models
 from bench.rows import PEERS, RESULTS, Writer
 
 OTHERS = [peer for peer in PEERS if peer != "ours"]

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bench import ROOT
+from bench.harness import RANK_VARIABLES, free_port
 from ddpo_fast import checkpoint
 from ddpo_fast import train as trainer
 from ddpo_fast.config import Config, parse_or_exit, user_error
@@ -38,7 +39,6 @@ from ddpo_fast.report import write_report
 from ddpo_fast.rewards import score_or_nan
 from ddpo_fast.rollout import Rollout, generate
 
-ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS = 4
 """Denoising steps of a calibration: enough that drawing the first noise hardly counts."""
 REPEATS = 3
@@ -184,22 +184,15 @@ def _link_rank(rank: int, folder: str, num_bytes: int) -> None:
     dist.destroy_process_group()
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def measure(config: Config, num_ranks: int, iterations: int = 5) -> float:
     """Seconds of an iteration without its evaluation, in a run of so many ranks: the median of all but the first."""
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in launched} | {"OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES} | {"OMP_NUM_THREADS": "1"}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     with tempfile.TemporaryDirectory() as folder:
         options = {"run__dir": f"{folder}/run", "run__iterations": iterations, "eval__every": 1000, "eval__num_samples": num_ranks}
         write_text(Path(folder, "recipe.yaml"), config.replace(**options).to_yaml())
-        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks), "--master_port", str(_free_port())]
+        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
         command = [*launcher, str(ROOT / "ddpo_fast" / "train.py"), "--config", f"{folder}/recipe.yaml"]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:

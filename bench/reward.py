@@ -32,13 +32,12 @@ from matplotlib.figure import Figure
 from scipy import stats
 from tqdm import tqdm
 
-from bench import harness, rows
+from bench import ROOT, harness, rows
 from ddpo_fast.checkpoint import list_checkpoints
 from ddpo_fast.config import Config, parse
 from ddpo_fast.files import write_text
 from ddpo_fast.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"embedded_compressibility": -2.0}
 """Target rewards of recipes: about midway between the start and the end of their runs."""
 SPREAD = {

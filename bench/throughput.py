@@ -10,7 +10,6 @@ no time if its own ratio_error says that rollout and update disagree, or if the 
 
 import argparse
 import os
-import socket
 import statistics
 import sys
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from bench.contenders import STAGES
-from bench.harness import GateError, Worker, gate, spread, start, start_oracle, take_turns, warm_up
+from bench.harness import GateError, Worker, gate, rank_variables, spread, start, start_oracle, take_turns, warm_up
 from bench.models import WORKS, Work, default_models
 from bench.rows import RESULTS, Writer
 from ddpo_fast.plan import matmul_flops
@@ -130,14 +129,11 @@ def rank_times(work: Work, base: dict, rounds: int) -> dict[int, list[dict]]:
     options = [f"--{key.replace('__', '.')}={value}" for key, value in base.items()]
     times = {}
     for num_ranks in (2**power for power in range(most.bit_length())):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         with ExitStack() as stack:
-            ranks = []
-            for rank in range(num_ranks):
-                group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                ranks.append(stack.enter_context(Worker("ours", work.argv() + options, environment=environment | group)))
+            ranks = [
+                stack.enter_context(Worker("ours", work.argv() + options, environment=environment | variables))
+                for variables in rank_variables(num_ranks)
+            ]
             turns = []
             for _ in range(rounds + 1):
                 for worker in ranks:

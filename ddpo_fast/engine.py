@@ -4,7 +4,6 @@ import atexit
 import logging
 import math
 import os
-import socket
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -27,11 +26,9 @@ def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
     A rank may keep the others waiting for `timeout_s`, say with a slow reward; then the run is over.
     """
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    alone = "RANK" not in os.environ
+    if alone:
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -44,7 +41,10 @@ def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
     # DeepSpeed's ZeRO calls a collective that torch 2.13 renamed
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False)
+        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
+        if alone:  # through memory: a port that is free now may be taken a moment later
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
         atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size(), device
 

@@ -13,6 +13,7 @@ import torch
 
 from ddpo_fast.counts import MIB, ModelCounts, architecture, count_model
 from ddpo_fast.gpus import GPUS, HERE, parse_devices
+from ddpo_fast.lora import merges
 
 USABLE = 0.9
 """Share of a device's memory that is planned for; its context, workspaces and the allocator's gaps get the rest. An estimate."""
@@ -232,8 +233,7 @@ def make_plan(config) -> Plan:
     if arch["unet"].get("addition_embed_type") is not None:
         raise ValueError(f"model.path={config.model.path}: its UNet takes more than latents, time and text; valid is SD 1.x or 2.x")
     fused = config.kernels.backend == "triton" or (config.kernels.backend == "auto" and on_gpu)
-    merged = config.lora.forward == "merged" or (config.lora.forward == "auto" and dtype == torch.float32 and config.lora.scope != "none")
-    counts = count_model(arch, dtype, config.lora, on_gpu=on_gpu, fused=fused, merged=merged)
+    counts = count_model(arch, dtype, config.lora, on_gpu=on_gpu, fused=fused, merged=merges(config.lora.forward, config.lora.scope, dtype))
     device = find_device(name, dtype, num_devices)
     flop = iteration_flop(counts, work)
     sampling, update = (num_devices * device.matmul_flops * fraction for fraction in device.fractions)

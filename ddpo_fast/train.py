@@ -36,6 +36,7 @@ from ddpo_fast.engine import Engine, all_gather, all_reduce, broadcast, init_dis
 from ddpo_fast.files import write_text
 from ddpo_fast.fused_unet import fuse
 from ddpo_fast.kernels import Ops
+from ddpo_fast.lora import merges
 from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
 from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
 from ddpo_fast.plan import make_plan, plan_text
@@ -108,7 +109,7 @@ def prepare(config: Config) -> Setup:
     policy = Policy(config.model.path, config.model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha)
     if ops.backend == "triton":
         fuse(policy.unet, ops)
-    if lora.forward == "merged" or (lora.forward == "auto" and policy.dtype == torch.float32 and not policy.full):
+    if merges(lora.forward, lora.scope, policy.dtype):
         policy.merge_lora()
     schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
     clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
