@@ -24,6 +24,7 @@ setup(
         "docstring-parser",
         "numpy>=2",
         "opencv-python-headless",
+        "psutil",
         "pillow",
         "matplotlib",
         "tensorboard",

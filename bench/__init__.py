@@ -2,6 +2,7 @@
 
     peers       ours, TRL's DDPOTrainer and the textbook loop on the same work, taking turns; what a peer cannot do (`limits`)
     waterfall   from the textbook loop one technique a row, its quality beside its speed
+    cache       the update with the activation cache and without, by where LoRA is
     throughput  the stages of an iteration; how cost grows with batch, steps, micro-batch, inner epochs and ranks
     reward      reward per device-hour of two or more settings, with several seeds
     predict     an iteration's time on N devices, from costs measured on this one

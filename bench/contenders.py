@@ -46,6 +46,8 @@ SDPA = {
 }
 STAGES = ("encode", "denoise", "decode", "reward", "update", "optimizer")
 """Of an iteration. A contender's remaining time, the total less these, is its bookkeeping."""
+PLAIN = ("--kernels.backend=reference", "--lora.forward=separate", "--model.share_guidance=false", "--cache.mode=off")
+"""A pipeline as diffusers and peft have it."""
 UNCLIPPED = 1e3
 """The clip range while gradients are compared: rounding must not decide which transitions have one."""
 TIMED = ("encode", "sample", "decode", "reward", "train", "optimizer", "total")
@@ -113,6 +115,7 @@ class Contender:
         self.config, self.device = self.setup.config, self.setup.policy.device
         self.iteration = 0
         self.unet = self.setup.policy.unet
+        self.start = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.unet.named_parameters() if parameter.requires_grad}
@@ -164,6 +167,10 @@ class Contender:
             result = self.loss_gradient(data)
         torch.save({name: value.cpu() for name, value in result.items()}, file.with_suffix(f".{type(self).__name__}"))
 
+    def changes(self, file: Path) -> None:
+        """Saves how far the trained parameters are from where they started."""
+        torch.save({name: (parameter.detach() - self.start[name]).cpu() for name, parameter in self.trainable().items()}, file)
+
     def collect(self) -> dict[str, Tensor]:
         gradient = {name: parameter.grad.detach().clone() for name, parameter in self.trainable().items() if parameter.grad is not None}
         self.unet.zero_grad()
@@ -183,7 +190,7 @@ class Ours(Contender):
             raise ValueError(f"{', '.join(unknown)}: valid changes are {', '.join(self.CHANGES)}")
         if "plain_norms" in changes:
             unfuse(self.unet)
-        self.engine = trainer.make_engine(setup)
+        self.engine, self.cache = trainer.make_engine(setup), trainer.make_cache(setup)
         if "contiguous" in changes:
             for parameter in self.unet.parameters():
                 parameter.data = parameter.data.contiguous()
@@ -198,7 +205,7 @@ class Ours(Contender):
         self.stages.wrap(self.engine, "step", "optimizer")
 
     def work(self) -> dict:
-        row = trainer.improve(self.setup, self.engine, self.baseline, self.stages, self.iteration)
+        row = trainer.improve(self.setup, self.engine, self.cache, self.baseline, self.stages, self.iteration)
         limit = self.setup.clip_range * (0.1 if self.setup.policy.dtype == torch.float32 else 1.0)
         if not row["ratio_error"] <= limit:
             raise RuntimeError(
@@ -240,7 +247,7 @@ class Textbook(Contender):
 
     def __init__(self, argv: list[str]):
         refuse(argv, train__algorithm="ddpo_is", optimizer__name="adamw", sample__eta=1.0, train__timestep_fraction=1.0)
-        super().__init__([*argv, "--kernels.backend=reference", "--lora.forward=separate"])
+        super().__init__([*argv, *PLAIN])
         config, policy = self.config, self.setup.policy
         self.loop = TextbookLoop(policy.pipe, config.sample.num_steps, config.sample.guidance_scale)
         self.parameters = policy.trainable_parameters()
@@ -322,7 +329,7 @@ class TRL(Contender):
 
     def __init__(self, argv: list[str]):
         refuse(argv, train__algorithm="ddpo_is", optimizer__name="adamw", baseline__std="prompt")
-        super().__init__([*argv, "--kernels.backend=reference", "--lora.forward=separate"])
+        super().__init__([*argv, *PLAIN])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline

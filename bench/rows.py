@@ -76,6 +76,11 @@ TABLES = {
             ("images_per_s", "ours_is_faster_by", "ratio_low", "ratio_high", "tflop_per_image", "peak_memory_mib", "note"),
         ),
         Table(
+            "cache", ("model", "work", "scope", "cache"), "update_s", "lower", "low_s", "high_s",
+            ("faster_than_off", "off_low", "off_high", "faster_than_all", "all_low", "all_high", "sampling_slower_than_off", "update_tflop",
+             "peak_memory_mib", "weights_error"),
+        ),
+        Table(
             "reward", ("recipe", "setting"), "hours_to_target", "lower", "hours_low", "hours_high",
             ("target", "seeds", "reached", "samples", "updates", "device_hours", "final_reward", "final_low", "final_high", "area_samples",
              "area_low", "area_high", "area_hours", "reward_per_hour"),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from bench.contenders import PLAIN
 from bench.harness import GateError, gate, spread, start, start_oracle, take_turns, warm_up
 from bench.models import WORKS, Work, default_models
 from bench.rows import RESULTS, Writer
@@ -41,9 +42,7 @@ class Technique:
 def techniques(compiled: bool = True) -> list[Technique]:
     """Those that this machine can run; the compiled UNet last, since what builds on it would have to be compiled anew."""
     on_gpu = torch.cuda.is_available()
-    rows = [
-        Technique("transition batching", ("--kernels.backend=reference", "--lora.forward=separate"), adds=("contiguous", "plain_norms"))
-    ]
+    rows = [Technique("transition batching", PLAIN, adds=("contiguous", "plain_norms"))]
     if on_gpu:
         rows += [
             Technique("fused DDIM step and loss", ("--kernels.backend=triton",)),
@@ -52,10 +51,12 @@ def techniques(compiled: bool = True) -> list[Technique]:
     rows.append(Technique("channels_last", removes=("contiguous",)))
     # in fp16, a GPU's default, an alternative: it rounds small updates away, so it is not what the trainer does by itself
     rows.append(Technique("or merged LoRA" if on_gpu else "merged LoRA", ("--lora.forward=merged",), alternative=on_gpu))
+    rows.append(Technique("shared guidance", ("--model.share_guidance=true",)))
     rows += [Technique(f"or {name} attention", adds=(f"sdpa_{name}",), alternative=True) for name in attention_kernels()]
     rows += [
         Technique("or 8-bit AdamW", ("--optimizer.name=adamw_8bit",), alternative=True),
         Technique("or LoRA in mid and up blocks", ("--lora.scope=mid_up",), alternative=True, other_parameters=True),
+        Technique("or that, activations cached", ("--lora.scope=mid_up", "--cache.mode=on"), alternative=True, other_parameters=True),
     ]
     return rows + [Technique("compiled UNet", ("--model.compile=true",))] * compiled
 

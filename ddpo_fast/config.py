@@ -29,6 +29,9 @@ class ModelConfig:
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Compute type of the networks; latents, log-probs and trainable weights are fp32 in any case. auto: fp16 on a
     GPU, fp32 on a CPU. bf16's log-prob noise (about 1e-4) is as large as the clip range."""
+    share_guidance: bool = True
+    """With guidance, compute what the UNet does before its first cross-attention once for both branches instead of twice. Exact but for
+    rounding."""
     compile: bool = False
     """Compile the UNet with torch.compile. The first iteration takes a minute or two longer; on a CPU it needs a C++
     compiler."""
@@ -160,6 +163,18 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    mode: Literal["auto", "on", "off"] = "auto"
+    """Keep what the UNet's frozen layers before the first trained one compute in the rollout, so that the update does not compute
+    it again. Needs a lora.scope that leaves such layers, such as mid_up. auto: on where they are at least 3 % of the UNet."""
+    device_mib: Optional[float] = None
+    """Memory of each device for it, in MiB. Default: half of what is free at the start."""
+    host_mib: Optional[float] = None
+    """Pinned host memory of each rank behind that, copied to the GPU ahead of its use; what fits in neither is computed again.
+    Default: half of what is free at the start, divided by the machine's ranks; on a CPU none."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     every: int = 4
     """Evaluate every so many iterations (and before the first and after the last)."""
@@ -200,6 +215,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     zero: ZeroConfig = ZeroConfig()
     kernels: KernelsConfig = KernelsConfig()
+    cache: CacheConfig = CacheConfig()
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
 
@@ -298,6 +314,11 @@ _RULES = [
     ("baseline.buffer_size", "a whole number >= baseline.min_count", lambda v, c: v >= c.baseline.min_count),
     ("optimizer.betas", "two numbers in [0, 1)", lambda v, c: len(v) == 2 and all(0 <= b < 1 for b in v)),
     ("optimizer.weight_decay", "a finite number >= 0", _number(0)),
+    *(
+        (option, "a number of MiB >= 0", lambda v, c: v is None or (math.isfinite(v) and v >= 0))
+        for option in ("cache.device_mib", "cache.host_mib")
+    ),
+    ("cache.mode", "auto or off, when lora.scope is none: nothing is frozen", lambda v, c: v != "on" or c.lora.scope != "none"),
     ("eval.prompts", "a list with at least one prompt, or null", lambda v, c: v is None or len(v) > 0),
     ("run.seed", "a whole number in [0, 2^63)", _number(0, 2**63 - 1)),
     ("run.dir", "a folder, not a file", lambda v, c: v is None or not Path(v).is_file()),

@@ -29,6 +29,8 @@ from ddpo_fast.fused_unet import fuse
 from ddpo_fast.kernels import Ops, reference
 from ddpo_fast.lora import set_trainable
 from ddpo_fast.merged_lora import merge
+from ddpo_fast.shared_guidance import SharedGuidance
+from ddpo_fast.split_unet import SplitUNet, stored_bytes
 
 MIB = 2**20
 ROWS = (8, 16)
@@ -232,17 +234,25 @@ class ModelCounts:
     """What a row keeps between forward and backward."""
     decode: Call
     """The VAE's decoder; a row is a picture."""
+    prefix_flop: float
+    """Of a row before the UNet's first trained layer, see `SplitUNet`; 0 if there is none."""
+    kept_row_bytes: int
+    """What the activation cache stores of a row."""
+    cached_update: Call
+    """The UNet forward and backward from that on, less the kept tensors, which it is given."""
 
     @property
     def num_trainable(self) -> int:
         return sum(self.trained_sizes)
 
 
-def count_model(arch: dict[str, dict], dtype: torch.dtype, lora, *, on_gpu: bool, fused: bool, merged: bool = False) -> ModelCounts:
+def count_model(
+    arch: dict[str, dict], dtype: torch.dtype, lora, *, on_gpu: bool, fused: bool, merged: bool = False, shared: bool = False
+) -> ModelCounts:
     """Counts a pipeline with the trained weights that `lora` (scope, targets, rank, alpha) asks for, computing in `dtype`.
 
     on_gpu: autocast's rules are a GPU's. fused: GroupNorm, SiLU and GEGLU are the Triton kernels. merged: LoRA computes with merged
-    weights. Raises as `set_trainable` does.
+    weights. shared: the branches of guidance share what precedes the first cross-attention. Raises as `set_trainable` does.
     """
     text = CLIPTextConfig(**arch.get("text_encoder", {}))
     with torch.device("meta"):
@@ -280,6 +290,8 @@ def count_model(arch: dict[str, dict], dtype: torch.dtype, lora, *, on_gpu: bool
         if fused:
             saving = [lambda x, *rest, op=op: _SavesInput.apply(op, x, *rest) for op in (reference.group_norm_silu, reference.geglu)]
             fuse(unet, Ops("counted", reference.ddim_step, reference.ppo_loss, *saving))
+        if shared:  # all calls are of both branches
+            SharedGuidance(unet, partial(forward, 2)).active = True
         with torch.no_grad():
             calls = {"forward": count(forward), "decode": count(decode)}
         saved = []
@@ -288,13 +300,30 @@ def count_model(arch: dict[str, dict], dtype: torch.dtype, lora, *, on_gpu: bool
                 out = forward(num_rows)
             saved.append(live.now)
             del out
-        calls["update"] = count(lambda num_rows: forward(num_rows).float().square().mean().backward())
+
+        def backward(num_rows: int) -> None:
+            forward(num_rows).float().square().mean().backward()
+
+        calls["update"] = calls["cached_update"] = count(backward)
+        split, prefix_flop, kept_row_bytes = SplitUNet(unet, forward), 0.0, 0
+        if split.wanted:
+            prefix_flop = count(lambda num_rows: split.run_prefix(partial(forward, num_rows))).row_flop
+            kept = {num_rows: split.run_prefix(partial(forward, num_rows)) for num_rows in ROWS}
+            kept_row_bytes = sum(stored_bytes(tensor[:1]) for tensor in kept[ROWS[0]])
+
+            def replay(num_rows: int) -> None:
+                with split.replaying(kept[num_rows]):
+                    backward(num_rows)
+
+            calls["cached_update"] = count(replay)
     return ModelCounts(
         weight_bytes={name: sum(p.nbytes for p in part.parameters() if not p.requires_grad) for name, part in parts.items()}
         | {"merged": sum(layer.merged_weight.nbytes for layer in copies)},
         trained_sizes=tuple(parameter.numel() for parameter in trained),
         num_latents=math.prod(latent_shape),
         embed_bytes=math.prod(embed_shape) * dtype.itemsize,
+        prefix_flop=prefix_flop,
+        kept_row_bytes=kept_row_bytes,
         saved_row_bytes=(saved[1] - saved[0]) / (ROWS[1] - ROWS[0]),
         **calls,
     )

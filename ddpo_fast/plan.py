@@ -21,6 +21,8 @@ FRACTIONS = {"cuda": (0.35, 0.30), "cpu": (0.55, 0.48)}
 """Share of the matrix product's speed that sampling and the update reach: on a GPU an estimate, on a CPU bench.throughput's."""
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed reduces gradients in buckets of at most so many."""
+WORTH = 0.03
+"""The share of a UNet call before its first trained layer from which on cache.mode=auto keeps that part."""
 RESIDENT = ("frozen weights", "trained weights", "optimizer state", "rollout", "activation cache")
 """Kinds of memory that every phase holds."""
 
@@ -41,6 +43,8 @@ class Work:
     """Steps of a sample that an epoch trains on."""
     optimizer: str
     zero_stage: int
+    held: tuple[int, int] = (0, 0)
+    """Transitions of a rank in the activation cache, on the device and on the host."""
 
     @classmethod
     def of(cls, config) -> "Work":
@@ -58,6 +62,11 @@ class Work:
         if self.num_samples % multiple:
             raise ValueError(f"sample.num_samples={self.num_samples}: valid is a multiple of {multiple} with {num_devices} ranks")
         return self.num_samples // num_devices
+
+    def trained_transitions(self, num_devices: int) -> int:
+        """Of a rank, those that an iteration trains on at least once, on average."""
+        missed = (1 - self.trained_steps / self.num_steps) ** self.inner_epochs
+        return round(self.share(num_devices) * self.num_steps * (1 - missed))
 
 
 @dataclass(frozen=True)
@@ -125,12 +134,20 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
         "trained weights": trained / MIB,
         "optimizer state": (state_bytes(work.optimizer, sizes) + copy) / MIB,
         "rollout": rollout,
-        "activation cache": 0.0,
+        "activation cache": work.held[0] * work.rows * counts.kept_row_bytes / MIB,
         "gradients": gradients / MIB,
         "sampling": max(counts.forward.mib(work.rows * batch), rollout),  # its batches are joined into a second copy
         "decode": counts.decode.mib(batch),
-        "update": counts.update.mib(work.rows * transitions),
+        "update": update_mib(counts, work, work.rows * transitions),
     }
+
+
+def update_mib(counts: ModelCounts, work: Work, num_rows: int) -> float:
+    """A micro-batch forward and backward. From the cache it is given the kept tensors; from the host those of the next one, too, arrive."""
+    if not any(work.held):
+        return counts.update.mib(num_rows)
+    copies = 3 if work.held[1] else 1
+    return counts.cached_update.mib(num_rows) + copies * num_rows * counts.kept_row_bytes / MIB
 
 
 def phases_mib(memory: dict[str, float]) -> dict[str, float]:
@@ -141,13 +158,13 @@ def phases_mib(memory: dict[str, float]) -> dict[str, float]:
     }
 
 
-def iteration_flop(counts: ModelCounts, work: Work) -> dict[str, float]:
+def iteration_flop(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, float]:
     """FLOP of an iteration, all ranks together, by phase."""
-    rows = work.num_samples * work.rows
+    rows, cached = work.num_samples * work.rows, sum(work.held) / work.trained_transitions(num_devices)
     return {
         "sampling": rows * work.num_steps * counts.forward.row_flop,
         "decode": work.num_samples * counts.decode.row_flop,
-        "update": rows * work.inner_epochs * work.trained_steps * counts.update.row_flop,
+        "update": rows * work.inner_epochs * work.trained_steps * (counts.update.row_flop - cached * counts.prefix_flop),
     }
 
 
@@ -233,13 +250,39 @@ def make_plan(config) -> Plan:
     if arch["unet"].get("addition_embed_type") is not None:
         raise ValueError(f"model.path={config.model.path}: its UNet takes more than latents, time and text; valid is SD 1.x or 2.x")
     fused = config.kernels.backend == "triton" or (config.kernels.backend == "auto" and on_gpu)
-    counts = count_model(arch, dtype, config.lora, on_gpu=on_gpu, fused=fused, merged=merges(config.lora.forward, config.lora.scope, dtype))
+    counts = count_model(
+        arch,
+        dtype,
+        config.lora,
+        on_gpu=on_gpu,
+        fused=fused,
+        merged=merges(config.lora.forward, config.lora.scope, dtype),
+        shared=config.model.share_guidance and work.rows == 2,
+    )
     device = find_device(name, dtype, num_devices)
-    flop = iteration_flop(counts, work)
+    if config.cache.mode == "on" or (config.cache.mode == "auto" and counts.prefix_flop >= WORTH * counts.forward.row_flop):
+        work = replace(work, held=held_transitions(config.cache, counts, work, device, num_devices))
+    flop = iteration_flop(counts, work, num_devices)
     sampling, update = (num_devices * device.matmul_flops * fraction for fraction in device.fractions)
     seconds = {phase: value / (update if phase == "update" else sampling) for phase, value in flop.items()}
     advice = advise(counts, work, num_devices, USABLE * device.memory_mib)
     return Plan(device, num_devices, work, counts, memory_mib(counts, work, num_devices), flop, seconds, advice)
+
+
+def held_transitions(cache, counts: ModelCounts, work: Work, device: Device, num_devices: int) -> tuple[int, int]:
+    """How many transitions of a rank the budgets of a `cache` (device_mib, host_mib) hold, on the device and on the host.
+
+    A device without a budget is given half of what weights and optimizer leave; a host without one is not counted on.
+    """
+    if not counts.prefix_flop:
+        return 0, 0
+    memory, budgets = memory_mib(counts, work, num_devices), [cache.device_mib, cache.host_mib or 0.0]
+    if budgets[0] is None:
+        budgets[0] = (device.memory_mib - memory["frozen weights"] - memory["trained weights"] - memory["optimizer state"]) / 2
+    on_device, on_host = (int(mib * MIB) // (work.rows * counts.kept_row_bytes) for mib in budgets)
+    needed = work.trained_transitions(num_devices)
+    on_device = min(needed, on_device)
+    return on_device, min(needed - on_device, on_host)
 
 
 def plan_text(plan: Plan) -> str:
@@ -248,12 +291,15 @@ def plan_text(plan: Plan) -> str:
     samples, phases, devices = work.share(plan.num_devices), phases_mib(memory), f"{plan.num_devices} x {plan.device.name}"
     weights = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in counts.weight_bytes.items() if size)
     rows = work.rows * min(work.micro_batch, samples // work.num_minibatches * work.trained_steps)
+    kept = work.trained_transitions(plan.num_devices)
     notes = {
         "frozen weights": weights,
         "trained weights": f"{counts.num_trainable:,} in fp32",
         "optimizer state": f"{work.optimizer}, ZeRO {work.zero_stage}",
         "rollout": f"{samples} samples x {work.num_steps} steps",
-        "activation cache": "there is none yet",
+        "activation cache": f"{work.held[0]:,} transitions, {work.held[1]:,} on the host, {kept - sum(work.held):,} recomputed"
+        if any(work.held)
+        else "off",
         "gradients": "in the update only",
         "sampling": f"batches of {min(work.batch_size, samples)}, {work.rows} UNet rows each sample",
         "decode": f"batches of {min(work.batch_size, samples)}",

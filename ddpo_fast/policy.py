@@ -1,6 +1,8 @@
 """The diffusion model as a policy: loading, LoRA, text encoding, noise prediction, decoding."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from ddpo_fast.files import new_folder
 from ddpo_fast.lora import set_trainable
 from ddpo_fast.merged_lora import merge
+from ddpo_fast.shared_guidance import SharedGuidance
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -48,6 +51,7 @@ class Policy:
         self.full = scope == "none"
         set_trainable(self.unet, scope, targets, rank, alpha)
         self.merged_layers: list[nn.Module] = []
+        self.guidance: AbstractContextManager = nullcontext()
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape = (self.unet.config.in_channels, height, width)
@@ -67,6 +71,13 @@ class Policy:
     def merge_lora(self) -> None:
         """Makes the UNet compute with LoRA's update merged into a copy of its weights, see `merged_lora.merge`, from now on."""
         self.merged_layers = merge(self.unet)
+
+    def share_guidance(self) -> None:
+        """Makes `predict_noise`, which must be given both branches from now on, compute once what they have in common.
+
+        Raises ValueError, see `SharedGuidance`.
+        """
+        self.guidance = SharedGuidance(self.unet, partial(self.example_call, 2))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
@@ -88,8 +99,18 @@ class Policy:
         """
         for layer in self.merged_layers:
             layer.refresh()  # here, because a compiled UNet cannot
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16)):
+        with self.guidance, torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16)):
             return self.forward(unet_input, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+
+    @torch.no_grad()
+    def example_call(self, num_rows: int) -> Tensor:
+        """`predict_noise` of the same arbitrary rows every time, an even number: the same latents with two embeddings."""
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(num_rows // 2, *self.latent_shape, generator=generator).repeat(2, 1, 1, 1).to(self.device, self.dtype)
+        timesteps = torch.full((num_rows,), 500, device=self.device)
+        embeds = self.uncond_embeds.repeat(num_rows, 1, 1)
+        embeds[num_rows // 2 :].neg_()
+        return self.predict_noise(latents, timesteps, embeds)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Shape letters: B samples of this rank, S denoising steps, (C, H, W) one sample's latents, L tokens, E embedding width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,9 @@ from torch import Tensor
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.kernels import Ops
 from ddpo_fast.policy import Policy
+
+Pairs = tuple[np.ndarray, np.ndarray]
+"""Transitions of this rank: samples (B,) and steps (B,)."""
 
 
 @dataclass
@@ -40,11 +44,13 @@ def generate(
     prompts: list[str],
     seed: int,
     guidance_scale: float,
-    progress=None,
+    progress: Callable[[int], object] = lambda n: None,
+    filling: Callable[[int], AbstractContextManager] = lambda k: nullcontext(),
 ) -> tuple[Rollout, Tensor]:
     """Denoises one batch of samples. Returns its Rollout and the final latents decoded: images (B, 3, H, W) fp32 in [0, 1].
 
-    sample_ids: (B,) int64, which with `seed` fix all noise. `progress(n)` is called with B after every step.
+    sample_ids: (B,) int64, which with `seed` fix all noise. `progress(n)` is called with B after every step. The UNet of step k is
+    called inside of `filling(k)`.
     """
     prompt_embeds = embeds = policy.encode_prompts(prompts)
     latents, log_probs = [schedule.initial_latents(policy.latent_shape, seed, sample_ids)], []
@@ -54,15 +60,15 @@ def generate(
         embeds = torch.cat([policy.uncond_embeds.expand_as(embeds), embeds])
     timesteps = schedule.timesteps[:, None].expand(-1, len(unet_input)).unbind()
     every_step = torch.arange(schedule.num_steps, device=policy.device)[:, None].repeat(1, len(prompts)).unbind()
-    for steps, t in zip(every_step, timesteps):
-        noise_pred = policy.predict_noise(unet_input, t, embeds)
+    for k, (steps, t) in enumerate(zip(every_step, timesteps)):
+        with filling(k):
+            noise_pred = policy.predict_noise(unet_input, t, embeds)
         next_latents, log_prob, unet_input = ops.ddim_step(
             noise_pred, latents[-1], schedule.coefficients, steps, seed, sample_ids, guidance_scale, policy.dtype
         )
         latents.append(next_latents)
         log_probs.append(log_prob)
-        if progress is not None:
-            progress(len(prompts))
+        progress(len(prompts))
     return Rollout(prompt_embeds, torch.stack(latents, 1), torch.stack(log_probs, 1)), policy.decode_latents(latents[-1])
 
 
@@ -80,7 +86,7 @@ def minibatches(num_samples: int, num_minibatches: int, rank: int, world_size: i
     return list(mine.T)
 
 
-def transitions(rows: np.ndarray, first_row: int, num_steps: int, fraction: float, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def transitions(rows: np.ndarray, first_row: int, num_steps: int, fraction: float, key: tuple[int, ...]) -> Pairs:
     """The (row, step) pairs that a minibatch trains on: round(fraction * S) steps, at least one, of each of its samples.
 
     Which steps depends on `key` and the sample's index in the iteration, `first_row + row`, not on the rank that holds it.
@@ -90,10 +96,28 @@ def transitions(rows: np.ndarray, first_row: int, num_steps: int, fraction: floa
     return np.repeat(rows, count), np.concatenate(steps)
 
 
+def passes(
+    num_samples: int,
+    num_steps: int,
+    inner_epochs: int,
+    num_minibatches: int,
+    fraction: float,
+    rank: int,
+    world_size: int,
+    key: tuple[int, int],
+) -> Iterator[tuple[int, int, Pairs]]:
+    """Every update of an iteration: its epoch, its number in the epoch, this rank's transitions. key: (seed, iteration)."""
+    for epoch in range(inner_epochs):
+        for number, rows in enumerate(minibatches(num_samples, num_minibatches, rank, world_size, (*key, epoch))):
+            yield epoch, number, transitions(rows, num_samples // world_size * rank, num_steps, fraction, (*key, epoch))
+
+
 @dataclass
 class MicroBatch:
     """B transitions of a Rollout and the UNet rows that they need, as int64 indices on the device: G B rows, G = 2 with guidance."""
 
+    pairs: Pairs
+    """The transitions, not on the device."""
     rows: Tensor
     """(B,) sample."""
     steps: Tensor
@@ -114,9 +138,10 @@ def micro_batches(rows: np.ndarray, steps: np.ndarray, size: int, timesteps: Ten
     All indices go to the device in one copy; timesteps: (S,) int64, on the CPU.
     """
     parts, num_parts = [], -(-len(rows) // size)
-    for r, s in zip(np.array_split(rows, num_parts), np.array_split(steps, num_parts)):
+    pairs = list(zip(np.array_split(rows, num_parts), np.array_split(steps, num_parts)))
+    for r, s in pairs:
         parts.append([r, s, r, s, timesteps.numpy()[s], r + 1])
         if guided:
             parts[-1][2:] = [np.tile(index, 2) for index in parts[-1][2:5]] + [np.concatenate([np.zeros_like(r), r + 1])]
     indices = torch.from_numpy(np.concatenate(sum(parts, []))).to(device).split([len(index) for part in parts for index in part])
-    yield from (MicroBatch(*indices[start : start + 6]) for start in range(0, len(indices), 6))
+    yield from (MicroBatch(pair, *indices[6 * number : 6 * number + 6]) for number, pair in enumerate(pairs))

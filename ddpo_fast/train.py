@@ -19,7 +19,10 @@ import logging
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 
 # on a CPU with AVX512-BF16 it warns that a 4-bit kernel cannot be downloaded, which nothing here uses
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -28,7 +31,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpo_fast import checkpoint, kernels
+from ddpo_fast import activation_cache, checkpoint, kernels
+from ddpo_fast.activation_cache import NO_CACHE, ActivationCache, Cache
 from ddpo_fast.advantages import PromptBaseline
 from ddpo_fast.config import Config, parse_or_exit, user_error
 from ddpo_fast.ddim import DDIMSchedule
@@ -44,7 +48,8 @@ from ddpo_fast.policy import Policy, check_model_class
 from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.report import write_report
 from ddpo_fast.rewards import load_reward, score_or_nan
-from ddpo_fast.rollout import Rollout, generate, micro_batches, minibatches, transitions
+from ddpo_fast.rollout import Pairs, Rollout, generate, micro_batches, passes
+from ddpo_fast.split_unet import SplitUNet
 
 logger = logging.getLogger("ddpo_fast")
 
@@ -65,6 +70,8 @@ class Setup:
     policy: Policy
     schedule: DDIMSchedule
     ops: Ops
+    split: SplitUNet | None
+    """Where the activation cache takes up the UNet; None without one."""
     clip_range: float
     """`train.clip_range` scaled to this model's latents."""
 
@@ -113,7 +120,13 @@ def prepare(config: Config) -> Setup:
         policy.merge_lora()
     schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
     clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
-    return Setup(config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, ops, clip_range)
+    if config.model.share_guidance and config.sample.guidance_scale != 1:
+        try:
+            policy.share_guidance()
+        except ValueError as error:
+            raise ValueError(f"model.share_guidance=true: {error}; valid is false") from None
+    split = activation_cache.split(config.cache.mode, policy)
+    return Setup(config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, ops, split, clip_range)
 
 
 def train(setup: Setup) -> None:
@@ -121,11 +134,12 @@ def train(setup: Setup) -> None:
     config, rank = setup.config, setup.rank
     baseline = PromptBaseline(config.baseline.buffer_size, config.baseline.min_count, config.baseline.std)
     engine = make_engine(setup)
+    cache = make_cache(setup)
     state = {"iteration": -1, "device_hours": 0.0, "bad_rewards": 0}
     if config.run.resume:
         state = checkpoint.load(setup.run_dir, engine)
         baseline.load_state_dict(state["baseline"])
-    writer = _open_run(setup, state["iteration"]) if rank == 0 else None
+    writer = _open_run(setup, cache, state["iteration"]) if rank == 0 else None
     last = config.run.iterations
     bar = tqdm(total=last, initial=max(state["iteration"], 0), desc="iterations", unit="it", disable=rank != 0, dynamic_ncols=True)
 
@@ -133,7 +147,7 @@ def train(setup: Setup) -> None:
         timer, row = StageTimer(setup.policy.device), dict.fromkeys(METRICS)
         with timer("total"):
             if iteration > 0:
-                row |= improve(setup, engine, baseline, timer, iteration)
+                row |= improve(setup, engine, cache, baseline, timer, iteration)
             if iteration % config.eval.every == 0 or iteration == last:
                 with timer("eval"):
                     row |= evaluate(setup, writer, iteration, state)
@@ -165,13 +179,14 @@ def train(setup: Setup) -> None:
         _print_result(setup, state)
 
 
-def improve(setup: Setup, engine: Engine, baseline: PromptBaseline, timer: StageTimer, iteration: int) -> dict[str, float]:
+def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline, timer: StageTimer, iteration: int) -> dict[str, float]:
     """One iteration of DDPO: sample under the current policy, score, compare with the prompts' baselines, update. Returns its metrics."""
     config, num_samples = setup.config, setup.config.sample.num_samples
     prompts = draw_prompts(setup.prompts, num_samples, config.prompts.samples_per_prompt, config.run.seed, iteration)
     mine = _block(num_samples, setup.rank, setup.world_size)
     first_id = (iteration - 1) * num_samples + mine.start
-    rollout, rewards, _ = sample(setup, timer, first_id, prompts[mine], "sample")
+    cache.begin(len(prompts[mine]), setup.schedule.num_steps, updates(setup, iteration))
+    rollout, rewards, _ = sample(setup, timer, first_id, prompts[mine], "sample", cache)
 
     rewards = all_gather(rewards)
     good = rewards[rewards.isfinite()]
@@ -181,7 +196,7 @@ def improve(setup: Setup, engine: Engine, baseline: PromptBaseline, timer: Stage
     advantages = baseline.update(prompts, rewards)[mine].clamp(-limit, limit).float().to(setup.policy.device)
 
     with timer("train"):
-        row = update(setup, engine, rollout, advantages, iteration)
+        row = update(setup, engine, rollout, advantages, iteration, cache)
     _warn_of_ratio_error(setup, row)
     return row | {
         "reward_mean": good.mean().item(),
@@ -190,12 +205,14 @@ def improve(setup: Setup, engine: Engine, baseline: PromptBaseline, timer: Stage
         "images_per_s": num_samples / timer.seconds["sample"],
         "transitions_per_s": row["transitions"] / timer.seconds["train"],
         "learning_rate": config.train.learning_rate,
-        "cache_hit_fraction": 0.0,
+        "cache_hit_fraction": cache.hits / max(1, cache.reads),
     }
 
 
-def sample(setup: Setup, timer: StageTimer, first_id: int, prompts: list[str], stage: str) -> tuple[Rollout, Tensor, Tensor]:
-    """Pictures for `prompts`, numbered from `first_id`, and their rewards.
+def sample(
+    setup: Setup, timer: StageTimer, first_id: int, prompts: list[str], stage: str, cache: Cache = NO_CACHE
+) -> tuple[Rollout, Tensor, Tensor]:
+    """Pictures for `prompts`, numbered from `first_id`, and their rewards; what the update will need of the UNet goes into the cache.
 
     Returns the Rollout, rewards (B,) fp64 and images (B, 3, H, W) uint8, the latter two on the CPU. A sample that is not finite
     (an overflow in fp16, say) gets no reward, and zeros for a trajectory, so that it cannot spoil the gradient of the others.
@@ -208,10 +225,14 @@ def sample(setup: Setup, timer: StageTimer, first_id: int, prompts: list[str], s
         for start in range(0, len(prompts), config.sample.batch_size):
             batch = prompts[start : start + config.sample.batch_size]
             ids = torch.arange(first_id + start, first_id + start + len(batch), device=policy.device)
+            rows = slice(start, start + len(batch))
             with timer("sample"):
-                rollout, images = generate(policy, schedule, setup.ops, ids, batch, seed, guidance_scale, bar.update)
+                rollout, images = generate(
+                    policy, schedule, setup.ops, ids, batch, seed, guidance_scale, bar.update, partial(cache.filling, rows)
+                )
                 good = images.flatten(1).isfinite().all(1) & rollout.latents.flatten(1).isfinite().all(1)
                 rollout.latents[~good], rollout.log_probs[~good] = 0.0, 0.0
+                cache.forget(rows, ~good)
                 pictures.append((images.nan_to_num() * 255).round().to("cpu", torch.uint8))
             with timer("reward"):
                 scores = score_or_nan(setup.reward, images, batch, config.reward.kwargs, config.reward.timeout_s)
@@ -220,33 +241,31 @@ def sample(setup: Setup, timer: StageTimer, first_id: int, prompts: list[str], s
     return Rollout.cat(rollouts), torch.cat(rewards), torch.cat(pictures)
 
 
-def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, iteration: int) -> dict[str, float]:
+def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, iteration: int, cache: Cache = NO_CACHE) -> dict[str, float]:
     """One iteration's optimizer updates: inner epochs x minibatches of samples x micro-batches of transitions.
 
     The gradient of an update is the mean over all of its minibatch's transitions on all ranks. advantages: (B,) fp32.
     """
     options, policy, schedule = setup.config.train, setup.policy, setup.schedule
-    num_samples, guidance_scale = setup.config.sample.num_samples, setup.config.sample.guidance_scale
+    guidance_scale = setup.config.sample.guidance_scale
     statistics, grad_norms = UpdateStatistics(schedule.num_steps), []
     embeds, timesteps = torch.cat([policy.uncond_embeds, rollout.prompt_embeds]), schedule.timesteps.cpu()
     bar = tqdm(desc="  train", unit="transition", leave=False, disable=setup.rank != 0, dynamic_ncols=True)
     bar.total = options.inner_epochs * len(advantages) * max(1, round(options.timestep_fraction * schedule.num_steps))
-    for epoch in range(options.inner_epochs):
-        key = (setup.config.run.seed, iteration, epoch)
-        for index, samples in enumerate(minibatches(num_samples, options.num_minibatches, setup.rank, setup.world_size, key)):
-            pairs = transitions(samples, len(advantages) * setup.rank, schedule.num_steps, options.timestep_fraction, key)
-            parts = list(micro_batches(*pairs, options.micro_batch, timesteps, guidance_scale != 1, policy.device))
-            for number, part in enumerate(parts, start=1):
-                unet_input = rollout.latents[part.unet_rows, part.unet_steps].to(policy.dtype)
-                noise_pred = policy.predict_noise(unet_input, part.timesteps, embeds[part.embed_rows])
-                loss, figures = setup.ops.ppo_loss(
-                    noise_pred, rollout.latents, rollout.log_probs, advantages, schedule.coefficients, part.rows, part.steps,
-                    guidance_scale, setup.clip_range, engine.loss_scale / len(pairs[0]), options.algorithm == "ddpo_sf",
-                )  # fmt: skip
-                engine.backward(loss, last=number == len(parts))
-                statistics.add(part.steps, figures, first_minibatch=epoch == index == 0)
-                bar.update(len(part.rows))
-            grad_norms.append(engine.step())
+    for epoch, index, pairs in updates(setup, iteration):
+        parts = list(micro_batches(*pairs, options.micro_batch, timesteps, guidance_scale != 1, policy.device))
+        for part, next_part in zip_longest(parts, parts[1:]):
+            inputs = rollout.latents[part.unet_rows, part.unet_steps].to(policy.dtype), part.timesteps, embeds[part.embed_rows]
+            with cache.reading(part, next_part, lambda rows: policy.predict_noise(*(tensor[rows] for tensor in inputs))):  # noqa: B023
+                noise_pred = policy.predict_noise(*inputs)
+            loss, figures = setup.ops.ppo_loss(
+                noise_pred, rollout.latents, rollout.log_probs, advantages, schedule.coefficients, part.rows, part.steps,
+                guidance_scale, setup.clip_range, engine.loss_scale / len(pairs[0]), options.algorithm == "ddpo_sf",
+            )  # fmt: skip
+            engine.backward(loss, last=next_part is None)
+            statistics.add(part.steps, figures, first_minibatch=epoch == index == 0)
+            bar.update(len(part.rows))
+        grad_norms.append(engine.step())
     bar.close()
     finite = [norm for norm in grad_norms if math.isfinite(norm)]
     if not finite and engine.dtype != torch.float16:  # fp16 may need some updates to find its loss scale
@@ -255,6 +274,15 @@ def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, i
         "grad_norm": sum(finite) / len(finite) if finite else None,
         "skipped_updates": len(grad_norms) - len(finite),
     }
+
+
+def updates(setup: Setup, iteration: int) -> Iterator[tuple[int, int, Pairs]]:
+    """This rank's part of every update of an iteration, see `passes`."""
+    options, num_samples = setup.config.train, setup.config.sample.num_samples
+    return passes(
+        num_samples, setup.schedule.num_steps, options.inner_epochs, options.num_minibatches, options.timestep_fraction,
+        setup.rank, setup.world_size, (setup.config.run.seed, iteration),
+    )  # fmt: skip
 
 
 def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -> dict[str, float]:
@@ -314,11 +342,21 @@ def make_engine(setup: Setup) -> Engine:
     engine = Engine(policy.unet, optimizer, zero_stage=config.zero.stage, max_grad_norm=config.train.max_grad_norm, dtype=policy.dtype)
     policy.attach(engine.module)
     if config.model.compile:
-        policy.unet.compile()
+        (setup.split or policy.unet).compile()
     return engine
 
 
-def _open_run(setup: Setup, resumed_at: int) -> MetricsWriter:
+def make_cache(setup: Setup) -> Cache:
+    """The run's activation cache; one that never holds anything if the UNet is not split."""
+    if setup.split is None:
+        return NO_CACHE
+    config, policy = setup.config, setup.policy
+    num_rows = 1 if config.sample.guidance_scale == 1 else 2
+    device_mib, host_mib = activation_cache.budgets_mib(config.cache.device_mib, config.cache.host_mib, policy.device)
+    return ActivationCache(setup.split, policy.example_call, num_rows, policy.device, device_mib, host_mib)
+
+
+def _open_run(setup: Setup, cache: Cache, resumed_at: int) -> MetricsWriter:
     config, policy = setup.config, setup.policy
     (setup.run_dir / "images").mkdir(parents=True, exist_ok=True)
     write_text(setup.run_dir / "config.yaml", config.replace(run__resume=False).to_yaml())
@@ -330,6 +368,8 @@ def _open_run(setup: Setup, resumed_at: int) -> MetricsWriter:
         f"at this model's {math.prod(policy.latent_shape):,} latent elements",
         flush=True,
     )
+    if cache is not NO_CACHE:
+        print(cache.plan_text(updates(setup, resumed_at + 1), policy.dtype), flush=True)
     if config.run.resume:
         print(f"resumed after iteration {resumed_at}", flush=True)
     return MetricsWriter(setup.run_dir, resumed_at)

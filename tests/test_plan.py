@@ -18,7 +18,19 @@ from ddpo_fast.config import OptimizerConfig, parse
 from ddpo_fast.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, architecture, count_model, flop_counter
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.gpus import GPUS, parse_devices
-from ddpo_fast.plan import Costs, Work, advise, iteration_flop, iteration_terms, memory_mib, phases_mib, saturation, scaling, state_bytes
+from ddpo_fast.plan import (
+    Costs,
+    Work,
+    advise,
+    held_transitions,
+    iteration_flop,
+    iteration_terms,
+    memory_mib,
+    phases_mib,
+    saturation,
+    scaling,
+    state_bytes,
+)  # fmt: skip
 from ddpo_fast.policy import DTYPES, Policy
 
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
@@ -34,6 +46,7 @@ COSTS = Costs(
 COUNTS = ModelCounts(
     weight_bytes={"unet": 100 * MIB}, trained_sizes=(MIB,), num_latents=MIB // 4, embed_bytes=0,
     forward=Call(1.0, 0, MIB), update=Call(3.0, 10 * MIB, 20 * MIB), saved_row_bytes=15 * MIB, decode=Call(2.0, 0, 30 * MIB),
+    prefix_flop=0.5, kept_row_bytes=MIB // 2, cached_update=Call(2.5, 8 * MIB, 12 * MIB),
 )  # fmt: skip
 
 
@@ -199,7 +212,53 @@ def test_memory_of_a_rank_by_hand():
 
 def test_operations_of_an_iteration():
     work = dataclasses.replace(WORK, inner_epochs=3, trained_steps=5)
-    assert iteration_flop(COUNTS, work) == {"sampling": 64 * 10 * 2 * 1, "decode": 64 * 2, "update": 64 * 5 * 3 * 2 * 3}
+    assert iteration_flop(COUNTS, work, 1) == {"sampling": 64 * 10 * 2 * 1, "decode": 64 * 2, "update": 64 * 5 * 3 * 2 * 3}
+
+
+def test_the_cache_by_hand():
+    """A transition is two rows of half a MiB: the 640 of a rank take as many MiB."""
+    device, cpu = SimpleNamespace(memory_mib=1000), SimpleNamespace(device_mib=None, host_mib=None)
+    assert held_transitions(cpu, COUNTS, WORK, device, 1) == ((1000 - 112) // 2, 0)
+    assert held_transitions(SimpleNamespace(device_mib=100.5, host_mib=300), COUNTS, WORK, device, 1) == (100, 300)
+    assert held_transitions(SimpleNamespace(device_mib=600, host_mib=300), COUNTS, WORK, device, 1) == (600, 40)
+    assert held_transitions(SimpleNamespace(device_mib=0.9, host_mib=None), COUNTS, WORK, device, 1) == (0, 0)
+    assert held_transitions(cpu, dataclasses.replace(COUNTS, prefix_flop=0.0), WORK, device, 1) == (0, 0)
+    half = dataclasses.replace(WORK, trained_steps=5, inner_epochs=2)
+    assert half.trained_transitions(1) == 480 and half.trained_transitions(4) == 120
+    work = dataclasses.replace(WORK, held=(160, 320), inner_epochs=4)
+    assert iteration_flop(COUNTS, work, 1)["update"] == 64 * 10 * 4 * 2 * (3 - 0.75 * 0.5)
+    memory = memory_mib(COUNTS, work, 1)
+    assert memory["activation cache"] == 160
+    assert memory["update"] == 8 + 32 * 12 + 3 * 32 * 0.5  # three copies: what is read, as it arrived, and the next micro-batch's
+    assert memory_mib(COUNTS, dataclasses.replace(work, held=(160, 0)), 1)["update"] == 8 + 32 * 12 + 32 * 0.5
+
+
+@pytest.mark.parametrize(
+    "scope, prefix, update, cached, kept",
+    [("mid_up", 0.249, 1.466, 1.217, 13.3), ("up_blocks.2,up_blocks.3", 0.439, 1.244, 0.805, 13.8)],
+)
+def test_sd15_with_and_without_the_cache(scope, prefix, update, cached, kept):
+    """TFLOP and MB of a row in fp16: down, mid, up are 31.0, 1.5, 67.4 % of 0.803 TF, the up blocks 25.8, 151.5, 166.8, 197.6 GF."""
+    lora = SimpleNamespace(scope=scope, targets=["attention"], rank=4, alpha=4.0)
+    counts = count_model(architecture(SD15), torch.float16, lora, on_gpu=True, fused=True)
+    tera = [flop / 1e12 for flop in (counts.prefix_flop, counts.update.row_flop, counts.cached_update.row_flop)]
+    assert tera == pytest.approx([prefix, update, cached], abs=1e-3)
+    assert counts.cached_update.row_flop == pytest.approx(counts.update.row_flop - counts.prefix_flop, rel=1e-4)  # both embed the time
+    assert counts.kept_row_bytes / 1e6 == pytest.approx(kept, abs=0.05)
+
+
+def test_sdxl_attention_leaves_its_first_block_frozen():
+    """So LoRA in all attention of it leaves something to cache."""
+    small = ARCHITECTURES[SDXL] | {"unet": ARCHITECTURES[SDXL]["unet"] | {"sample_size": 32}}
+    lora = SimpleNamespace(scope="all", targets=["attention"], rank=4, alpha=4.0)
+    counts = count_model(small, torch.float16, lora, on_gpu=True, fused=True)
+    assert 0.01 < counts.prefix_flop / counts.forward.row_flop < 0.03
+
+
+def test_what_shared_guidance_saves_of_sd15(sd15):
+    """Half of conv_in, the first residual block, and of the first transformer up to its cross-attention: 2.5 % of every forward."""
+    shared = count_model(architecture(SD15), torch.float32, ATTENTION, on_gpu=False, fused=False, shared=True)
+    assert 1 - shared.forward.row_flop / sd15.forward.row_flop == pytest.approx(0.025, abs=0.003)
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,8 @@ def test_run_directory_is_the_contract(options):
 
 def test_readme_snippet_loads_the_trained_policy_in_plain_diffusers(options, tiny_model, monkeypatch, tmp_path):
     setup = trainer.prepare(parse(options(lora__alpha=3.0)))
-    latents, t, embeds = torch.randn(2, 4, 8, 8), torch.tensor([981, 21]), setup.policy.encode_prompts(["a", "b"])
+    latents, t = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([481, 481])  # both branches of guidance
+    embeds = setup.policy.encode_prompts(["a", "b"])
     with torch.no_grad():
         untrained = setup.policy.predict_noise(latents, t, embeds)  # LoRA starts at 0
         for parameter in setup.policy.trainable_parameters():

@@ -1,0 +1,121 @@
+"""What the activation cache saves: the update of several inner epochs with it and without, for LoRA in all and in the later blocks.
+
+    python -m bench.cache                       # the embedded model and SD 1.5's blocks on a CPU, SD 1.5 at full size on a GPU
+    python -m bench.cache --models sd15_small --rounds 9
+
+All settings take turns in one run. Before anything is timed, the first iteration's change of the weights has to be the same with the
+cache and without it.
+"""
+
+import argparse
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench.harness import GateError, Worker, gradient_error, spread, start, take_turns
+from bench.models import WORKS, Work
+from bench.rows import RESULTS, Writer
+
+INNER_EPOCHS = 4
+SCOPES = {
+    "embedded": ("all", "mid_up", "up_blocks.1"),
+    "sd15_small": ("all", "mid_up", "up_blocks.2,up_blocks.3"),
+    "sd15": ("all", "mid_up", "up_blocks.2,up_blocks.3"),
+    "sdxl_small": ("all", "mid_up", "up_blocks.1"),
+    "sdxl": ("all", "mid_up", "up_blocks.1"),
+}
+TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 2e-1}
+"""Norm of the difference of the weights' changes over the norm of one, with the cache and without, above which nothing is reported.
+
+Adam divides by the gradient's size, so a rounding error of a small gradient is one of a large step.
+"""
+
+
+def contenders(work: Work) -> dict[tuple[str, str], tuple[str, list[str]]]:
+    """(scope, off or on) -> (contender, command line)."""
+    argv = [*work.argv(), f"--train.inner_epochs={INNER_EPOCHS}"]
+    modes = {scope: ("off",) if scope == "all" else ("off", "on") for scope in SCOPES[work.model]}
+    return {(scope, mode): ("ours", [*argv, f"--lora.scope={scope}", f"--cache.mode={mode}"]) for scope in modes for mode in modes[scope]}
+
+
+def same_weights(workers: dict[tuple[str, str], Worker]) -> dict[str, float]:
+    """How far the weights' changes with the cache are from those without, by scope. Raises GateError above TOLERANCE."""
+    errors = {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {key: Path(folder, f"{number}.pt") for number, key in enumerate(workers)}
+        for key, worker in workers.items():
+            worker.call("changes", file=str(files[key]))
+        for scope in dict.fromkeys(scope for scope, mode in workers if mode == "on"):
+            on, off = (torch.load(files[scope, mode]) for mode in ("on", "off"))
+            error, tolerance = gradient_error(on, off), TOLERANCE[workers[scope, "on"].work["dtype"]]
+            if not error <= tolerance:
+                raise GateError(f"{scope}: with the cache the weights move elsewhere, by {error:.2g}, {tolerance:.0e} is tolerated")
+            errors[scope] = error
+    return errors
+
+
+def measure(work: Work, rounds: int, writer: Writer) -> list[dict]:
+    """Gates, then times, every setting; returns what it has written. Raises GateError before anything is timed."""
+    with ExitStack() as stack:
+        workers = start(stack, contenders(work))
+        if missing := set(contenders(work)) - set(workers):
+            raise RuntimeError(f"a setting failed: {missing}")
+        flop = {key: worker.iterate(count_flop=True)["flop"] for key, worker in tqdm(workers.items(), desc="counting", leave=False)}
+        errors = same_weights(workers)
+        results = take_turns(workers, rounds)
+    update = {key: [turn["seconds"]["update"] + turn["seconds"]["optimizer"] for turn in turns] for key, turns in results.items()}
+    sample = {key: [turn["seconds"]["denoise"] for turn in turns] for key, turns in results.items()}
+    written = []
+    for (scope, mode), turns in results.items():
+        key, off, whole = (scope, mode), (scope, "off"), (SCOPES[work.model][0], "off")
+        median, low, high = spread(update[key])
+        row = dict(
+            model=work.model, work=f"{work}, {INNER_EPOCHS} inner epochs", scope=scope, cache=mode, update_s=median, low_s=low, high_s=high
+        )
+        row["faster_than_off"], row["off_low"], row["off_high"] = spread([a / b for a, b in zip(update[off], update[key])])
+        row["faster_than_all"], row["all_low"], row["all_high"] = spread([a / b for a, b in zip(update[whole], update[key])])
+        row["sampling_slower_than_off"] = spread([a / b for a, b in zip(sample[key], sample[off])])[0]
+        row["update_tflop"] = (flop[key]["update"] + flop[key].get("optimizer", 0)) / 1e12
+        row["peak_memory_mib"] = turns[-1]["peak_memory_mib"]
+        row["weights_error"] = errors.get(scope) if mode == "on" else None
+        written.append(writer.add(**row))
+    return written
+
+
+def table(rows: list[dict]) -> str:
+    """The rows for a terminal."""
+    lines = [f"{'LoRA in':26}{'cache':>6}{'update':>9}{'TFLOP':>9}{'x off':>8}{'x all':>8}{'sampling':>10}{'MiB':>8}{'weights':>10}"]
+    for row in rows:
+        lines.append(
+            "{scope:26}{cache:>6}{update_s:>8}s{update_tflop:>9}".format(**row)
+            + f"{float(row['faster_than_off']):8.2f}{float(row['faster_than_all']):8.2f}{float(row['sampling_slower_than_off']):10.3f}"
+            + f"{float(row['peak_memory_mib']):8.0f}{row['weights_error']:>10}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m bench.cache", description=__doc__.partition("\n")[0])
+    default = ["sd15"] if torch.cuda.is_available() else ["embedded", "sd15_small"]
+    parser.add_argument("--models", nargs="+", choices=list(SCOPES), default=default)
+    parser.add_argument("--rounds", type=int, default=5, help="iterations of each setting, after one to warm up")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
+    options = parser.parse_args(argv)
+    writer = Writer("cache", options.out, ["python", "-m", "bench.cache", *argv])
+    for model in options.models:
+        try:
+            rows = measure(WORKS[model], options.rounds, writer)
+        except (GateError, RuntimeError) as error:
+            print(f"bench.cache: {model}: {error}", file=sys.stderr)
+            return 1
+        print(f"{model}: {rows[0]['work']}, {rows[0]['device']}\n{table(rows)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Guidance runs the UNet on every latent twice, with the prompt and without: what comes before the prompt is looked at, once is enough.
+
+The modules that finish before the first cross-attention begins are changed to a subclass that can compute the first half of the rows
+and return it twice. A module keeps its parameters, its name and its place, and `undo` leaves nothing behind.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Norm of what sharing may change of the UNet's output, over the output's norm: rounding, since a row's bits depend on its batch."""
+
+
+class _Shared:
+    """Mixed into a module's class. Rows are [unconditional; conditional], and until here both halves are the same."""
+
+    def __call__(self, *args, **kwargs):
+        if not self.shared_guidance.active:
+            return super().__call__(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, lambda x: x[: len(x) // 2], (args, kwargs))
+        out, twice = super().__call__(*args, **kwargs), {}
+        for leaf in tree_leaves(out):  # a block may return one tensor in two places
+            if id(leaf) not in twice:
+                twice[id(leaf)] = torch.cat([leaf, leaf])
+        return tree_map_only(Tensor, lambda x: twice[id(x)], out)
+
+
+@cache
+def _shared_class(kind: type) -> type:
+    return type(kind.__name__, (_Shared, kind), {"__module__": kind.__module__})
+
+
+def _before_cross_attention(unet: nn.Module, call: Callable[[], object]) -> list[nn.Module]:
+    """The outermost modules of the UNet's blocks that a call leaves before it enters a cross-attention for the first time."""
+    left, reached = [], False
+
+    def enter(module, args, kwargs):
+        nonlocal reached
+        given = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+        reached = reached or (isinstance(module, Attention) and given is not None)
+
+    def leave(module, args, output):
+        if not reached:
+            left.append(module)
+
+    stages = [unet.conv_in, *unet.down_blocks]
+    hooks = [m.register_forward_pre_hook(enter, with_kwargs=True) for stage in stages for m in stage.modules()]
+    hooks += [m.register_forward_hook(leave) for stage in stages for m in stage.modules()]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    inside = {id(child) for module in left for child in module.modules() if child is not module}
+    return [module for module in left if id(module) not in inside] if reached else []
+
+
+class SharedGuidance:
+    """A context inside of which a UNet computes once what both branches of guidance have in common.
+
+    Exact but for rounding: in a smaller batch a row may have other bits. Inside, every call must be of [unconditional; conditional] rows
+    of the same latents and timesteps.
+    """
+
+    @torch.no_grad()
+    def __init__(self, unet: nn.Module, call: Callable[[], Tensor]):
+        """`call()` runs the UNet on such rows, always the same. Raises ValueError if inside of the context its result is another."""
+        self.active = False
+        self.modules = _before_cross_attention(unet, call)
+        """The shared ones; none if the UNet has no cross-attention in its down blocks."""
+        for module in self.modules:
+            module.__class__, module.shared_guidance = _shared_class(type(module)), self
+        straight = call()
+        with self:
+            shared = call()
+        if isinstance(straight, FakeTensor):
+            return
+        error = ((shared.float() - straight.float()).norm() / straight.float().norm()).item()
+        if not error <= TOLERANCE[straight.dtype]:
+            self.undo()
+            raise ValueError(f"the branches of this UNet differ before its first cross-attention (its output changes by {error:.2g})")
+
+    def __enter__(self) -> None:
+        self.active = True
+
+    def __exit__(self, *_) -> None:
+        self.active = False
+
+    def undo(self) -> None:
+        """Makes the modules what they were; whatever else changed their class since must be undone before."""
+        for module in self.modules:
+            module.__class__ = type(module).__bases__[1]
+            del module.shared_guidance

@@ -1,0 +1,181 @@
+"""A UNet's forward pass in two parts: the prefix, before the first trained layer, and the rest, which can start from its tensors.
+
+Nothing of diffusers is repeated here: the UNet's own forward runs both parts. What it calls one after the other, its stages (conv_in,
+each down, mid and up block), is changed to a subclass whose call may be answered with tensors of an earlier one. `undo` leaves nothing
+behind.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+ALIGNMENT = 64
+"""Bytes that every kept tensor of a row starts at a multiple of, where rows are stored."""
+_BEHIND_STAGES = ("conv_norm_out", "conv_out")
+"""What a UNet runs behind its last stage. Everything else outside of the stages (the embeddings) may feed all of them."""
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """What a kept tensor takes where it is stored."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class _Stage:
+    """Mixed into the class of a stage. A call, not a forward: a compiled stage stays compiled."""
+
+    def __call__(self, *args, **kwargs):
+        handler = self.split.handler
+        call = super().__call__
+        return call(*args, **kwargs) if handler is None else handler(self, call, args, kwargs)
+
+
+@cache
+def _stage_class(kind: type) -> type:
+    return type(kind.__name__, (_Stage, kind), {"__module__": kind.__module__})
+
+
+class _PrefixDone(Exception):
+    """The prefix has run; the rest is not wanted."""
+
+
+class SplitUNet:
+    """Where a UNet is split, and the ways to run it: `recording` the prefix's tensors, `replaying` them, `run_prefix` alone.
+
+    The prefix is what the UNet calls before the first stage with a trained parameter. Of its outputs those are kept that the rest
+    takes as arguments. With a trained parameter that may feed every stage, or in the first of them, there is no prefix.
+    """
+
+    def __init__(self, unet: nn.Module, call: Callable[[int], Tensor]):
+        """`call(R)` runs the UNet on R rows as it will be run, with the same values every time.
+
+        Raises ValueError if the rest of this UNet cannot run from its prefix's tensors: it is tried, and must give the same bits.
+        """
+        self.unet, self.handler = unet, None
+        children = dict(unet.named_children())
+        blocks = [*children["down_blocks"], children.get("mid_block"), *children["up_blocks"]]
+        self.stages = [stage for stage in (children["conv_in"], *blocks) if stage is not None]
+        for stage in self.stages:
+            stage.__class__, stage.split = _stage_class(type(stage)), self
+        self.prefix: dict[nn.Module, TreeSpec] = {}
+        """Its stages in the order that they are called, and the structure of their outputs."""
+        self.shapes: dict[nn.Module, list[torch.Size]] = {}
+        """Of each output's tensors, without the rows."""
+        self.sources: dict[nn.Module, list[tuple[nn.Module, int]]] = {}
+        """Where each was seen first: a block's result may also be among the tensors that it leaves for a later one."""
+        self.wanted: list[tuple[nn.Module, int]] = []
+        """The kept tensors: the n-th of a stage's output."""
+        with torch.no_grad():
+            self._trace(call)
+            if self.wanted:
+                self._try(call)
+
+    def undo(self) -> None:
+        """Makes the stages what they were."""
+        for stage in self.stages:
+            stage.__class__ = type(stage).__bases__[1]
+            del stage.split
+
+    def compile(self) -> None:
+        """Compiles every stage: a whole compiled UNet could not be split."""
+        for stage in self.stages:
+            stage.compile()
+
+    def _trace(self, call: Callable[[int], Tensor]) -> None:
+        inside = {parameter for stage in self.stages for parameter in stage.parameters()}
+        outside = (name for name, p in self.unet.named_parameters() if p.requires_grad and p not in inside)
+        if any(name.split(".")[0] not in _BEHIND_STAGES for name in outside):
+            return
+        made, used, called, rest = {}, set(), [], False
+
+        def handler(stage, call, args, kwargs):
+            nonlocal rest
+            rest = rest or any(parameter.requires_grad for parameter in stage.parameters())
+            called.append(stage)
+            if rest:
+                used.update(made[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in made)
+                return call(*args, **kwargs)
+            out = call(*args, **kwargs)
+            leaves, self.prefix[stage] = tree_flatten(out)
+            self.shapes[stage] = [leaf.shape[1:] for leaf in leaves]
+            self.sources[stage] = [made.setdefault(id(leaf), (stage, n)) for n, leaf in enumerate(leaves)]
+            alive.append(leaves)  # so that no other tensor gets its id
+            return out
+
+        alive = []
+        with self._handling(handler):
+            call(2)
+        if len(called) != len(set(called)):
+            raise ValueError("this UNet calls a block twice")
+        self.wanted = [(stage, n) for stage in self.prefix for n in range(len(self.shapes[stage])) if (stage, n) in used]
+
+    def _try(self, call: Callable[[int], Tensor]) -> None:
+        with self.recording() as kept:
+            straight = call(2)
+        with self.replaying(kept):
+            replayed = call(2)
+        if isinstance(straight, FakeTensor):
+            return
+        if not torch.equal(straight, replayed):
+            raise ValueError("this UNet does more between its blocks than pass on what they return, so it cannot be split")
+
+    @contextmanager
+    def _handling(self, handler: Callable) -> Iterator[None]:
+        self.handler = handler
+        try:
+            yield
+        finally:
+            self.handler = None
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Inside, a call of the UNet adds the kept tensors, (R, ...) each, to the list."""
+        kept = []
+
+        def handler(stage, call, args, kwargs):
+            out = call(*args, **kwargs)
+            if stage in self.prefix:
+                leaves = tree_leaves(out)
+                kept.extend(leaves[n] for owner, n in self.wanted if owner is stage)
+            return out
+
+        with self._handling(handler):
+            yield kept
+
+    @contextmanager
+    def replaying(self, kept: list[Tensor]) -> Iterator[None]:
+        """Inside, a call of the UNet on as many rows runs only the rest, from these tensors. It does not look at the latents' values."""
+        known = dict(zip(self.wanted, kept))
+        nowhere = kept[0].new_full((), torch.nan)
+
+        def handler(stage, call, args, kwargs):
+            if stage not in self.prefix:
+                return call(*args, **kwargs)
+            leaves = [
+                known[source] if source in known else nowhere.expand(len(kept[0]), *shape)
+                for source, shape in zip(self.sources[stage], self.shapes[stage])
+            ]
+            return tree_unflatten(leaves, self.prefix[stage])
+
+        with self._handling(handler):
+            yield
+
+    def run_prefix(self, call: Callable[[], object]) -> list[Tensor]:
+        """The kept tensors of a call of the UNet that ends where the rest begins."""
+
+        def stop(stage, call, args, kwargs):
+            if stage not in self.prefix:
+                raise _PrefixDone
+            return recorder(stage, call, args, kwargs)
+
+        with torch.no_grad(), self.recording() as kept:
+            recorder, self.handler = self.handler, stop
+            try:
+                call()
+            except _PrefixDone:
+                pass
+        return kept
