@@ -73,7 +73,7 @@ def broken_step(ops):
 
 
 def test_contenders_do_the_same_work(argv):
-    ours, textbook = Local("ours", [*argv, "--lora.forward=separate"]), Local("textbook", argv)
+    ours, textbook = Local("ours", [*argv, "--lora.forward=separate", "--model.share_guidance=false"]), Local("textbook", argv)
     errors = harness.gate({"ours": ours, "textbook": textbook}, textbook)
     assert errors["textbook"] == 0 and 0 < errors["ours"] < harness.GRADIENT_TOLERANCE["fp32"]
     results = [worker.iterate(count_flop=True) for worker in (ours, textbook)]

@@ -247,14 +247,6 @@ def test_sd15_with_and_without_the_cache(scope, prefix, update, cached, kept):
     assert counts.kept_row_bytes / 1e6 == pytest.approx(kept, abs=0.05)
 
 
-def test_sdxl_attention_leaves_its_first_block_frozen():
-    """So LoRA in all attention of it leaves something to cache."""
-    small = ARCHITECTURES[SDXL] | {"unet": ARCHITECTURES[SDXL]["unet"] | {"sample_size": 32}}
-    lora = SimpleNamespace(scope="all", targets=["attention"], rank=4, alpha=4.0)
-    counts = count_model(small, torch.float16, lora, on_gpu=True, fused=True)
-    assert 0.01 < counts.prefix_flop / counts.forward.row_flop < 0.03
-
-
 def test_what_shared_guidance_saves_of_sd15(sd15):
     """Half of conv_in, the first residual block, and of the first transformer up to its cross-attention: 2.5 % of every forward."""
     shared = count_model(architecture(SD15), torch.float32, ATTENTION, on_gpu=False, fused=False, shared=True)
