@@ -101,6 +101,11 @@ class TrainConfig:
     algorithm: Literal["ddpo_is", "ddpo_sf"] = "ddpo_is"
     """ddpo_is: importance sampling with PPO's clip. ddpo_sf: score function (REINFORCE), exactly one update an
     iteration."""
+    estimator: Literal["ppo", "score_accumulation"] = "ppo"
+    """Where the gradient is computed. ppo: after sampling, which any number of updates an iteration needs. score_accumulation:
+    during sampling, each sample's apart, so that no second UNet pass is needed: the same gradient, for exactly one update an
+    iteration (train.num_minibatches=1, train.inner_epochs=1) of LoRA. Sampling then needs an update's memory, for
+    sample.batch_size samples, and four bytes for each trained weight of every sample of a rank; train.micro_batch is not used."""
     num_minibatches: int = 4
     """Optimizer updates per pass over an iteration's samples."""
     inner_epochs: int = 1
@@ -310,6 +315,17 @@ _RULES = [
         "the score function is only unbiased on-policy",
         lambda v, c: v != "ddpo_sf" or _updates_per_iteration(c) == 1,
     ),
+    (
+        "train.estimator",
+        "ppo, or exactly one update an iteration (train.num_minibatches=1, train.inner_epochs=1): a second one's gradient is not known "
+        "while sampling",
+        lambda v, c: v == "ppo" or _updates_per_iteration(c) == 1,
+    ),
+    (
+        "train.estimator",
+        "ppo, when lora.scope is none: a gradient of the whole UNet for every sample would not fit",
+        lambda v, c: v == "ppo" or c.lora.scope != "none",
+    ),
     ("train.timestep_fraction", "0 < fraction <= 1", _number(0, 1, open_low=True)),
     ("baseline.buffer_size", "a whole number >= baseline.min_count", lambda v, c: v >= c.baseline.min_count),
     ("optimizer.betas", "two numbers in [0, 1)", lambda v, c: len(v) == 2 and all(0 <= b < 1 for b in v)),
@@ -317,6 +333,11 @@ _RULES = [
     *(
         (option, "a number of MiB >= 0", lambda v, c: v is None or (math.isfinite(v) and v >= 0))
         for option in ("cache.device_mib", "cache.host_mib")
+    ),
+    (
+        "cache.mode",
+        "auto or off, with train.estimator=score_accumulation: no transition is visited twice",
+        lambda v, c: v != "on" or c.train.estimator == "ppo",
     ),
     ("cache.mode", "auto or off, when lora.scope is none: nothing is frozen", lambda v, c: v != "on" or c.lora.scope != "none"),
     ("eval.prompts", "a list with at least one prompt, or null", lambda v, c: v is None or len(v) > 0),

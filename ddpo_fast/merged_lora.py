@@ -55,31 +55,33 @@ class _Conv2dFunction(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             low_A, scaled_B = A.to(g.dtype), (ctx.scaling * B).to(g.dtype)
             if needs_x:
-                x_grad, _ = _convolution_backward(g, x, weight, *place, True, False)
+                x_grad, _ = convolution_backward(g, x, weight, *place, True, False)
             if needs_A or needs_B:
                 h = F.conv2d(x, low_A, None, *place)  # recomputed: saved, it would cost memory and no less time
-                h_grad, B_grad = _convolution_backward(g, h, scaled_B, (1, 1), (0, 0), needs_A, needs_B)
+                h_grad, B_grad = convolution_backward(g, h, scaled_B, (1, 1), (0, 0), needs_A, needs_B)
             if needs_A:
-                _, A_grad = _convolution_backward(h_grad, x, low_A, *place, False, True)
+                _, A_grad = convolution_backward(h_grad, x, low_A, *place, False, True)
                 A_grad = A_grad.to(A.dtype)
             if needs_B:
                 B_grad = B_grad.to(B.dtype) * ctx.scaling
         return x_grad, A_grad, B_grad, None, None, None, None, None
 
 
-def _convolution_backward(g, x, weight, stride, padding, needs_x: bool, needs_weight: bool) -> tuple[Tensor | None, Tensor | None]:
+def convolution_backward(g, x, weight, stride, padding, needs_x: bool, needs_weight: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and weight where conv2d(x, weight, None, stride, padding) has the gradient g; None for one not needed."""
     wanted = (needs_x, needs_weight, False)
     return torch.ops.aten.convolution_backward(g, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, wanted)[:2]
 
 
+def lora_weights(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """W, A and B of a LoRA layer, by way of dictionaries: nn.Module's look-up takes five times as long, and every forward is here."""
+    modules = layer._modules
+    layers = modules["base_layer"], modules["lora_A"]._modules[ADAPTER], modules["lora_B"]._modules[ADAPTER]
+    return tuple(part._parameters["weight"] for part in layers)
+
+
 class _MergedLayer:
     """What a peft LoRA layer becomes: y = layer(x; W', bias) with W' = W + s B A, which is formed when one of them has changed."""
-
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W, A and B, by way of dictionaries: nn.Module's look-up takes five times as long, and every forward is here."""
-        modules = self._modules
-        layers = modules["base_layer"], modules["lora_A"]._modules[ADAPTER], modules["lora_B"]._modules[ADAPTER]
-        return tuple(layer._parameters["weight"] for layer in layers)
 
     def refresh(self) -> None:
         """Brings W' up to date, in place unless W has another dtype, device or memory format than before.
@@ -87,7 +89,7 @@ class _MergedLayer:
         A change is seen by a weight's address and version: what writes through `.data` has to call
         `torch.autograd.graph.increment_version`, as the engine does for DeepSpeed.
         """
-        weight, A, B = self._weights()
+        weight, A, B = lora_weights(self)
         scaling = self.scaling[ADAPTER]
         state = (weight.data_ptr(), A.data_ptr(), B.data_ptr(), weight._version, A._version, B._version, scaling)
         if state == self.merged_state:
@@ -112,7 +114,7 @@ class _MergedLayer:
             self.refresh()
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # before it is saved, not after
-        _, A, B = self._weights()
+        _, A, B = lora_weights(self)
         return self._compute(x, A, B, torch.is_grad_enabled() and (A.requires_grad or B.requires_grad))
 
 
@@ -154,7 +156,9 @@ def merge(unet: nn.Module) -> list[nn.Module]:
     if not layers:
         raise ValueError("unet: it has no LoRA layers to merge")
     for name, layer in layers.items():
-        if reason := _misfit(layer):
+        if type(layer) in _PLAIN:
+            raise ValueError(f"unet: {name} cannot compute with merged weights: it does already; unmerge it first")
+        if reason := misfit(layer):
             raise ValueError(f"unet: {name} cannot compute with merged weights: {reason}")
     for layer in layers.values():
         layer.__class__, layer.merged_state = _MERGED[type(layer)], None
@@ -171,10 +175,8 @@ def unmerge(unet: nn.Module) -> None:
             del module.merged_state, module.merged_weight
 
 
-def _misfit(layer: nn.Module) -> str | None:
-    """Why a LoRA layer is not one that `merge` can take, None if it is."""
-    if type(layer) in _PLAIN:
-        return "it does already; unmerge it first"
+def misfit(layer: nn.Module) -> str | None:
+    """Why a LoRA layer is not a plain one called 'default' on a frozen nn.Linear or nn.Conv2d; None if it is."""
     if type(layer) not in _MERGED or type(layer.base_layer) is not _BASES[type(layer)]:
         return f"it is a {type(layer).__name__} on a {type(layer.base_layer).__name__}; valid is a LoRA on an nn.Linear or nn.Conv2d"
     if list(layer.lora_A) != [ADAPTER] or layer.merged:

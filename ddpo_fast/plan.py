@@ -23,7 +23,7 @@ BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed reduces gradients in buckets of at most so many."""
 WORTH = 0.03
 """The share of a UNet call before its first trained layer from which on cache.mode=auto keeps that part."""
-RESIDENT = ("frozen weights", "trained weights", "optimizer state", "rollout", "activation cache")
+RESIDENT = ("frozen weights", "trained weights", "optimizer state", "rollout", "activation cache", "sample gradients")
 """Kinds of memory that every phase holds."""
 
 
@@ -45,6 +45,8 @@ class Work:
     zero_stage: int
     held: tuple[int, int] = (0, 0)
     """Transitions of a rank in the activation cache, on the device and on the host."""
+    score_accumulation: bool = False
+    """Whether sampling does the update's UNet calls: train.estimator."""
 
     @classmethod
     def of(cls, config) -> "Work":
@@ -53,7 +55,7 @@ class Work:
         return cls(
             sample.num_samples, sample.batch_size, sample.num_steps, 1 if sample.guidance_scale == 1 else 2,
             train.num_minibatches, train.inner_epochs, train.micro_batch, max(1, round(train.timestep_fraction * sample.num_steps)),
-            config.optimizer.name, config.zero.stage,
+            config.optimizer.name, config.zero.stage, score_accumulation=train.estimator == "score_accumulation",
         )  # fmt: skip
 
     def share(self, num_devices: int) -> int:
@@ -115,7 +117,9 @@ def state_bytes(optimizer: str, sizes: Iterable[int]) -> int:
 def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, float]:
     """Memory of one rank by kind, in MiB: `RESIDENT`, the update's gradients, and what sampling, decoding and the update add.
 
-    ZeRO 1 and 2 shard the optimizer state, and an fp32 copy of the trained weights, over the ranks; 2 the gradients too.
+    ZeRO 1 and 2 shard the optimizer state, and an fp32 copy of the trained weights, over the ranks; 2 the gradients too. Score
+    accumulation holds a gradient for each of the rank's samples, trajectories of one batch, and the update's activations in sampling;
+    where a step trains on a part of a batch, its samples' gradients apart. Its update has the combined gradient alone.
     """
     trained, samples = 4 * counts.num_trainable, work.share(num_devices)
     sizes, copy, gradients = counts.trained_sizes, 0, trained
@@ -129,16 +133,21 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
     batch = min(work.batch_size, samples)
     transitions = min(work.micro_batch, samples // work.num_minibatches * work.trained_steps)
     rollout = samples * trajectory / MIB
+    sampling, update = max(counts.forward.mib(work.rows * batch), rollout), update_mib(counts, work, work.rows * transitions)
+    if work.score_accumulation:
+        parts = batch * trained if work.trained_steps < work.num_steps else 0
+        rollout, sampling, update = batch * trajectory / MIB, counts.update.mib(work.rows * batch) + parts / MIB, trained / MIB
     return {
         "frozen weights": sum(counts.weight_bytes.values()) / MIB,
         "trained weights": trained / MIB,
         "optimizer state": (state_bytes(work.optimizer, sizes) + copy) / MIB,
         "rollout": rollout,
         "activation cache": work.held[0] * work.rows * counts.kept_row_bytes / MIB,
+        "sample gradients": work.score_accumulation * samples * trained / MIB,
         "gradients": gradients / MIB,
-        "sampling": max(counts.forward.mib(work.rows * batch), rollout),  # its batches are joined into a second copy
+        "sampling": sampling,  # of ppo, its batches are joined into a second copy
         "decode": counts.decode.mib(batch),
-        "update": update_mib(counts, work, work.rows * transitions),
+        "update": update,
     }
 
 
@@ -161,11 +170,11 @@ def phases_mib(memory: dict[str, float]) -> dict[str, float]:
 def iteration_flop(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, float]:
     """FLOP of an iteration, all ranks together, by phase."""
     rows, cached = work.num_samples * work.rows, sum(work.held) / work.trained_transitions(num_devices)
-    return {
-        "sampling": rows * work.num_steps * counts.forward.row_flop,
-        "decode": work.num_samples * counts.decode.row_flop,
-        "update": rows * work.inner_epochs * work.trained_steps * (counts.update.row_flop - cached * counts.prefix_flop),
-    }
+    sampling = rows * work.num_steps * counts.forward.row_flop
+    update = rows * work.inner_epochs * work.trained_steps * (counts.update.row_flop - cached * counts.prefix_flop)
+    if work.score_accumulation:
+        sampling, update = sampling + update - rows * work.trained_steps * counts.forward.row_flop, 0.0
+    return {"sampling": sampling, "decode": work.num_samples * counts.decode.row_flop, "update": update}
 
 
 def advise(counts: ModelCounts, work: Work, num_devices: int, budget_mib: float) -> list[str]:
@@ -260,11 +269,14 @@ def make_plan(config) -> Plan:
         shared=config.model.share_guidance and work.rows == 2,
     )
     device = find_device(name, dtype, num_devices)
-    if config.cache.mode == "on" or (config.cache.mode == "auto" and counts.prefix_flop >= WORTH * counts.forward.row_flop):
+    if not work.score_accumulation and (
+        config.cache.mode == "on" or config.cache.mode == "auto" and counts.prefix_flop >= WORTH * counts.forward.row_flop
+    ):
         work = replace(work, held=held_transitions(config.cache, counts, work, device, num_devices))
     flop = iteration_flop(counts, work, num_devices)
     sampling, update = (num_devices * device.matmul_flops * fraction for fraction in device.fractions)
-    seconds = {phase: value / (update if phase == "update" else sampling) for phase, value in flop.items()}
+    as_update = ("sampling", "update") if work.score_accumulation else ("update",)
+    seconds = {phase: value / (update if phase in as_update else sampling) for phase, value in flop.items()}
     advice = advise(counts, work, num_devices, USABLE * device.memory_mib)
     return Plan(device, num_devices, work, counts, memory_mib(counts, work, num_devices), flop, seconds, advice)
 
@@ -290,6 +302,7 @@ def plan_text(plan: Plan) -> str:
     work, memory, device, counts = plan.work, plan.memory, plan.device, plan.counts
     samples, phases, devices = work.share(plan.num_devices), phases_mib(memory), f"{plan.num_devices} x {plan.device.name}"
     weights = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in counts.weight_bytes.items() if size)
+    batch, saved = min(work.batch_size, samples), f"of which each saves {counts.saved_row_bytes / MIB:,.0f} for its backward"
     rows = work.rows * min(work.micro_batch, samples // work.num_minibatches * work.trained_steps)
     kept = work.trained_transitions(plan.num_devices)
     notes = {
@@ -300,11 +313,19 @@ def plan_text(plan: Plan) -> str:
         "activation cache": f"{work.held[0]:,} transitions, {work.held[1]:,} on the host, {kept - sum(work.held):,} recomputed"
         if any(work.held)
         else "off",
+        "sample gradients": "only with train.estimator=score_accumulation",
         "gradients": "in the update only",
-        "sampling": f"batches of {min(work.batch_size, samples)}, {work.rows} UNet rows each sample",
-        "decode": f"batches of {min(work.batch_size, samples)}",
-        "update": f"{rows} UNet rows, of which each saves {counts.saved_row_bytes / MIB:,.0f} for its backward",
+        "sampling": f"batches of {batch}, {work.rows} UNet rows each sample",
+        "decode": f"batches of {batch}",
+        "update": f"{rows} UNet rows, {saved}",
     }
+    if work.score_accumulation:
+        notes |= {
+            "rollout": f"{batch} samples x {work.num_steps} steps, a batch at a time",
+            "sample gradients": f"{samples} samples",
+            "sampling": f"batches of {batch}, {work.rows} UNet rows each sample, {saved}",
+            "update": "the combined gradient; no UNet call",
+        }
     lines = [f"memory of one rank of {devices}, MiB"]
     lines += [f"  {kind:<17}{memory[kind]:>10,.0f}  {note}" for kind, note in notes.items()]
     peak = max(phases, key=phases.get)
@@ -366,16 +387,21 @@ def iteration_terms(work: Work, costs: Costs, num_devices: int) -> dict[str, flo
     """
     samples, others = work.share(num_devices), num_devices - 1
     transitions = samples // work.num_minibatches * work.trained_steps
-    num_updates = work.num_minibatches * work.inner_epochs
+    num_updates, batches = work.num_minibatches * work.inner_epochs, math.ceil(samples / work.batch_size)
+    sample_calls, sample_rows = batches * work.num_steps, samples * work.num_steps * work.rows
+    update_calls = num_updates * math.ceil(transitions / work.micro_batch)
+    if work.score_accumulation:  # a call of either kind where a step trains on a part of a batch
+        sample_calls, update_calls = (sample_calls if work.trained_steps < work.num_steps else 0), sample_calls
+        sample_rows -= transitions * work.rows
     bandwidth = costs.bandwidth if num_devices <= costs.machine_devices else min(costs.bandwidth, costs.network_bandwidth)
     all_reduce = 2 * others * (costs.gradient_bytes / num_devices / bandwidth + costs.latency_s)
     gather = others * (8 * samples / bandwidth + costs.latency_s)
     return {
-        "sampling calls": math.ceil(samples / work.batch_size) * work.num_steps * costs.sample_call_s,
-        "sampling rows": samples * work.num_steps * work.rows * costs.sample_row_s,
+        "sampling calls": sample_calls * costs.sample_call_s,
+        "sampling rows": sample_rows * costs.sample_row_s,
         "decode": samples * costs.decode_image_s,
         "reward": samples * costs.reward_image_s,
-        "update calls": num_updates * math.ceil(transitions / work.micro_batch) * costs.update_call_s,
+        "update calls": update_calls * costs.update_call_s,
         "update rows": num_updates * transitions * work.rows * costs.update_row_s,
         "optimizer": num_updates * costs.optimizer_s / (num_devices if work.zero_stage else 1),
         "all-reduce": num_updates * all_reduce,

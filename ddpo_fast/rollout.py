@@ -14,6 +14,7 @@ from torch import Tensor
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.kernels import Ops
 from ddpo_fast.policy import Policy
+from ddpo_fast.score_accumulation import ScoreAccumulator
 
 Pairs = tuple[np.ndarray, np.ndarray]
 """Transitions of this rank: samples (B,) and steps (B,)."""
@@ -46,11 +47,12 @@ def generate(
     guidance_scale: float,
     progress: Callable[[int], object] = lambda n: None,
     filling: Callable[[int], AbstractContextManager] = lambda k: nullcontext(),
+    scores: ScoreAccumulator | None = None,
 ) -> tuple[Rollout, Tensor]:
     """Denoises one batch of samples. Returns its Rollout and the final latents decoded: images (B, 3, H, W) fp32 in [0, 1].
 
     sample_ids: (B,) int64, which with `seed` fix all noise. `progress(n)` is called with B after every step. The UNet of step k is
-    called inside of `filling(k)`.
+    called inside of `filling(k)`. `scores`, whose batch these samples are, takes the gradient of every step as it is made.
     """
     prompt_embeds = embeds = policy.encode_prompts(prompts)
     latents, log_probs = [schedule.initial_latents(policy.latent_shape, seed, sample_ids)], []
@@ -62,10 +64,15 @@ def generate(
     every_step = torch.arange(schedule.num_steps, device=policy.device)[:, None].repeat(1, len(prompts)).unbind()
     for k, (steps, t) in enumerate(zip(every_step, timesteps)):
         with filling(k):
-            noise_pred = policy.predict_noise(unet_input, t, embeds)
+            if scores is None:
+                noise_pred = policy.predict_noise(unet_input, t, embeds)
+            else:
+                noise_pred = scores.predict_noise(policy.predict_noise, k, unet_input, t, embeds)
         next_latents, log_prob, unet_input = ops.ddim_step(
             noise_pred, latents[-1], schedule.coefficients, steps, seed, sample_ids, guidance_scale, policy.dtype
         )
+        if scores is not None:
+            scores.backward(k, latents[-1], next_latents, log_prob, schedule.coefficients[k : k + 1])
         latents.append(next_latents)
         log_probs.append(log_prob)
         progress(len(prompts))

@@ -2,7 +2,8 @@
 
     deepspeed ddpo_fast/train.py --config configs/X.yaml --section.key value ...
 
-`train` is the whole algorithm, top to bottom; `update` is its PPO pass. Shape letters: B samples of this rank, S denoising steps.
+`train` is the whole algorithm, top to bottom; `update` is its PPO pass, `update_by_scores` what is left of it where sampling has taken
+the gradient. Shape letters: B samples of this rank, S denoising steps.
 """
 
 import sys
@@ -49,6 +50,7 @@ from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.report import write_report
 from ddpo_fast.rewards import load_reward, score_or_nan
 from ddpo_fast.rollout import Pairs, Rollout, generate, micro_batches, passes
+from ddpo_fast.score_accumulation import ScoreAccumulator
 from ddpo_fast.split_unet import SplitUNet
 
 logger = logging.getLogger("ddpo_fast")
@@ -74,6 +76,8 @@ class Setup:
     """Where the activation cache takes up the UNet; None without one."""
     clip_range: float
     """`train.clip_range` scaled to this model's latents."""
+    scores: ScoreAccumulator | None
+    """What takes the gradient during sampling; None where `update` does."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -120,13 +124,16 @@ def prepare(config: Config) -> Setup:
         policy.merge_lora()
     schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
     clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
+    scores = None
+    if config.train.estimator == "score_accumulation":
+        scores = ScoreAccumulator(policy.unet, ops, config.sample.guidance_scale, clip_range)
     if config.model.share_guidance and config.sample.guidance_scale != 1:
         try:
             policy.share_guidance()
         except ValueError as error:
             raise ValueError(f"model.share_guidance=true: {error}; valid is false") from None
-    split = activation_cache.split(config.cache.mode, policy)
-    return Setup(config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, ops, split, clip_range)
+    split = activation_cache.split(config.cache.mode, policy) if scores is None else None
+    return Setup(config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, ops, split, clip_range, scores)
 
 
 def train(setup: Setup) -> None:
@@ -186,7 +193,9 @@ def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline
     mine = _block(num_samples, setup.rank, setup.world_size)
     first_id = (iteration - 1) * num_samples + mine.start
     cache.begin(len(prompts[mine]), setup.schedule.num_steps, updates(setup, iteration))
-    rollout, rewards, _ = sample(setup, timer, first_id, prompts[mine], "sample", cache)
+    if setup.scores is not None:
+        begin_scores(setup, engine, iteration)
+    rollout, rewards, _ = sample(setup, timer, first_id, prompts[mine], "sample", cache, setup.scores)
 
     rewards = all_gather(rewards)
     good = rewards[rewards.isfinite()]
@@ -196,26 +205,36 @@ def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline
     advantages = baseline.update(prompts, rewards)[mine].clamp(-limit, limit).float().to(setup.policy.device)
 
     with timer("train"):
-        row = update(setup, engine, rollout, advantages, iteration, cache)
+        if setup.scores is None:
+            row = update(setup, engine, rollout, advantages, iteration, cache)
+        else:
+            row = update_by_scores(setup, engine, advantages, iteration)
     _warn_of_ratio_error(setup, row)
     return row | {
         "reward_mean": good.mean().item(),
         "reward_std": good.std(correction=0).item(),
         "bad_rewards": num_samples - len(good),
         "images_per_s": num_samples / timer.seconds["sample"],
-        "transitions_per_s": row["transitions"] / timer.seconds["train"],
+        "transitions_per_s": row["transitions"] / (timer.seconds["train"] + (setup.scores is not None) * timer.seconds["sample"]),
         "learning_rate": config.train.learning_rate,
         "cache_hit_fraction": cache.hits / max(1, cache.reads),
     }
 
 
 def sample(
-    setup: Setup, timer: StageTimer, first_id: int, prompts: list[str], stage: str, cache: Cache = NO_CACHE
-) -> tuple[Rollout, Tensor, Tensor]:
+    setup: Setup,
+    timer: StageTimer,
+    first_id: int,
+    prompts: list[str],
+    stage: str,
+    cache: Cache = NO_CACHE,
+    scores: ScoreAccumulator | None = None,
+) -> tuple[Rollout | None, Tensor, Tensor]:
     """Pictures for `prompts`, numbered from `first_id`, and their rewards; what the update will need of the UNet goes into the cache.
 
     Returns the Rollout, rewards (B,) fp64 and images (B, 3, H, W) uint8, the latter two on the CPU. A sample that is not finite
     (an overflow in fp16, say) gets no reward, and zeros for a trajectory, so that it cannot spoil the gradient of the others.
+    With `scores`, which take the gradient at once, no trajectory is kept and the Rollout is None.
     """
     config, policy, schedule = setup.config, setup.policy, setup.schedule
     seed, guidance_scale = config.run.seed, config.sample.guidance_scale
@@ -227,18 +246,23 @@ def sample(
             ids = torch.arange(first_id + start, first_id + start + len(batch), device=policy.device)
             rows = slice(start, start + len(batch))
             with timer("sample"):
+                if scores is not None:
+                    scores.begin_batch(start, len(batch))
                 rollout, images = generate(
-                    policy, schedule, setup.ops, ids, batch, seed, guidance_scale, bar.update, partial(cache.filling, rows)
+                    policy, schedule, setup.ops, ids, batch, seed, guidance_scale, bar.update, partial(cache.filling, rows), scores
                 )
                 good = images.flatten(1).isfinite().all(1) & rollout.latents.flatten(1).isfinite().all(1)
-                rollout.latents[~good], rollout.log_probs[~good] = 0.0, 0.0
-                cache.forget(rows, ~good)
+                if scores is None:
+                    rollout.latents[~good], rollout.log_probs[~good] = 0.0, 0.0
+                    cache.forget(rows, ~good)
+                    rollouts.append(rollout)
+                else:
+                    scores.forget(~good)
                 pictures.append((images.nan_to_num() * 255).round().to("cpu", torch.uint8))
             with timer("reward"):
-                scores = score_or_nan(setup.reward, images, batch, config.reward.kwargs, config.reward.timeout_s)
-                rewards.append(scores.masked_fill(~good.cpu(), torch.nan))
-            rollouts.append(rollout)
-    return Rollout.cat(rollouts), torch.cat(rewards), torch.cat(pictures)
+                reward = score_or_nan(setup.reward, images, batch, config.reward.kwargs, config.reward.timeout_s)
+                rewards.append(reward.masked_fill(~good.cpu(), torch.nan))
+    return Rollout.cat(rollouts) if scores is None else None, torch.cat(rewards), torch.cat(pictures)
 
 
 def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, iteration: int, cache: Cache = NO_CACHE) -> dict[str, float]:
@@ -267,6 +291,32 @@ def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, i
             bar.update(len(part.rows))
         grad_norms.append(engine.step())
     bar.close()
+    return _update_metrics(engine, statistics, grad_norms, iteration)
+
+
+def begin_scores(setup: Setup, engine: Engine, iteration: int) -> None:
+    """Readies `setup.scores` for the iteration's samples: the transitions that `update` would train on in its first and only pass."""
+    ((_, _, pairs),) = updates(setup, iteration)
+    num_samples = setup.config.sample.num_samples // setup.world_size
+    setup.scores.begin(*pairs, num_samples, setup.schedule.num_steps, engine.loss_scale / len(pairs[0]))
+
+
+def update_by_scores(setup: Setup, engine: Engine, advantages: Tensor, iteration: int) -> dict[str, float]:
+    """An iteration's only optimizer update, of the gradient that sampling has summed up in `setup.scores`; no UNet call.
+
+    The gradient is that of `update` with one minibatch and one epoch, where every ratio is 1. advantages: (B,) fp32.
+    """
+    statistics = UpdateStatistics(setup.schedule.num_steps)
+    samples, steps, figures = setup.scores.transitions()
+    losses = figures[0] if setup.config.train.algorithm == "ddpo_sf" else -figures[1]
+    statistics.add(steps, torch.stack([advantages[samples] * losses, *figures[1:]]), first_minibatch=True)
+    # the weights' gradient goes to the engine as that of a loss: sum p g
+    engine.backward(sum((weight * gradient).sum() for weight, gradient in setup.scores.combine(advantages)), last=True)
+    return _update_metrics(engine, statistics, [engine.step()], iteration)
+
+
+def _update_metrics(engine: Engine, statistics: UpdateStatistics, grad_norms: list[float], iteration: int) -> dict[str, float]:
+    """What the updates of an iteration were like. Raises FloatingPointError if none had a finite gradient."""
     finite = [norm for norm in grad_norms if math.isfinite(norm)]
     if not finite and engine.dtype != torch.float16:  # fp16 may need some updates to find its loss scale
         raise FloatingPointError(f"iteration {iteration}: no update had a finite gradient; a lower train.learning_rate may help")
@@ -340,7 +390,7 @@ def make_engine(setup: Setup) -> Engine:
         weight_decay=config.optimizer.weight_decay,
     )
     engine = Engine(policy.unet, optimizer, zero_stage=config.zero.stage, max_grad_norm=config.train.max_grad_norm, dtype=policy.dtype)
-    policy.attach(engine.module)
+    policy.attach(engine.module if setup.scores is None else policy.unet)  # backward in sampling is none of the engine's
     if config.model.compile:
         (setup.split or policy.unet).compile()
     return engine

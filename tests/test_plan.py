@@ -5,6 +5,7 @@ import math
 import typing
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit
@@ -197,8 +198,8 @@ def test_memory_of_a_rank_by_hand():
     memory = memory_mib(COUNTS, WORK, 1)
     rollout = 64 * (11 + 40 / MIB)
     assert memory == pytest.approx(
-        {"frozen weights": 100, "trained weights": 4, "optimizer state": 8, "rollout": rollout, "activation cache": 0, "gradients": 4,
-         "sampling": rollout, "decode": 240, "update": 10 + 32 * 20}
+        {"frozen weights": 100, "trained weights": 4, "optimizer state": 8, "rollout": rollout, "activation cache": 0,
+         "sample gradients": 0, "gradients": 4, "sampling": rollout, "decode": 240, "update": 10 + 32 * 20}
     )  # fmt: skip
     phases = phases_mib(memory)
     assert phases == pytest.approx({"sampling": 112 + 2 * rollout, "decode": 112 + rollout + 240, "update": 112 + rollout + 4 + 650})
@@ -213,6 +214,9 @@ def test_memory_of_a_rank_by_hand():
 def test_operations_of_an_iteration():
     work = dataclasses.replace(WORK, inner_epochs=3, trained_steps=5)
     assert iteration_flop(COUNTS, work, 1) == {"sampling": 64 * 10 * 2 * 1, "decode": 64 * 2, "update": 64 * 5 * 3 * 2 * 3}
+    for trained in (10, 5):  # of 10 steps
+        work = dataclasses.replace(WORK, num_minibatches=1, trained_steps=trained, score_accumulation=True)
+        assert iteration_flop(COUNTS, work, 1) == {"sampling": 64 * 2 * (trained * 3 + (10 - trained) * 1), "decode": 64 * 2, "update": 0}
 
 
 def test_the_cache_by_hand():
@@ -251,6 +255,59 @@ def test_what_shared_guidance_saves_of_sd15(sd15):
     """Half of conv_in, the first residual block, and of the first transformer up to its cross-attention: 2.5 % of every forward."""
     shared = count_model(architecture(SD15), torch.float32, ATTENTION, on_gpu=False, fused=False, shared=True)
     assert 1 - shared.forward.row_flop / sd15.forward.row_flop == pytest.approx(0.025, abs=0.003)
+
+
+def test_memory_of_score_accumulation_by_hand():
+    """A gradient of 4 MiB for each of 16 samples a rank, trajectories of a batch of 8, the update's bytes of its 16 rows in sampling."""
+    work = dataclasses.replace(WORK, num_minibatches=1, score_accumulation=True)
+    memory = memory_mib(COUNTS, work, 4)
+    assert memory == pytest.approx(
+        {"frozen weights": 100, "trained weights": 4, "optimizer state": 8, "rollout": 8 * (11 + 40 / MIB), "activation cache": 0,
+         "sample gradients": 64, "gradients": 8, "sampling": 10 + 16 * 20, "decode": 240, "update": 4}
+    )  # fmt: skip
+    phases = phases_mib(memory)
+    resident = 176 + memory["rollout"]
+    assert phases == pytest.approx({"sampling": resident + 330, "decode": resident + 240, "update": resident + 12})
+    parts = memory_mib(COUNTS, dataclasses.replace(work, trained_steps=5), 4)
+    assert parts["sampling"] == memory["sampling"] + 8 * 4
+
+
+@pytest.mark.parametrize("forward", ["merged", "separate"])
+def test_bytes_and_operations_of_score_accumulation_are_those_of_a_real_run(tiny_model, forward):
+    options = (
+        f"--model.path={tiny_model} --train.estimator=score_accumulation --train.num_minibatches=1 --lora.forward={forward} --lora.rank=4 "
+        "--model.share_guidance=false"
+    )
+    config, num_samples = parse(options.split()), 8
+    setup = trainer.prepare(config)
+    policy, scores, rows = setup.policy, setup.scores, 2 * num_samples
+    counts = count_model(architecture(str(tiny_model)), torch.float32, config.lora, on_gpu=False, fused=False, merged=forward == "merged")
+    inputs = torch.randn(rows, *policy.latent_shape), torch.full((rows,), 500), policy.uncond_embeds.expand(rows, -1, -1)
+
+    def step() -> None:
+        scores.predict_noise(policy.predict_noise, 0, *inputs)
+        scores.noise_pred.square().mean().backward()
+        scores.noise_pred = None
+
+    scores.begin(np.arange(num_samples), np.zeros(num_samples, int), num_samples, 1, 1.0)
+    scores.begin_batch(0, num_samples)
+    assert sum(total.nbytes for total in scores.totals) == 4 * num_samples * counts.num_trainable
+    step()
+    with LiveBytes() as live:
+        step()
+    assert counts.update.mib(rows) == pytest.approx(live.peak / MIB, rel=0.03)
+    with flop_counter() as flops:
+        step()
+    assert flops.get_total_flops() == pytest.approx(rows * counts.update.row_flop, rel=0.01)
+
+
+def test_calls_of_score_accumulation():
+    costs = dataclasses.replace(COSTS, sample_call_s=1.0, update_call_s=1.0)
+    for trained, sampling in ((10, 0), (5, 80)):
+        terms = iteration_terms(dataclasses.replace(WORK, num_minibatches=1, trained_steps=trained, score_accumulation=True), costs, 1)
+        assert (terms["sampling calls"], terms["update calls"]) == (sampling, 80)
+        assert terms["update rows"] == pytest.approx(64 * trained * 2 * 3e-3)
+        assert terms["sampling rows"] == pytest.approx(64 * (10 - trained) * 2 * 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +403,14 @@ def test_fit_finds_the_costs():
 def test_names_of_devices(text, expected):
     assert parse_devices(text) == expected
     assert all(parse_devices(f"3x{name}") == (3, name) for name in GPUS)
+
+
+def test_plan_of_score_accumulation(nothing_starts, tiny_model, capsys):
+    options = ["--plan", "--train.num_minibatches=1", "--sample.batch_size=4", "--train.estimator=score_accumulation"]
+    trainer.main(["--model.path", str(tiny_model), *options])
+    out = capsys.readouterr().out
+    assert "sample gradients" in out and "4 samples x 10 steps, a batch at a time" in out and "the combined gradient; no UNet call" in out
+    assert "update                   0.00 TFLOP        0.0 s" in out and out.endswith("it fits\n")
 
 
 @pytest.mark.parametrize("argument, plan", [("--plan", "here"), ("--plan=8xH200", "8xH200"), ("--run.plan=L4", "L4")])
