@@ -481,6 +481,7 @@ def test_a_slot_gives_back_what_it_got(device, slots, channels_last, dtype):
     for num_rows in (1, 2):
         it = Slots(device, slots, dtype, channels_last, num_rows)
         assert it.cache.num_slots == [min(15, slots[0]), min(15 - min(15, slots[0]), slots[1])]
+        assert not any(start % 64 for start in (it.cache.row_bytes, *(segment.start for segment in it.cache.segments)))
         parts = it.parts(4)
         for part, next_part in zip(parts, [*parts[1:], None], strict=True):
             for tensor, expected in zip(it.read(part, next_part), it.expected(part), strict=True):
