@@ -69,6 +69,7 @@ class ActivationCache:
     ):
         """`call`: as `split` was given. `num_rows`: G. The budgets are this rank's, and no slot lies beyond them even in part."""
         self.split, self.num_rows, self.device = split, num_rows, device
+        call(2)  # after the engine's start merged weights are formed anew, which must not be counted
         with flop_counter() as flops:
             self.segments, self.row_bytes = _segments([tensor[:1] for tensor in split.run_prefix(partial(call, 2))])
         self.prefix_flop = flops.get_total_flops() / 2

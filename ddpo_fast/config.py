@@ -412,6 +412,7 @@ def parse(argv: list[str]) -> Config:
 
 _FREE_ON_RESUME = {
     "sample.batch_size", "train.micro_batch", "reward.timeout_s", "eval.every",
+    *(f"cache.{option.name}" for option in dataclasses.fields(CacheConfig)),
     *(f"run.{option.name}" for option in dataclasses.fields(RunConfig) if option.name != "seed"),
 }  # fmt: skip
 

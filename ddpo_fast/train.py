@@ -419,7 +419,7 @@ def _open_run(setup: Setup, cache: Cache, resumed_at: int) -> MetricsWriter:
         flush=True,
     )
     if cache is not NO_CACHE:
-        print(cache.plan_text(updates(setup, resumed_at + 1), policy.dtype), flush=True)
+        print(cache.plan_text(updates(setup, max(1, resumed_at + 1)), policy.dtype), flush=True)
     if config.run.resume:
         print(f"resumed after iteration {resumed_at}", flush=True)
     return MetricsWriter(setup.run_dir, resumed_at)
