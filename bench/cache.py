@@ -89,12 +89,12 @@ def measure(work: Work, rounds: int, writer: Writer) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """The rows for a terminal."""
-    lines = [f"{'LoRA in':26}{'cache':>6}{'update':>9}{'TFLOP':>9}{'x off':>8}{'x all':>8}{'sampling':>10}{'MiB':>8}{'weights':>10}"]
+    lines = [f"{'LoRA in':26}{'cache':>6}{'update':>9}{'TFLOP':>9}{'x off':>8}{'x all':>8}{'sampling':>10}{'MiB':>8}{'weights':>12}"]
     for row in rows:
         lines.append(
             "{scope:26}{cache:>6}{update_s:>8}s{update_tflop:>9}".format(**row)
             + f"{float(row['faster_than_off']):8.2f}{float(row['faster_than_all']):8.2f}{float(row['sampling_slower_than_off']):10.3f}"
-            + f"{float(row['peak_memory_mib']):8.0f}{row['weights_error']:>10}"
+            + f"{float(row['peak_memory_mib']):8.0f}{row['weights_error']:>12}"
         )
     return "\n".join(lines)
 
