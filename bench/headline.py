@@ -162,8 +162,8 @@ def reward_section(rows: Rows) -> list[str]:
         ]
         for row in rows
     ]
-    recipe = rows[0]["recipe"]
-    return [table(header, lines), f"![reward against samples and against device-hours](docs/reward_{recipe}.png)"]
+    comparison = rows[0]["comparison"]
+    return [table(header, lines), f"![reward against samples and against device-hours](docs/reward_{comparison}.png)"]
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ SECTIONS = {
     "peers": Section("Against others", peers_section, ("model", "work")),
     "waterfall": Section("What each technique is worth", waterfall_section, ("model", "work")),
     "scaling": Section("Scaling", scaling_section, ("model", "work"), ("axis",)),
-    "reward": Section("Reward per device-hour", reward_section, ("recipe",), ("setting",)),
+    "reward": Section("Reward per device-hour", reward_section, ("comparison",), ("setting",)),
 }
 
 

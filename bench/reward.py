@@ -5,6 +5,7 @@
 
 The reward of an iteration is that of training pictures drawn before its update, so it belongs to the samples, updates and hours of
 the iterations before. Hours are training time: evaluation and checkpoints are left out. Runs have one rank: a device-hour is an hour.
+A setting with smaller iterations may have more of them: its options may give --run.iterations.
 Ours has evaluated before its first iteration, so that start-up work of the first pictures is in TRL's hours only.
 
 A finished run is not run again, an interrupted one goes on (TRL's starts again), so an interrupted comparison is continued by the
@@ -38,6 +39,8 @@ from ddpo_fast.config import Config, parse
 from ddpo_fast.files import write_text
 from ddpo_fast.metrics import read_metrics
 
+NEVER = 1 << 30
+"""An interval of evaluations that leaves only those before the first and after the last iteration."""
 TARGETS = {"embedded_compressibility": -2.0}
 """Target rewards of recipes: about midway between the start and the end of their runs."""
 SPREAD = {
@@ -65,7 +68,7 @@ class Setting:
             raise ValueError(f'--setting {text!r}: valid is ours, trl, or "NAME: --section.option value ..."')
         options = tuple(shlex.split(options))
         for option in options:
-            if re.match(r"--(run\.|resume|eval\.every)", option):
+            if re.match(r"--(run\.(?!iterations)|resume|eval\.every)", option):
                 raise ValueError(f"--setting {text!r}: {option} is set by the benchmark")
         return Setting(name, options)
 
@@ -342,16 +345,16 @@ def plan(args: argparse.Namespace) -> list[Run]:
             raise ValueError(f"{what}: valid is each only once; got {', '.join(map(str, values))}")
     if len(settings) < 2:
         raise ValueError("--setting: valid is two or more")
-    iterations = parse(["--config", str(args.config)]).run.iterations if args.iterations is None else args.iterations
-    if iterations < 2:
-        raise ValueError(f"--iterations {iterations}: valid is 2 or more: the first point is the untrained model's")
+    iterations = [] if args.iterations is None else [f"--run.iterations={args.iterations}"]
     runs = []
     for turn, seed in enumerate(args.seeds):
         for setting in settings[:: (-1) ** turn]:  # in turns, so that a machine's drift hits all alike
-            fixed = ["--run.seed", str(seed), "--run.iterations", str(iterations), "--eval.every", str(iterations)]
+            argv = ["--config", str(args.config), *iterations, *setting.options, f"--run.seed={seed}", f"--eval.every={NEVER}"]
             folder = args.runs / args.config.stem / f"{setting.slug}-seed{seed}"
-            runs.append(Run(setting, seed, ["--config", str(args.config), *setting.options, *fixed], folder))
+            runs.append(Run(setting, seed, argv, folder))
     for run in runs:
+        if run.config.run.iterations < 2:
+            raise ValueError(f"run.iterations={run.config.run.iterations}: valid is 2 or more: the first point is the untrained model's")
         run.check()
     if any(run.setting.name == "trl" and not run.finished() for run in runs):
         harness.trl_python()
@@ -363,19 +366,19 @@ def report(args: argparse.Namespace, runs: list[Run], argv: list[str]) -> None:
     curves: dict[str, list[Curve]] = {}
     for run in runs:
         curves.setdefault(run.setting.name, []).append(Curve.read(run))
-    recipe, (first, *others) = args.config.stem, curves
-    target = TARGETS.get(recipe) if args.target is None else args.target
+    name, (first, *others) = args.name or args.config.stem, curves
+    target = TARGETS.get(args.config.stem) if args.target is None else args.target
     if target is None:
         target = float(mean_curve(curves[first]).reward[[0, -1]].mean())
         print(f"target {target:.4g}: midway between the first and the last point of {first}'s mean curve")
     end_hours = min(curve.hours[-1] for group in curves.values() for curve in group)
     summaries = {name: summarize(group, target, end_hours) for name, group in curves.items()}
     writer = rows.Writer("reward", args.out, argv)
-    for name, summary in summaries.items():
-        commits = sorted({commit for run in runs if run.setting.name == name for commit in run.made()["commits"]})
-        writer.add(recipe=recipe, setting=name, **summary | {"commit": "+".join(commits)})
-    write_curves(curves, args.out / f"reward_{recipe}.csv")
-    plot(curves, target, recipe, args.docs / f"reward_{recipe}.png")
+    for setting, summary in summaries.items():
+        commits = sorted({commit for run in runs if run.setting.name == setting for commit in run.made()["commits"]})
+        writer.add(comparison=name, setting=setting, **summary | {"commit": "+".join(commits)})
+    write_curves(curves, args.out / f"reward_{name}.csv")
+    plot(curves, target, name, args.docs / f"reward_{name}.png")
     print(table(summaries))
     for other in others:
         names, groups = (first, other), (curves[first], curves[other])
@@ -390,6 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--setting", action="append", help='ours, trl or "NAME: options"; the first is compared with the others')
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--iterations", type=int, help="default: the recipe's")
+    parser.add_argument("--name", help="of the comparison, in its rows and its files' names; default: the recipe's")
     parser.add_argument("--target", type=float, help="reward to reach; default: the recipe's, or midway of the first setting's mean curve")
     parser.add_argument("--out", type=Path, default=rows.RESULTS, help="folder of the CSV files")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/bench_reward", help="folder of the runs")

@@ -81,7 +81,7 @@ TABLES = {
              "peak_memory_mib", "weights_error"),
         ),
         Table(
-            "reward", ("recipe", "setting"), "hours_to_target", "lower", "hours_low", "hours_high",
+            "reward", ("comparison", "setting"), "hours_to_target", "lower", "hours_low", "hours_high",
             ("target", "seeds", "reached", "samples", "updates", "device_hours", "final_reward", "final_low", "final_high", "area_samples",
              "area_low", "area_high", "area_hours", "reward_per_hour"),
         ),

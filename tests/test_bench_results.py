@@ -220,7 +220,7 @@ def measured(bench, folder: Path) -> None:
     bench.add(folder, "scaling", *(peers | row for row in scaling))
     bench.add(folder, "scaling", peers | dict(axis="ranks", value=1, median_s=3.0), day=2)
     reward = dict(
-        recipe="compressibility", setting="trl", hours_to_target=0.11, hours_low=0.1, hours_high=0.12, target=-2.0, reached="5 of 5"
+        comparison="compressibility", setting="trl", hours_to_target=0.11, hours_low=0.1, hours_high=0.12, target=-2.0, reached="5 of 5"
     )
     bench.add(folder, "reward", reward | dict(reward_per_hour=8.182, samples=1336))
 
@@ -271,7 +271,7 @@ def test_every_peer_has_a_name(bench, readme):
 def test_what_has_no_rows_is_left_out(bench, readme):
     assert headline(bench, readme) == 0
     assert readme.read_text() == "# Title\n\nbefore\n\n<!-- bench:begin -->\n<!-- bench:end -->\n\nafter\n"
-    bench.add(readme.parent, "reward", dict(recipe="r", setting="ours", reward_per_hour=1.0))
+    bench.add(readme.parent, "reward", dict(comparison="r", setting="ours", reward_per_hour=1.0))
     assert headline(bench, readme) == 0
     assert readme.read_text().count("**") == 2 and readme.read_text().count("png") == readme.read_text().count("docs/reward_r.png") == 1
     assert not (readme.parent / "docs").exists()

@@ -12,6 +12,7 @@ import pytest
 
 from bench import harness, reward, rows
 from ddpo_fast import train as trainer
+from ddpo_fast.config import parse
 from ddpo_fast.metrics import read_metrics
 
 REWARDS = "def redness(images, prompts):\n    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))\n"
@@ -68,8 +69,8 @@ class FakeTrainer:
             raise RuntimeError("exit status 1\nthe reason")
         killed = self.kill_in and self.kill_in in folder.name
         done = len(read_metrics(folder))
-        rewards = [-3.0, -2.0, -1.0]
-        text = metrics(rewards[: 1 if killed else 3]) if not done else metrics(rewards[done - 1 :], start=done)
+        rewards = np.linspace(-3, -1, parse(command[2 : command.index("--run.dir")]).run.iterations).tolist()
+        text = metrics(rewards[: 1 if killed else None]) if not done else metrics(rewards[done - 1 :], start=done)
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(text)
         (folder / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
@@ -215,7 +216,7 @@ def test_runs_take_turns_continue_and_are_reused(bench, monkeypatch, tmp_path, c
     assert bench(*OURS_AND_SLOW, "--target", "-1.5") == 0
     assert fake.started == []
     first, second = rows.runs(rows.read("reward", tmp_path / "out"))[-1][-2:]
-    assert (first["recipe"], first["setting"], second["setting"], second["reached"]) == ("tiny", "ours", "lr 2e-3", "3 of 3")
+    assert (first["comparison"], first["setting"], second["setting"], second["reached"]) == ("tiny", "ours", "lr 2e-3", "3 of 3")
     assert float(first["hours_to_target"]) == pytest.approx(0.015)
     assert "later" in second["commit"].split("+") and len(second["commit"].split("+")) == 2
     with (tmp_path / "out/reward_tiny.csv").open() as file:
@@ -223,6 +224,15 @@ def test_runs_take_turns_continue_and_are_reused(bench, monkeypatch, tmp_path, c
     assert len(points) == 2 * 3 * 3
     assert list(points[2].values()) == ["ours", "0", "3", "16", "4", "0.02", "-1"]
     assert (tmp_path / "docs/reward_tiny.png").stat().st_size > 10_000
+
+
+def test_a_setting_may_have_more_and_smaller_iterations(bench, monkeypatch, tmp_path):
+    FakeTrainer(monkeypatch)
+    small = "small: --sample.num_samples 4 --train.num_minibatches 1 --run.iterations 5"
+    assert bench("--setting", "ours", "--setting", small, "--seeds", "0", "1", "--name", "sizes") == 0
+    ours, smaller = rows.runs(rows.read("reward", tmp_path / "out"))[-1]
+    assert (ours["comparison"], ours["samples"], smaller["samples"], smaller["updates"]) == ("sizes", "16", "16", "4")
+    assert (tmp_path / "out/reward_sizes.csv").exists() and (tmp_path / "docs/reward_sizes.png").exists()
 
 
 def test_a_run_made_otherwise_is_no_result(bench, monkeypatch, tmp_path, capsys):
@@ -270,7 +280,7 @@ def test_trl_is_driven_for_as_many_iterations(bench, monkeypatch, tmp_path, caps
 
     class Worker:
         def __init__(self, name: str, options: list[str]):
-            started.append((name, options[options.index("--run.seed") + 1]))
+            started.append((name, parse(options).run.seed))
             self.iteration = 0
 
         def __enter__(self):
@@ -298,7 +308,7 @@ def test_trl_is_driven_for_as_many_iterations(bench, monkeypatch, tmp_path, caps
     assert "trl-seed1: failed: trl: out of memory" in capsys.readouterr().out
     dies_at = 0
     assert bench("--seeds", "0", "1") == 0
-    assert started == [("trl", "0"), ("trl", "1")] * 2
+    assert started == [("trl", 0), ("trl", 1)] * 2
     assert [row["samples"] for row in read_metrics(tmp_path / "runs/tiny/trl-seed0")] == [8, 16, 24]
     out = capsys.readouterr().out
     assert "ours reaches -2 in 0.01 device-hours, trl in 0.02: 2.00x faster (2.00 to 2.00); against samples the curves agree" in out
