@@ -1,16 +1,18 @@
 """What the activation cache saves: the update of several inner epochs with it and without, for LoRA in all and in the later blocks.
+And what score accumulation does: a whole iteration of one update with it and with the ordinary update.
 
     python -m bench.cache                       # the embedded model and SD 1.5's blocks on a CPU, SD 1.5 at full size on a GPU
     python -m bench.cache --models sd15_small --rounds 9
 
-All settings take turns in one run. Before anything is timed, the first iteration's change of the weights has to be the same with the
-cache and without it.
+All settings of a table take turns in one run. Before anything is timed, the first iteration's change of the weights has to be the same
+with the cache and without it, and with both estimators.
 """
 
 import argparse
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,19 +45,23 @@ def contenders(work: Work) -> dict[tuple[str, str], tuple[str, list[str]]]:
     return {(scope, mode): ("ours", [*argv, f"--lora.scope={scope}", f"--cache.mode={mode}"]) for scope in modes for mode in modes[scope]}
 
 
-def same_weights(workers: dict[tuple[str, str], Worker]) -> dict[str, float]:
-    """How far the weights' changes with the cache are from those without, by scope. Raises GateError above TOLERANCE."""
+def same_weights(workers: dict[tuple[str, str], Worker], reference: str) -> dict[tuple[str, str], float]:
+    """How far each one's change of the weights is from that of the `reference`, which the second name of the worker's key may be.
+
+    Raises GateError above TOLERANCE.
+    """
     errors = {}
     with tempfile.TemporaryDirectory() as folder:
         files = {key: Path(folder, f"{number}.pt") for number, key in enumerate(workers)}
         for key, worker in workers.items():
             worker.call("changes", file=str(files[key]))
-        for scope in dict.fromkeys(scope for scope, mode in workers if mode == "on"):
-            on, off = (torch.load(files[scope, mode]) for mode in ("on", "off"))
-            error, tolerance = gradient_error(on, off), TOLERANCE[workers[scope, "on"].work["dtype"]]
+        for key, worker in workers.items():
+            if key[1] == reference:
+                continue
+            error, tolerance = gradient_error(*(torch.load(files[k]) for k in (key, (key[0], reference)))), TOLERANCE[worker.work["dtype"]]
             if not error <= tolerance:
-                raise GateError(f"{scope}: with the cache the weights move elsewhere, by {error:.2g}, {tolerance:.0e} is tolerated")
-            errors[scope] = error
+                raise GateError(f"{', '.join(key)}: the weights move elsewhere, by {error:.2g}, {tolerance:.0e} is tolerated")
+            errors[key] = error
     return errors
 
 
@@ -66,7 +72,7 @@ def measure(work: Work, rounds: int, writer: Writer) -> list[dict]:
         if missing := set(contenders(work)) - set(workers):
             raise RuntimeError(f"a setting failed: {missing}")
         flop = {key: worker.iterate(count_flop=True)["flop"] for key, worker in tqdm(workers.items(), desc="counting", leave=False)}
-        errors = same_weights(workers)
+        errors = same_weights(workers, "off")
         results = take_turns(workers, rounds)
     update = {key: [turn["seconds"]["update"] + turn["seconds"]["optimizer"] for turn in turns] for key, turns in results.items()}
     sample = {key: [turn["seconds"]["denoise"] for turn in turns] for key, turns in results.items()}
@@ -82,13 +88,50 @@ def measure(work: Work, rounds: int, writer: Writer) -> list[dict]:
         row["sampling_slower_than_off"] = spread([a / b for a, b in zip(sample[key], sample[off])])[0]
         row["update_tflop"] = (flop[key]["update"] + flop[key].get("optimizer", 0)) / 1e12
         row["peak_memory_mib"] = turns[-1]["peak_memory_mib"]
-        row["weights_error"] = errors.get(scope) if mode == "on" else None
+        row["weights_error"] = errors.get(key)
         written.append(writer.add(**row))
     return written
 
 
+def measure_estimators(work: Work, rounds: int, writer: Writer) -> list[dict]:
+    """Gates, then times, whole iterations of one update with both estimators; returns what it has written. Raises GateError."""
+    work = replace(work, options=(*work.options, "--train.num_minibatches=1"))
+    estimators = {("all", name): ("ours", [*work.argv(), f"--train.estimator={name}"]) for name in ("ppo", "score_accumulation")}
+    with ExitStack() as stack:
+        workers = start(stack, estimators)
+        if missing := set(estimators) - set(workers):
+            raise RuntimeError(f"a setting failed: {missing}")
+        for worker in workers.values():
+            worker.iterate()
+        errors = same_weights(workers, "ppo")
+        results = take_turns(workers, rounds)
+    seconds = {key: [turn["total_s"] for turn in turns] for key, turns in results.items()}
+    written = []
+    for key, turns in results.items():
+        median, low, high = spread(seconds[key])
+        row = dict(model=work.model, work=str(work), estimator=key[1], median_s=median, low_s=low, high_s=high)
+        row["faster_than_ppo"], row["ratio_low"], row["ratio_high"] = spread([a / b for a, b in zip(seconds["all", "ppo"], seconds[key])])
+        for stage in ("denoise", "update"):
+            row[f"{stage}_s"] = spread([turn["seconds"].get(stage, 0.0) for turn in turns])[0]
+        row |= {"peak_memory_mib": turns[-1]["peak_memory_mib"], "weights_error": errors.get(key)}
+        written.append(writer.add(**row))
+    return written
+
+
+def estimators_table(rows: list[dict]) -> str:
+    """The rows of `measure_estimators` for a terminal."""
+    lines = [f"{'estimator':26}{'iteration':>10}{'denoise':>9}{'update':>9}{'x ppo':>20}{'MiB':>8}{'weights':>12}"]
+    for row in rows:
+        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*(float(row[name]) for name in ("faster_than_ppo", "ratio_low", "ratio_high")))
+        lines.append(
+            "{estimator:26}{median_s:>9}s{denoise_s:>8}s{update_s:>8}s".format(**row)
+            + f"{ratio:>20}{float(row['peak_memory_mib']):8.0f}{row['weights_error']:>12}"
+        )
+    return "\n".join(lines)
+
+
 def table(rows: list[dict]) -> str:
-    """The rows for a terminal."""
+    """The rows of `measure` for a terminal."""
     lines = [f"{'LoRA in':26}{'cache':>6}{'update':>9}{'TFLOP':>9}{'x off':>8}{'x all':>8}{'sampling':>10}{'MiB':>8}{'weights':>12}"]
     for row in rows:
         lines.append(
@@ -107,14 +150,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="iterations of each setting, after one to warm up")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     options = parser.parse_args(argv)
-    writer = Writer("cache", options.out, ["python", "-m", "bench.cache", *argv])
+    tables = (("cache", measure, table), ("score_accumulation", measure_estimators, estimators_table))
     for model in options.models:
-        try:
-            rows = measure(WORKS[model], options.rounds, writer)
-        except (GateError, RuntimeError) as error:
-            print(f"bench.cache: {model}: {error}", file=sys.stderr)
-            return 1
-        print(f"{model}: {rows[0]['work']}, {rows[0]['device']}\n{table(rows)}", flush=True)
+        for name, times, text in tables:
+            try:
+                rows = times(WORKS[model], options.rounds, Writer(name, options.out, ["python", "-m", "bench.cache", *argv]))
+            except (GateError, RuntimeError) as error:
+                print(f"bench.cache: {model}: {error}", file=sys.stderr)
+                return 1
+            print(f"{model}: {rows[0]['work']}, {rows[0]['device']}\n{text(rows)}", flush=True)
     return 0
 
 

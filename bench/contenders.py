@@ -229,7 +229,8 @@ class Ours(Contender):
         gradient = {}
         engine = SimpleNamespace(loss_scale=self.engine.loss_scale, dtype=self.engine.dtype, backward=self.engine.backward)
         engine.step = lambda: gradient.update(self.collect()) or 0.0
-        trainer.update(setup, engine, Rollout(embeds, data["latents"], data["log_probs"]), data["advantages"], 1)
+        good = torch.ones(len(embeds), dtype=torch.bool, device=self.device)
+        trainer.update(setup, engine, Rollout(embeds, data["latents"], data["log_probs"], good), data["advantages"], 1)
         return gradient
 
 

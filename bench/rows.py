@@ -81,6 +81,10 @@ TABLES = {
              "peak_memory_mib", "weights_error"),
         ),
         Table(
+            "score_accumulation", ("model", "work", "estimator"), "median_s", "lower", "low_s", "high_s",
+            ("faster_than_ppo", "ratio_low", "ratio_high", "denoise_s", "update_s", "peak_memory_mib", "weights_error"),
+        ),
+        Table(
             "reward", ("comparison", "setting"), "hours_to_target", "lower", "hours_low", "hours_high",
             ("target", "seeds", "reached", "samples", "updates", "device_hours", "final_reward", "final_low", "final_high", "area_samples",
              "area_low", "area_high", "area_hours", "reward_per_hour"),

@@ -5,10 +5,13 @@ this rank, S denoising steps, G UNet rows a transition (2 with guidance), M tran
 """
 
 import os
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -23,6 +26,8 @@ from ddpo_fast.split_unet import SplitUNet, stored_bytes
 
 DEVICE, HOST = 0, 1
 """The tiers."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container's limits are."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,15 @@ def _segments(examples: list[Tensor]) -> tuple[list[_Segment], int]:
     return segments, end
 
 
+def _pinned(size: tuple[int, int]) -> Tensor:
+    """uint8 in pinned host memory of exactly this size: torch's own pinned memory is rounded up to a power of two."""
+    store, cuda = torch.empty(size, dtype=torch.uint8), torch.cuda.cudart()
+    if store.nbytes:
+        torch.cuda.check_error(int(cuda.cudaHostRegister(store.data_ptr(), store.nbytes, 0)))
+        weakref.finalize(store, cuda.cudaHostUnregister, store.data_ptr())
+    return store
+
+
 class ActivationCache:
     """The kept tensors of transitions, in slots of fixed size: so many on the device, so many in pinned host memory, the rest recomputed.
 
@@ -88,10 +102,10 @@ class ActivationCache:
 
     def _store(self, num_slots: int, tier: int = DEVICE) -> Tensor:
         """(slots G, row bytes) uint8."""
-        on_gpu, size = self.device.type == "cuda", (num_slots * self.num_rows, self.row_bytes)
-        if tier == DEVICE:
+        size = num_slots * self.num_rows, self.row_bytes
+        if tier == DEVICE or self.device.type != "cuda":
             return torch.empty(size, dtype=torch.uint8, device=self.device)
-        return torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+        return _pinned(size)
 
     @property
     def num_slots(self) -> list[int]:
@@ -115,6 +129,7 @@ class ActivationCache:
             if self.num_slots[tier] < count:
                 self.stores[tier] = self._store(0)  # before there are two
                 self.stores[tier] = self._store(count, tier)
+        self._ahead.clear()
         numbers = np.arange(on_device + on_host)
         self.slots = np.full(uses.shape, -1)
         self.slots.flat[order[: len(numbers)]] = np.where(numbers < on_device, numbers, numbers - on_device + self.num_slots[DEVICE])
@@ -228,9 +243,9 @@ class ActivationCache:
 
     def plan_text(self, updates: Iterable[tuple[int, int, Pairs]], dtype: torch.dtype) -> str:
         """One iteration's use of it: MiB and transitions of each tier, and what reading saves, in operations and estimated seconds."""
-        trained = [number for _, _, (rows, steps) in updates for number in zip(rows.tolist(), steps.tolist())]
-        held = self.tiers(len(set(trained)))
-        reads = len(trained) * (1 - held[2] / len(set(trained)))
+        uses = Counter(pair for _, _, (rows, steps) in updates for pair in zip(rows.tolist(), steps.tolist()))
+        held = self.tiers(len(uses))
+        reads = sum(count for _, count in uses.most_common(sum(held[:2])))
         flop = reads * self.num_rows * self.prefix_flop
         seconds = flop / (FRACTIONS[self.device.type][0] * matmul_flops(dtype, self.device))
         slot_mib, names = self.slot_bytes / MIB, ("on the device", "on the host")
@@ -295,10 +310,19 @@ def split(mode: str, policy: Policy) -> SplitUNet | None:
 def budgets_mib(device_mib: float | None, host_mib: float | None, device: torch.device) -> tuple[float, float]:
     """What the cache may take of a rank's device and host: as given, or half of what is free now, shared by this machine's ranks."""
     num_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    free_mib = psutil.virtual_memory().available / MIB / num_ranks
+    free_mib = free_host_mib() / num_ranks
     on_gpu = device.type == "cuda"
     if device_mib is None:
         device_mib = (torch.cuda.mem_get_info(device)[0] / MIB if on_gpu else free_mib) / 2
     if host_mib is None:
         host_mib = free_mib / 2 if on_gpu else 0.0
     return device_mib, host_mib
+
+
+def free_host_mib() -> float:
+    """Memory that this machine, or the container that the process is in, has left."""
+    free = psutil.virtual_memory().available
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free / MIB

@@ -17,19 +17,22 @@ def scaled_clip_range(clip_range: float, latent_dim: int) -> float:
 class UpdateStatistics:
     """What `ppo_loss` says of an iteration's transitions, kept on the device and summed up once: the loop never waits for it."""
 
-    def __init__(self, num_steps: int):
-        self.num_steps = num_steps
-        self.steps, self.statistics, self.num_first = [], [], 0
+    def __init__(self, num_steps: int, good: Tensor):
+        """good: (samples,) bool, whether a sample's transitions count: a ratio of 1, and 0 for the rest, is put for those that do not."""
+        self.num_steps, self.good = num_steps, good
+        self.rows, self.steps, self.statistics, self.num_first = [], [], [], 0
 
-    def add(self, steps: Tensor, statistics: Tensor, first_minibatch: bool) -> None:
-        """steps (B,) int64, statistics (4, B): one micro-batch's transitions; those of the first minibatch come first."""
+    def add(self, rows: Tensor, steps: Tensor, statistics: Tensor, first_minibatch: bool) -> None:
+        """rows, steps (B,) int64, statistics (4, B): one micro-batch's samples and steps; those of the first minibatch come first."""
+        self.rows.append(rows)
         self.steps.append(steps)
         self.statistics.append(statistics)
         self.num_first += first_minibatch * len(steps)
 
     def summary(self, all_reduce) -> dict[str, float]:
         """Means over all ranks' transitions; `all_reduce(tensor, op)` reduces in place, op "sum" or "max"."""
-        steps, (loss, ratio, clipped, kl) = torch.cat(self.steps), torch.cat(self.statistics, 1).double()
+        rows, steps, statistics = torch.cat(self.rows), torch.cat(self.steps), torch.cat(self.statistics, 1).double()
+        loss, ratio, clipped, kl = torch.where(self.good[rows], statistics, statistics.new_tensor([[0.0], [1.0], [0.0], [0.0]]))
         sums = torch.stack([torch.ones_like(loss), loss, clipped, kl]).sum(1)
         # a NaN ratio must show: it becomes infinity, which amax keeps
         error = (ratio - 1).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -30,6 +30,9 @@ class Rollout:
     """(B, S + 1, C, H, W) fp32."""
     log_probs: Tensor
     """(B, S) fp32, mean log-density of each transition under the policy that made it."""
+    good: Tensor
+    """(B,) bool. A sample that is not finite (an overflow in fp16, say) is not: its trajectory is zeros, so that it cannot spoil the
+    gradient of the others."""
 
     @classmethod
     def cat(cls, parts: list["Rollout"]) -> "Rollout":
@@ -49,7 +52,7 @@ def generate(
     filling: Callable[[int], AbstractContextManager] = lambda k: nullcontext(),
     scores: ScoreAccumulator | None = None,
 ) -> tuple[Rollout, Tensor]:
-    """Denoises one batch of samples. Returns its Rollout and the final latents decoded: images (B, 3, H, W) fp32 in [0, 1].
+    """Denoises one batch of samples. Returns its Rollout and the final latents decoded: images (B, 3, H, W) fp32 in [0, 1] where good.
 
     sample_ids: (B,) int64, which with `seed` fix all noise. `progress(n)` is called with B after every step. The UNet of step k is
     called inside of `filling(k)`. `scores`, whose batch these samples are, takes the gradient of every step as it is made.
@@ -76,7 +79,10 @@ def generate(
         latents.append(next_latents)
         log_probs.append(log_prob)
         progress(len(prompts))
-    return Rollout(prompt_embeds, torch.stack(latents, 1), torch.stack(log_probs, 1)), policy.decode_latents(latents[-1])
+    latents, log_probs, images = torch.stack(latents, 1), torch.stack(log_probs, 1), policy.decode_latents(latents[-1])
+    good = images.flatten(1).isfinite().all(1) & latents.flatten(1).isfinite().all(1)
+    latents[~good], log_probs[~good] = 0.0, 0.0
+    return Rollout(prompt_embeds, latents, log_probs, good), images
 
 
 def minibatches(num_samples: int, num_minibatches: int, rank: int, world_size: int, key: tuple[int, ...]) -> list[np.ndarray]:

@@ -258,6 +258,7 @@ class ScoreAccumulator:
         for total in self.totals:
             total.zero_()
         self.figures = self.totals[0].new_zeros(4, num_samples, num_steps)
+        self.good = torch.ones(num_samples, dtype=torch.bool, device=self.figures.device)
 
     def begin_batch(self, start: int, size: int) -> None:
         """The next samples are rows `start` to `start + size` of the rollout."""
@@ -325,12 +326,8 @@ class ScoreAccumulator:
                 total[self.batch].index_add_(0, trained, part)
 
     def forget(self, bad: Tensor) -> None:
-        """The batch's samples `bad` (batch size,) are no samples: their figures become those of a ratio of 1.
-
-        Their advantage has to be 0, for which `combine` leaves them out.
-        """
-        neutral = self.figures.new_tensor([0.0, 1.0, 0.0, 0.0])[:, None, None]
-        self.figures[:, self.batch] = torch.where(bad[:, None], neutral, self.figures[:, self.batch])
+        """The batch's samples `bad` (batch size,) are no samples. Their advantage has to be 0, for which `combine` leaves them out."""
+        self.good[self.batch] = ~bad
 
     def transitions(self) -> tuple[Tensor, Tensor, Tensor]:
         """The rollout's: samples (N,), steps (N,), and figures (4, N), those of `ppo_loss` as of advantage 1: -log p, ratio, ..."""

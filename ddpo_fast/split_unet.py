@@ -116,6 +116,8 @@ class SplitUNet:
         if len(called) != len(set(called)):
             raise ValueError("this UNet calls a block twice")
         self.wanted = [(stage, n) for stage in self.prefix for n in range(len(self.shapes[stage])) if (stage, n) in used]
+        if self.prefix and not self.wanted:
+            raise ValueError("this UNet changes what its blocks return before the next one takes it, so it cannot be split")
 
     def _try(self, call: Callable[[int], Tensor]) -> None:
         with self.recording() as kept:

@@ -232,9 +232,8 @@ def sample(
 ) -> tuple[Rollout | None, Tensor, Tensor]:
     """Pictures for `prompts`, numbered from `first_id`, and their rewards; what the update will need of the UNet goes into the cache.
 
-    Returns the Rollout, rewards (B,) fp64 and images (B, 3, H, W) uint8, the latter two on the CPU. A sample that is not finite
-    (an overflow in fp16, say) gets no reward, and zeros for a trajectory, so that it cannot spoil the gradient of the others.
-    With `scores`, which take the gradient at once, no trajectory is kept and the Rollout is None.
+    Returns the Rollout, rewards (B,) fp64 and images (B, 3, H, W) uint8, the latter two on the CPU. A sample that is not good gets no
+    reward. With `scores`, which take the gradient at once, no trajectory is kept and the Rollout is None.
     """
     config, policy, schedule = setup.config, setup.policy, setup.schedule
     seed, guidance_scale = config.run.seed, config.sample.guidance_scale
@@ -251,17 +250,15 @@ def sample(
                 rollout, images = generate(
                     policy, schedule, setup.ops, ids, batch, seed, guidance_scale, bar.update, partial(cache.filling, rows), scores
                 )
-                good = images.flatten(1).isfinite().all(1) & rollout.latents.flatten(1).isfinite().all(1)
                 if scores is None:
-                    rollout.latents[~good], rollout.log_probs[~good] = 0.0, 0.0
-                    cache.forget(rows, ~good)
+                    cache.forget(rows, ~rollout.good)
                     rollouts.append(rollout)
                 else:
-                    scores.forget(~good)
+                    scores.forget(~rollout.good)
                 pictures.append((images.nan_to_num() * 255).round().to("cpu", torch.uint8))
             with timer("reward"):
                 reward = score_or_nan(setup.reward, images, batch, config.reward.kwargs, config.reward.timeout_s)
-                rewards.append(reward.masked_fill(~good.cpu(), torch.nan))
+                rewards.append(reward.masked_fill(~rollout.good.cpu(), torch.nan))
     return Rollout.cat(rollouts) if scores is None else None, torch.cat(rewards), torch.cat(pictures)
 
 
@@ -272,7 +269,7 @@ def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, i
     """
     options, policy, schedule = setup.config.train, setup.policy, setup.schedule
     guidance_scale = setup.config.sample.guidance_scale
-    statistics, grad_norms = UpdateStatistics(schedule.num_steps), []
+    statistics, grad_norms = UpdateStatistics(schedule.num_steps, rollout.good), []
     embeds, timesteps = torch.cat([policy.uncond_embeds, rollout.prompt_embeds]), schedule.timesteps.cpu()
     bar = tqdm(desc="  train", unit="transition", leave=False, disable=setup.rank != 0, dynamic_ncols=True)
     bar.total = options.inner_epochs * len(advantages) * max(1, round(options.timestep_fraction * schedule.num_steps))
@@ -287,7 +284,7 @@ def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, i
                 guidance_scale, setup.clip_range, engine.loss_scale / len(pairs[0]), options.algorithm == "ddpo_sf",
             )  # fmt: skip
             engine.backward(loss, last=next_part is None)
-            statistics.add(part.steps, figures, first_minibatch=epoch == index == 0)
+            statistics.add(part.rows, part.steps, figures, first_minibatch=epoch == index == 0)
             bar.update(len(part.rows))
         grad_norms.append(engine.step())
     bar.close()
@@ -306,10 +303,10 @@ def update_by_scores(setup: Setup, engine: Engine, advantages: Tensor, iteration
 
     The gradient is that of `update` with one minibatch and one epoch, where every ratio is 1. advantages: (B,) fp32.
     """
-    statistics = UpdateStatistics(setup.schedule.num_steps)
+    statistics = UpdateStatistics(setup.schedule.num_steps, setup.scores.good)
     samples, steps, figures = setup.scores.transitions()
     losses = figures[0] if setup.config.train.algorithm == "ddpo_sf" else -figures[1]
-    statistics.add(steps, torch.stack([advantages[samples] * losses, *figures[1:]]), first_minibatch=True)
+    statistics.add(samples, steps, torch.stack([advantages[samples] * losses, *figures[1:]]), first_minibatch=True)
     # the weights' gradient goes to the engine as that of a loss: sum p g
     engine.backward(sum((weight * gradient).sum() for weight, gradient in setup.scores.combine(advantages)), last=True)
     return _update_metrics(engine, statistics, [engine.step()], iteration)

@@ -31,6 +31,7 @@ from ddpo_fast.counts import MIB, flop_counter
 from ddpo_fast.engine import Engine
 from ddpo_fast.kernels import reference
 from ddpo_fast.metrics import read_metrics
+from ddpo_fast.policy import Policy
 from ddpo_fast.rollout import micro_batches
 
 REWARD = """
@@ -286,22 +287,23 @@ def test_an_update_from_the_cache_does_not_call_the_prefix(options, monkeypatch,
 
 def test_a_sample_that_is_not_finite_spoils_no_other(options, made, monkeypatch, row_by_row):
     """From its second step on sample 1 is NaN, and so is what the cache has got of it; sample 3 gets an infinite picture only."""
-    ddim_step, generate = reference.ddim_step, trainer.generate
+    ddim_step, decode_latents, training = reference.ddim_step, Policy.decode_latents, []
 
     def overflowing(noise_pred, latents, coefficients, steps, seed, sample_ids, *rest):
         next_latents, log_prob, unet_input = ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids, *rest)
-        if sample_ids[0] < trainer.EVAL_SAMPLE_ID and steps[0] == 1:
+        training[:] = [sample_ids[0] < trainer.EVAL_SAMPLE_ID]
+        if training[0] and steps[0] == 1:
             next_latents[1], unet_input[1 :: len(latents)] = torch.nan, torch.nan
         return next_latents, log_prob, unet_input
 
-    def bad_picture(policy, schedule, ops, sample_ids, *rest):
-        rollout, images = generate(policy, schedule, ops, sample_ids, *rest)
-        if sample_ids[0] < trainer.EVAL_SAMPLE_ID:
+    def bad_picture(policy, latents):
+        images = decode_latents(policy, latents)
+        if training[0]:
             images[3] = torch.inf
-        return rollout, images
+        return images
 
     monkeypatch.setattr(reference, "ddim_step", overflowing)
-    monkeypatch.setattr(trainer, "generate", bad_picture)
+    monkeypatch.setattr(Policy, "decode_latents", bad_picture)
     same = dict(sample__num_steps=4, model__share_guidance=False, run__iterations=2, train__inner_epochs=2)
     off, on = (result(options(mode, cache__mode=mode, **same)) for mode in ("off", "on"))
     cache = made[-1]
@@ -310,7 +312,7 @@ def test_a_sample_that_is_not_finite_spoils_no_other(options, made, monkeypatch,
     assert all(tensor.isnan().any() for tensor in kept)
     assert_same_run(on, off)
     assert on[1] == [0.5, 0.5] and [row["bad_rewards"] for row in on[0]] == [0, 2, 4]
-    assert all(row["skipped_updates"] == 0 and math.isfinite(row["loss"]) for row in on[0][1:])
+    assert all(row["skipped_updates"] == 0 and math.isfinite(row["loss"]) and row["ratio_error"] < 1e-6 for row in on[0][1:])
 
 
 def test_killed_in_an_inner_epoch_and_resumed_is_the_uninterrupted_run(options, monkeypatch):
@@ -376,12 +378,22 @@ def test_auto_leaves_out_what_is_not_worth_it(options, mode, scope, splits):
 
 def test_budgets_that_are_not_given_are_half_of_what_is_free(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * MIB))
+    monkeypatch.setattr(activation_cache, "CGROUP", Path("nowhere"))
     for variable in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
     assert budgets_mib(None, None, CPU) == (500, 0)
     assert budgets_mib(3.5, 7.0, CPU) == (3.5, 7) and budgets_mib(0.0, 0.0, CPU) == (0, 0)
     monkeypatch.setenv("LOCAL_SIZE", "4")
     assert budgets_mib(None, None, CPU) == (125, 0)
+
+
+@pytest.mark.parametrize("limit, free", [("max", 1000), (str(700 * MIB), 600), (str(50 * MIB), 0), (str(9000 * MIB), 1000)])
+def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path, limit, free):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * MIB))
+    monkeypatch.setattr(activation_cache, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{100 * MIB}\n")
+    assert activation_cache.free_host_mib() == free
 
 
 class Recorded:
@@ -551,6 +563,14 @@ def test_the_plan_says_what_is_held_where(slots, says):
     flop = 4 * 2 * min(15, sum(map(math.floor, slots)))  # TFLOP: epochs, rows
     seconds = flop / activation_cache.FRACTIONS["cpu"][0]  # at 1 TFLOP/s
     assert text.endswith(f"update is spared {flop:,.3g} TFLOP, about {seconds:,.2g} s") and "\n" not in text
+
+
+def test_the_plan_knows_that_the_most_used_are_held():
+    """Of 15 transitions 5 are read three times, 10 once, and 7 are held."""
+    it, every = Slots("cpu", (3, 4)), np.divmod(np.arange(15), NUM_STEPS)
+    it.cache.prefix_flop = 1e12
+    text = it.cache.plan_text([(0, 0, every), *2 * [(1, 0, tuple(index[:5] for index in every))]], torch.float32)
+    assert f"is spared {2 * (5 * 3 + 2)} TFLOP" in text
 
 
 def test_the_operations_that_are_spared_are_those_of_the_plan(options, made, monkeypatch):

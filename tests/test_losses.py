@@ -1,5 +1,7 @@
 """The clipped surrogate, the score-function loss and the statistics of an update."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -81,6 +83,9 @@ def figures(loss, ratio, clip_range) -> torch.Tensor:
     return torch.stack([loss, ratio, ((ratio - 1).abs() > clip_range).to(ratio), 0.5 * ratio.double().log().square().to(ratio)])
 
 
+GOOD = torch.ones(48, dtype=torch.bool)
+
+
 def one_rank(tensor, op):
     """The reduction over a single rank."""
 
@@ -90,9 +95,14 @@ def test_statistics_are_those_of_all_transitions():
     loss, log_ratio = generator.normal(size=48), 2e-4 * generator.normal(size=48)
     steps = generator.integers(5, size=48)
     ratio, first = np.exp(log_ratio), np.arange(48) < 16
-    recorded = UpdateStatistics(5)
+    recorded = UpdateStatistics(5, GOOD)
     for rows in np.split(np.arange(48), [7, 16, 17, 40]):
-        recorded.add(torch.from_numpy(steps[rows]), figures(loss[rows], ratio[rows], 1e-4), first_minibatch=bool(first[rows[0]]))
+        recorded.add(
+            torch.from_numpy(rows),
+            torch.from_numpy(steps[rows]),
+            figures(loss[rows], ratio[rows], 1e-4),
+            first_minibatch=bool(first[rows[0]]),
+        )
     summary = recorded.summary(one_rank)
     errors = np.where(first, np.abs(ratio - 1), 0)
     assert summary.pop("transitions") == 48
@@ -108,8 +118,8 @@ def test_statistics_of_several_ranks():
     def two_equal_ranks(tensor, op):
         tensor.mul_({"sum": 2, "max": 1}[op])
 
-    recorded = UpdateStatistics(5)
-    recorded.add(torch.tensor([1, 3]), figures([1.0, 2.0], [1.0, 1.5], 0.2), first_minibatch=True)
+    recorded = UpdateStatistics(5, GOOD)
+    recorded.add(torch.arange(2), torch.tensor([1, 3]), figures([1.0, 2.0], [1.0, 1.5], 0.2), first_minibatch=True)
     summary = recorded.summary(two_equal_ranks)
     assert summary["transitions"] == 4
     assert (summary["loss"], summary["clip_fraction"], summary["ratio_error"]) == (1.5, 0.5, 0.5)
@@ -117,8 +127,8 @@ def test_statistics_of_several_ranks():
 
 @pytest.mark.parametrize("ratios, worst", [([1.0, 1.1, 0.7, 1.2], 2), ([1.0, 1.4, 0.7, 1.2], 1), ([1.9, 1.4, 0.7, 1.2], 0)])
 def test_worst_step_is_named(ratios, worst):
-    recorded = UpdateStatistics(5)
-    recorded.add(torch.arange(4), figures(torch.zeros(4), ratios, 0.2), first_minibatch=True)
+    recorded = UpdateStatistics(5, GOOD)
+    recorded.add(torch.arange(4), torch.arange(4), figures(torch.zeros(4), ratios, 0.2), first_minibatch=True)
     summary = recorded.summary(one_rank)
     assert summary["ratio_error_step"] == worst
     assert summary["ratio_error"] == pytest.approx(abs(ratios[worst] - 1), rel=1e-6)
@@ -126,8 +136,17 @@ def test_worst_step_is_named(ratios, worst):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_ratio_that_is_no_number_shows(bad):
-    recorded = UpdateStatistics(5)
-    recorded.add(torch.arange(4), figures(torch.zeros(4), [1.0, 1.5, bad, 1.0], 0.2), first_minibatch=True)
-    recorded.add(torch.arange(4), figures(torch.zeros(4), torch.ones(4), 0.2), first_minibatch=True)
+    recorded = UpdateStatistics(5, GOOD)
+    recorded.add(torch.arange(4), torch.arange(4), figures(torch.zeros(4), [1.0, 1.5, bad, 1.0], 0.2), first_minibatch=True)
+    recorded.add(torch.arange(4), torch.arange(4), figures(torch.zeros(4), torch.ones(4), 0.2), first_minibatch=True)
     summary = recorded.summary(one_rank)
     assert summary["ratio_error"] == float("inf") and summary["ratio_error_step"] == 2
+
+
+def test_a_sample_that_is_not_good_counts_as_one_that_did_not_change():
+    recorded = UpdateStatistics(5, torch.tensor([True, False]))
+    ratio = [1.0, 7.0, 1.5, float("nan")]
+    recorded.add(torch.tensor([0, 1, 0, 1]), torch.arange(4), figures([2.0, 1e9, 4.0, float("nan")], ratio, 0.2), first_minibatch=True)
+    summary = recorded.summary(one_rank)
+    assert (summary["loss"], summary["ratio_error"], summary["ratio_error_step"], summary["clip_fraction"]) == (1.5, 0.5, 2, 0.25)
+    assert summary["approx_kl"] == pytest.approx(0.5 * math.log(1.5) ** 2 / 4) and summary["transitions"] == 4

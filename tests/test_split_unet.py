@@ -323,11 +323,12 @@ def test_a_unet_that_passes_on_is_not(between):
     assert called == {"", "up_blocks.0", "conv_out"}
 
 
-def test_a_unet_that_passes_on_nothing_as_it_was_is_not_split():
+def test_a_unet_that_passes_on_nothing_as_it_was_is_refused():
     net = Net(lambda h, skip, x: (2 * h, 2 * skip))
     with torch.no_grad():
         expected = call_net(net, 3)
-        assert SplitUNet(net, partial(call_net, net)).wanted == []
+        with pytest.raises(ValueError, match="changes what its blocks return"):
+            SplitUNet(net, partial(call_net, net))
         assert torch.equal(call_net(net, 3), expected)
 
 
