@@ -25,7 +25,6 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.textbook import TextbookLoop, Trajectories
 from ddpo_fast import train as trainer
@@ -38,15 +37,11 @@ from ddpo_fast.metrics import StageTimer
 from ddpo_fast.prompts import draw_prompts
 from ddpo_fast.rollout import Rollout
 
-SDPA = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 STAGES = ("encode", "denoise", "decode", "reward", "update", "optimizer")
 """Of an iteration. A contender's remaining time, the total less these, is its bookkeeping."""
-PLAIN = ("--kernels.backend=reference", "--lora.forward=separate", "--model.share_guidance=false", "--cache.mode=off")
+PLAIN = (
+    "--kernels.backend=reference", "--attention.backend=sdpa", "--lora.forward=separate", "--model.share_guidance=false", "--cache.mode=off"
+)  # fmt: skip
 """A pipeline as diffusers and peft have it."""
 UNCLIPPED = 1e3
 """The clip range while gradients are compared: rounding must not decide which transitions have one."""
@@ -180,8 +175,8 @@ class Contender:
 class Ours(Contender):
     """ddpo_fast's trainer, with `changes` that no option makes: see CHANGES."""
 
-    CHANGES = ("plain_norms", "contiguous", *(f"sdpa_{name}" for name in SDPA))
-    """plain_norms: GroupNorm and GEGLU not fused; contiguous: not channels_last; sdpa_*: one of PyTorch's attention kernels."""
+    CHANGES = ("plain_norms", "contiguous")
+    """plain_norms: GroupNorm and GEGLU not fused; contiguous: not channels_last."""
 
     def __init__(self, argv: list[str], changes: tuple[str, ...] = ()):
         super().__init__(argv)
@@ -194,9 +189,6 @@ class Ours(Contender):
         if "contiguous" in changes:
             for parameter in self.unet.parameters():
                 parameter.data = parameter.data.contiguous()
-        for change in changes:
-            if change.startswith("sdpa_"):
-                self.unet.forward = sdpa_kernel(SDPA[change.removeprefix("sdpa_")])(self.unet.forward)
         baseline = self.config.baseline
         self.baseline = PromptBaseline(baseline.buffer_size, baseline.min_count, baseline.std)
         self.stages = Stages(self.device)

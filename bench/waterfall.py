@@ -10,6 +10,7 @@ row's iterations are real training on the same prompts.
 """
 
 import argparse
+import importlib.util
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def techniques(compiled: bool = True) -> list[Technique]:
     # in fp16, a GPU's default, an alternative: it rounds small updates away, so it is not what the trainer does by itself
     rows.append(Technique("or merged LoRA" if on_gpu else "merged LoRA", ("--lora.forward=merged",), alternative=on_gpu))
     rows.append(Technique("shared guidance", ("--model.share_guidance=true",)))
-    rows += [Technique(f"or {name} attention", adds=(f"sdpa_{name}",), alternative=True) for name in attention_kernels()]
+    rows += [Technique(f"or {name} attention", (f"--attention.backend={name}",), alternative=True) for name in attention_kernels()]
     rows += [
         Technique("or 8-bit AdamW", ("--optimizer.name=adamw_8bit",), alternative=True),
         Technique("or LoRA in mid and up blocks", ("--lora.scope=mid_up",), alternative=True, other_parameters=True),
@@ -62,8 +63,12 @@ def techniques(compiled: bool = True) -> list[Technique]:
 
 
 def attention_kernels() -> list[str]:
-    """PyTorch's attention kernels that are not what it takes by itself here."""
-    return ["flash", "efficient", "cudnn"] if torch.cuda.is_available() else ["math"]  # math needs 100 GB at SD 1.5's size
+    """The attention back ends that PyTorch does not take by itself here."""
+    return (
+        ["flash", "efficient", "cudnn", *(["xformers"] if importlib.util.find_spec("xformers") else [])]
+        if torch.cuda.is_available()
+        else ["math"]
+    )  # math needs 100 GB at SD 1.5's size
 
 
 def contenders(work: Work, rows: list[Technique]) -> dict[str, tuple[str, list[str]]]:

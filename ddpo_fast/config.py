@@ -168,6 +168,14 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    backend: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "xformers", "flash_attn", "flash_attn_3", "flex"] = "auto"
+    """What computes the UNet's attention. sdpa: PyTorch's function, with the kernel that it chooses; flash, cudnn, efficient,
+    math: one of its kernels; xformers, flash_attn, flash_attn_3: those packages; flex: PyTorch's flex_attention. auto: on a GPU the
+    fastest by measurement at the run's own shapes, forward and backward; sdpa on a CPU."""
+
+
+@dataclass(frozen=True)
 class CacheConfig:
     mode: Literal["auto", "on", "off"] = "auto"
     """Keep what the UNet's frozen layers before the first trained one compute in the rollout, so that the update does not compute
@@ -220,6 +228,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     zero: ZeroConfig = ZeroConfig()
     kernels: KernelsConfig = KernelsConfig()
+    attention: AttentionConfig = AttentionConfig()
     cache: CacheConfig = CacheConfig()
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
@@ -417,6 +426,10 @@ _FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+_RESOLVED = {("model.dtype", "auto"), ("attention.backend", "auto")}
+"""What a run's config.yaml has the outcome of."""
+
+
 def _check_resumed(config: Config) -> None:
     """A resumed run goes on as it began: what shapes it cannot be changed halfway."""
     path = Path(config.run.dir, "config.yaml")
@@ -426,7 +439,7 @@ def _check_resumed(config: Config) -> None:
     for section, values in dataclasses.asdict(config).items():
         for key, value in values.items():
             option, before = f"{section}.{key}", began.get(section, {}).get(key, value)  # an option that is newer than the run is free
-            if value != before and option not in _FREE_ON_RESUME and (option, value) != ("model.dtype", "auto"):
+            if value != before and option not in _FREE_ON_RESUME and (option, value) not in _RESOLVED:
                 raise ValueError(f"{option}={value}: the run in run.dir={config.run.dir} began with {before}; --resume keeps it")
 
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpo_fast import activation_cache, checkpoint, kernels
+from ddpo_fast import activation_cache, attention_backends, checkpoint, kernels
 from ddpo_fast.activation_cache import NO_CACHE, ActivationCache, Cache
 from ddpo_fast.advantages import PromptBaseline
 from ddpo_fast.config import Config, parse_or_exit, user_error
@@ -118,6 +118,14 @@ def prepare(config: Config) -> Setup:
     torch.manual_seed(config.run.seed)  # LoRA's initial weights
     lora = config.lora
     policy = Policy(config.model.path, config.model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha)
+    num_rows = config.train.micro_batch * (1 if config.sample.guidance_scale == 1 else 2)
+    call = partial(policy.example_call, 2)
+    choice = attention_backends.resolve(config.attention.backend, policy.unet, call, num_rows, policy.dtype, device)
+    backend, measured = broadcast(choice)  # times differ from rank to rank
+    attention_backends.set_attention(policy.unet, backend)
+    if measured and rank == 0:
+        print(measured, flush=True)
+    config = config.replace(attention__backend=backend)
     if ops.backend == "triton":
         fuse(policy.unet, ops)
     if merges(lora.forward, lora.scope, policy.dtype):

@@ -144,7 +144,8 @@ def test_techniques_build_on_each_other_but_not_on_alternatives():
     contenders = waterfall.contenders(models.Work("embedded", ()), waterfall.techniques())
     assert contenders["transition batching"][0] == "ours:contiguous,plain_norms"
     assert contenders["channels_last"][0] == "ours:plain_norms"
-    assert contenders["or math attention"][0].endswith("sdpa_math") and "sdpa" not in contenders["or 8-bit AdamW"][0]
+    assert "--attention.backend=math" in contenders["or math attention"][1]
+    assert "--attention.backend=math" not in contenders["or 8-bit AdamW"][1]
     assert "--optimizer.name=adamw_8bit" not in contenders["or LoRA in mid and up blocks"][1]
     assert "--lora.forward=merged" in contenders["or LoRA in mid and up blocks"][1]
     assert not any("mid_up" in option or "8bit" in option for option in contenders["compiled UNet"][1])
@@ -205,7 +206,7 @@ def test_a_technique_that_fails_is_left_out_and_the_others_are_measured(tiny_wor
 
 
 def test_broken_attention_is_refused(argv, monkeypatch):
-    ours, textbook = Local("ours:sdpa_math", argv), Local("textbook", argv)
+    ours, textbook = Local("ours", [*argv, "--attention.backend=math"]), Local("textbook", argv)
     scaled = torch.nn.functional.scaled_dot_product_attention
 
     def backend_is_math() -> bool:
@@ -214,8 +215,8 @@ def test_broken_attention_is_refused(argv, monkeypatch):
     monkeypatch.setattr(
         torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: scaled(*a, **k) * (1.1 if backend_is_math() else 1.0)
     )
-    with pytest.raises(harness.GateError, match="ours:sdpa_math"):
-        harness.gate({"ours:sdpa_math": ours}, textbook)
+    with pytest.raises(harness.GateError, match="math attention"):
+        harness.gate({"math attention": ours}, textbook)
 
 
 @pytest.mark.parametrize("option", ["--optimizer.name=adamw_8bit", "--sample.eta=0.5", "--train.timestep_fraction=0.5"])

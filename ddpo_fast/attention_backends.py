@@ -1,0 +1,156 @@
+"""Attention back ends of a UNet: putting one in, and finding the fastest at a run's own shapes.
+
+A back end is one of diffusers' attention dispatcher, which PyTorch's kernels, xformers and flash-attn are reached through. Shape letters:
+R UNet rows, L queries, M keys, H heads, D channels of a head.
+"""
+
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+BACKENDS = {
+    "sdpa": "native", "flash": "_native_flash", "cudnn": "_native_cudnn", "efficient": "_native_efficient", "math": "_native_math",
+    "xformers": "xformers", "flash_attn": "flash", "flash_attn_3": "_flash_3", "flex": "flex",
+}  # fmt: skip
+"""Our names, those of attention.backend, and the dispatcher's. Its others have no backward pass or download their kernel."""
+PACKAGES = {"xformers": "xformers", "flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface"}
+"""What a back end needs to be installed, beyond PyTorch."""
+ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Norm of a back end's difference from fp32 math, over that one's norm, above which it is not used."""
+
+Shape = tuple[int, int, int, int]
+"""(L, M, H, D) of one call."""
+
+
+class DispatchedAttention:
+    """A processor for diffusers' `Attention` that calls one of BACKENDS."""
+
+    def __init__(self, backend: str):
+        self.backend = AttentionBackendName(BACKENDS[backend])
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask=None, temb=None
+    ) -> Tensor:
+        """hidden_states (R, L, C), encoder_hidden_states (R, M, E) or None for attention to itself; returns (R, L, C)."""
+        assert attention_mask is None, "a text-to-image UNet is called without masks"
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        inputs = ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        out = dispatch_attention_fn(*(layer(x).unflatten(-1, (attn.heads, -1)) for layer, x in inputs), backend=self.backend)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+def set_attention(unet: nn.Module, backend: str) -> None:
+    """Makes a UNet's attention use one of BACKENDS; sdpa leaves it as diffusers made it, which is PyTorch's own choice of a kernel.
+
+    Raises ValueError for an attention that does more than project, attend and project.
+    """
+    if backend == "sdpa":
+        return
+    layers = {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
+    for name, attn in layers.items():
+        extras = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k, attn.added_kv_proj_dim)
+        plain = type(attn.processor) is AttnProcessor2_0 and not attn.residual_connection and attn.rescale_output_factor == 1
+        if not plain or any(extra for extra in extras):
+            raise ValueError(f"attention.backend={backend}: {name} is no plain attention; valid is sdpa")
+    for attn in layers.values():
+        attn.processor = DispatchedAttention(backend)
+
+
+def attention_shapes(unet: nn.Module, call: Callable[[], object]) -> Counter[Shape]:
+    """The attention calls that a call of the UNet makes, by shape."""
+    shapes = Counter()
+
+    def count(attn, args, kwargs):
+        hidden_states = args[0]
+        context = kwargs.get("encoder_hidden_states")
+        keys = hidden_states if context is None else context
+        shapes[hidden_states.shape[1], keys.shape[1], attn.heads, attn.inner_dim // attn.heads] += 1
+
+    hooks = [module.register_forward_pre_hook(count, with_kwargs=True) for module in unet.modules() if isinstance(module, Attention)]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes
+
+
+def _installed(backend: str) -> bool:
+    return backend not in PACKAGES or importlib.util.find_spec(PACKAGES[backend]) is not None
+
+
+def check(backend: str, shape: Shape, num_rows: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """Tries a back end forward and backward; returns a function that does it again. Raises RuntimeError with the reason if it cannot."""
+    if not _installed(backend):
+        raise RuntimeError(f"the package {PACKAGES[backend]} is not installed")
+    queries, keys, heads, channels = shape
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (
+        torch.randn(num_rows, length, heads, channels, generator=generator).to(device, dtype).requires_grad_(number < 3)
+        for number, length in enumerate((queries, keys, keys, queries))
+    )
+
+    def run() -> None:
+        q.grad = k.grad = v.grad = None
+        dispatch_attention_fn(q, k, v, backend=AttentionBackendName(BACKENDS[backend])).backward(g)
+
+    try:
+        run()
+        few = [tensor[:1].detach() for tensor in (q, k, v)]
+        out = dispatch_attention_fn(*few, backend=AttentionBackendName(BACKENDS[backend])).float()
+    except Exception as error:  # each back end has its own
+        raise RuntimeError(" ".join(str(error).split()) or type(error).__name__) from error
+    exact = F.scaled_dot_product_attention(*(tensor.float().transpose(1, 2) for tensor in few)).transpose(1, 2)
+    off = ((out - exact).norm() / exact.norm()).item()
+    if not off <= ERROR[dtype]:
+        raise RuntimeError(f"its result is off by {off:.2g}")
+    return run
+
+
+def choose(backends: Iterable[str], shapes: Counter[Shape], num_rows: int, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """The fastest of some back ends over calls of these shapes, forward and backward, and a line that says what was measured.
+
+    Raises ValueError if none of them can run.
+    """
+    seconds, reasons = {}, {}
+    for backend in backends:
+        try:
+            runs = [(check(backend, shape, num_rows, dtype, device), count) for shape, count in shapes.items()]
+            timers = [(Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()), count) for run, count in runs]
+            seconds[backend] = sum(count * timer.blocked_autorange(min_run_time=0.05).median for timer, count in timers)
+        except RuntimeError as error:
+            reasons[backend] = str(error)
+    ranked = sorted(seconds, key=seconds.get)
+    unfit = "".join(f"; {backend} cannot: {reason[:120]}" for backend, reason in reasons.items())
+    if not ranked:
+        raise ValueError(f"attention.backend=auto: no back end can run here{unfit}")
+    times = ", ".join(f"{backend} {1000 * seconds[backend]:.3g} ms" for backend in ranked)
+    return ranked[0], f"attention.backend: {ranked[0]}; forward and backward at {num_rows} rows: {times}{unfit}"
+
+
+def resolve(
+    backend: str, unet: nn.Module, call: Callable[[], object], num_rows: int, dtype: torch.dtype, device: torch.device
+) -> tuple[str, str]:
+    """What attention.backend names, tried at the shapes that `call` of the UNet has: the back end, and for auto a line about the choice.
+
+    auto on a CPU is sdpa: there is nothing else that is faster. Raises ValueError for a back end that cannot run here, with the reason.
+    """
+    if backend == "sdpa" or (backend == "auto" and device.type == "cpu"):
+        return "sdpa", ""
+    shapes = attention_shapes(unet, call)
+    if backend == "auto":
+        candidates = [name for name in BACKENDS if name not in ("math", "flex") and _installed(name)]
+        return choose(candidates, shapes, num_rows, dtype, device)
+    for shape in shapes:
+        try:
+            check(backend, shape, 1, dtype, device)
+        except RuntimeError as error:
+            raise ValueError(f"attention.backend={backend}: it cannot run here: {error}; valid is auto or sdpa") from None
+    return backend, ""

@@ -1,0 +1,131 @@
+"""Attention back ends: each computes what PyTorch's own does, the fastest is found, what cannot run says why."""
+
+from collections import Counter
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from test_train import options, rewards_file, run, untimed, weights  # noqa: F401
+
+from ddpo_fast import attention_backends
+from ddpo_fast.attention_backends import DispatchedAttention, attention_shapes, check, choose, resolve, set_attention
+from ddpo_fast.config import parse
+from ddpo_fast.metrics import read_metrics
+from ddpo_fast.policy import Policy
+
+CPU = torch.device("cpu")
+SHAPES = Counter({(16, 16, 2, 8): 3, (16, 5, 2, 8): 1})
+
+
+@pytest.fixture
+def policy(tiny_model) -> Policy:
+    return Policy(str(tiny_model), "fp32", CPU, "all", ["attention"], 2, 2.0)
+
+
+def gradients(policy: Policy) -> list[torch.Tensor]:
+    policy.unet.zero_grad()
+    latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    policy.predict_noise(latents, torch.tensor([500, 7]), policy.uncond_embeds.repeat(2, 1, 1)).square().sum().backward()
+    return [parameter.grad.clone() for parameter in policy.trainable_parameters()]
+
+
+@pytest.mark.parametrize("backend, tolerance", [("math", 1e-5), ("flash", 0)])
+def test_a_back_end_is_the_same_attention(policy, backend, tolerance):
+    """On a CPU PyTorch itself takes its flash kernel."""
+    call, expected = policy.example_call(4), gradients(policy)
+    set_attention(policy.unet, backend)
+    processors = {type(module.processor) for module in policy.unet.modules() if isinstance(module, Attention)}
+    assert processors == {DispatchedAttention}
+    torch.testing.assert_close(policy.example_call(4), call, rtol=0, atol=tolerance)
+    for gradient, other in zip(gradients(policy), expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+    assert max(gradient.abs().max() for gradient in expected) > 0
+
+
+def test_sdpa_leaves_the_unet_as_it_is(policy):
+    before = [module.processor for module in policy.unet.modules() if isinstance(module, Attention)]
+    set_attention(policy.unet, "sdpa")
+    assert before == [module.processor for module in policy.unet.modules() if isinstance(module, Attention)]
+
+
+def test_shapes_are_those_of_the_calls(policy):
+    """Self-attention and cross-attention of every block, once each."""
+    shapes, layers = attention_shapes(policy.unet, lambda: policy.example_call(2)), []
+    for module in policy.unet.modules():
+        if isinstance(module, Attention):
+            module.register_forward_hook(lambda attn, args, out: layers.append((args[0].shape[1], attn.heads)))
+    policy.example_call(2)
+    assert Counter((queries, heads) for queries, _, heads, _ in shapes.elements()) == Counter(layers) and layers
+    text = policy.uncond_embeds.shape[1]
+    assert sum(count for (_, keys, _, _), count in shapes.items() if keys == text) == len(layers) // 2
+
+
+def test_the_fastest_is_chosen_and_the_choice_explained(monkeypatch):
+    """Back ends with made-up times: 3 and 1 calls of the two shapes."""
+    milliseconds = {"math": (1, 9), "sdpa": (2, 2), "flash": (1, 4)}
+
+    class Timer:
+        def __init__(self, stmt, globals, num_threads):
+            self.median = globals["run"]
+
+        def blocked_autorange(self, min_run_time):
+            return self
+
+    def check(backend, shape, num_rows, dtype, device):
+        if backend == "cudnn":
+            raise RuntimeError("no such kernel")
+        return milliseconds[backend][list(SHAPES).index(shape)] / 1000
+
+    monkeypatch.setattr(attention_backends, "check", check)
+    monkeypatch.setattr(attention_backends, "Timer", Timer)
+    assert choose(["math", "cudnn", "sdpa", "flash"], SHAPES, 8, torch.float32, CPU) == (
+        "flash", "attention.backend: flash; forward and backward at 8 rows: flash 7 ms, sdpa 8 ms, math 12 ms; cudnn cannot: no such kernel"
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="attention.backend=auto: no back end can run here; cudnn cannot: no such kernel"):
+        choose(["cudnn"], SHAPES, 8, torch.float32, CPU)
+
+
+def test_times_are_measured():
+    """Math writes the whole matrix of weights, so it is the slower one by far at many keys."""
+    name, line = choose(["math", "sdpa"], Counter({(1024, 1024, 4, 32): 1}), 2, torch.float32, CPU)
+    assert name == "sdpa" and "math" in line
+
+
+def test_a_wrong_result_is_not_used(monkeypatch):
+    dispatch = attention_backends.dispatch_attention_fn
+    monkeypatch.setattr(attention_backends, "dispatch_attention_fn", lambda *args, **kwargs: 1.01 * dispatch(*args, **kwargs))
+    with pytest.raises(RuntimeError, match="its result is off by 0.01"):
+        check("math", (16, 5, 2, 8), 2, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "backend, reason",
+    [
+        ("xformers", "the package xformers is not installed"),
+        ("flash_attn", "the package flash_attn is not installed"),
+        ("cudnn", "No viable backend"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU they can run")
+def test_what_cannot_run_is_an_error_with_the_reason(policy, backend, reason):
+    with pytest.raises(ValueError, match=f"attention.backend={backend}: it cannot run here: {reason}.*; valid is auto or sdpa"):
+        resolve(backend, policy.unet, lambda: policy.example_call(2), 4, torch.float32, CPU)
+
+
+def test_an_attention_that_does_more_is_refused(policy):
+    attn = next(module for module in policy.unet.modules() if isinstance(module, Attention))
+    attn.residual_connection = True
+    with pytest.raises(ValueError, match="attention.backend=math: .*attn1 is no plain attention; valid is sdpa"):
+        set_attention(policy.unet, "math")
+
+
+def test_a_run_uses_it_and_keeps_it(options):  # noqa: F811
+    """auto is sdpa on a CPU; config.yaml has what was used, and resuming may not change it."""
+    argv = options(run__iterations=1)
+    folder = run([*argv, "--attention.backend=math"])
+    assert parse(["--config", str(folder / "config.yaml"), "--run.dir=other"]).attention.backend == "math"
+    assert parse(["--run.dir", str(folder), "--resume"]).attention.backend == "math"
+    with pytest.raises(ValueError, match="attention.backend=sdpa: the run in .* began with math; --resume keeps it"):
+        parse(["--run.dir", str(folder), "--resume", "--attention.backend=sdpa"])
+    row = untimed(read_metrics(folder))[-1]
+    assert row["ratio_error"] < 1e-5 and row["grad_norm"] > 0
