@@ -220,6 +220,7 @@ class Ours(Contender):
         embeds = setup.policy.encode_prompts(data["prompts"])
         gradient = {}
         engine = SimpleNamespace(loss_scale=self.engine.loss_scale, dtype=self.engine.dtype, backward=self.engine.backward)
+        engine.forget_gradient = lambda: None
         engine.step = lambda: gradient.update(self.collect()) or 0.0
         good = torch.ones(len(embeds), dtype=torch.bool, device=self.device)
         trainer.update(setup, engine, Rollout(embeds, data["latents"], data["log_probs"], good), data["advantages"], 1)

@@ -90,6 +90,8 @@ class Engine:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, zero_stage: int, max_grad_norm: float, dtype: torch.dtype):
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.zero_stage, self.dtype = zero_stage, dtype
+        self.unfinished = False
+        """Whether there have been `backward`s since the last `step`."""
         self.loss_scale, self.good_updates = (self.FP16_LOSS_SCALE if dtype == torch.float16 else 1.0), 0
         if dtype == torch.float16:
             for parameter in self.parameters:
@@ -112,11 +114,21 @@ class Engine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds the gradient of a loss, given times `loss_scale`, to the update's; the ranks' mean is taken at the `last` one."""
+        self.unfinished = True
         self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(loss, scale_wrt_gas=False)
 
+    def forget_gradient(self) -> None:
+        """Has the update begin anew after a `backward` that failed. Raises RuntimeError at ZeRO 1 to 3, which may have sent a part."""
+        if self.unfinished and self.zero_stage > 0:
+            raise RuntimeError(f"with zero.stage={self.zero_stage} an update cannot begin anew: lower train.micro_batch, then --resume")
+        if self.unfinished:
+            self.module.zero_grad()
+        self.unfinished = False
+
     def step(self) -> float:
         """Clips, updates, clears. Returns the gradient's norm before clipping; if it is not finite, no rank has updated."""
+        self.unfinished = False
         if self.zero_stage == 0:
             norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
             if math.isfinite(norm):

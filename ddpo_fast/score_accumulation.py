@@ -255,14 +255,14 @@ class ScoreAccumulator:
                 _, A, B = lora_weights(layer)
                 rank, inputs, *kernel = A.shape
                 self.totals += [A.new_empty(num_samples, math.prod(kernel) * rank, inputs), B.new_empty(num_samples, rank, len(B))]
-        for total in self.totals:
-            total.zero_()
         self.figures = self.totals[0].new_zeros(4, num_samples, num_steps)
         self.good = torch.ones(num_samples, dtype=torch.bool, device=self.figures.device)
 
     def begin_batch(self, start: int, size: int) -> None:
-        """The next samples are rows `start` to `start + size` of the rollout."""
+        """The next samples are rows `start` to `start + size` of the rollout, of which nothing is kept that was there."""
         self.batch = slice(start, start + size)
+        for total in self.totals:
+            total[self.batch].zero_()
         device, steps = self.figures.device, self.is_trained[self.batch].T
         indices = [np.flatnonzero(choice) for trained in steps for choice in (trained, ~trained)]
         indices = torch.from_numpy(np.concatenate(indices)).to(device).split([len(index) for index in indices])  # in one copy

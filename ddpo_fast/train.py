@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -43,13 +43,14 @@ from ddpo_fast.fused_unet import fuse
 from ddpo_fast.kernels import Ops
 from ddpo_fast.lora import merges
 from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
+from ddpo_fast.memory import Room
 from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
 from ddpo_fast.plan import make_plan, plan_text
 from ddpo_fast.policy import Policy, check_model_class
 from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.report import write_report
 from ddpo_fast.rewards import load_reward, score_or_nan
-from ddpo_fast.rollout import Pairs, Rollout, generate, micro_batches, passes
+from ddpo_fast.rollout import MicroBatch, Pairs, Rollout, generate, micro_batches, passes
 from ddpo_fast.score_accumulation import ScoreAccumulator
 from ddpo_fast.split_unet import SplitUNet
 
@@ -78,6 +79,8 @@ class Setup:
     """`train.clip_range` scaled to this model's latents."""
     scores: ScoreAccumulator | None
     """What takes the gradient during sampling; None where `update` does."""
+    room: Room
+    """What has been found to fit into memory."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,7 +144,7 @@ def prepare(config: Config) -> Setup:
         except ValueError as error:
             raise ValueError(f"model.share_guidance=true: {error}; valid is false") from None
     split = activation_cache.split(config.cache.mode, policy) if scores is None else None
-    return Setup(config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, ops, split, clip_range, scores)
+    return Setup(config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, ops, split, clip_range, scores, Room())
 
 
 def train(setup: Setup) -> None:
@@ -245,19 +248,22 @@ def sample(
     """
     config, policy, schedule = setup.config, setup.policy, setup.schedule
     seed, guidance_scale = config.run.seed, config.sample.guidance_scale
-    rollouts, rewards, pictures = [], [], []
+    rollouts, rewards, pictures, start = [], [], [], 0
     total = len(prompts) * config.sample.num_steps
     with tqdm(total=total, desc=f"  {stage}", unit="step", leave=False, disable=setup.rank != 0, dynamic_ncols=True) as bar:
-        for start in range(0, len(prompts), config.sample.batch_size):
-            batch = prompts[start : start + config.sample.batch_size]
+
+        def denoise(size: int) -> tuple[Rollout, Tensor]:
+            batch = prompts[start : start + size]
             ids = torch.arange(first_id + start, first_id + start + len(batch), device=policy.device)
-            rows = slice(start, start + len(batch))
+            if scores is not None:
+                scores.begin_batch(start, len(batch))
+            filling = partial(cache.filling, slice(start, start + len(batch)))
+            return generate(policy, schedule, setup.ops, ids, batch, seed, guidance_scale, bar.update, filling, scores)
+
+        while start < len(prompts):
             with timer("sample"):
-                if scores is not None:
-                    scores.begin_batch(start, len(batch))
-                rollout, images = generate(
-                    policy, schedule, setup.ops, ids, batch, seed, guidance_scale, bar.update, partial(cache.filling, rows), scores
-                )
+                rollout, images = setup.room.attempt("sample.batch_size", config.sample.batch_size, denoise)
+                rows = slice(start, start + len(images))
                 if scores is None:
                     cache.forget(rows, ~rollout.good)
                     rollouts.append(rollout)
@@ -265,8 +271,9 @@ def sample(
                     scores.forget(~rollout.good)
                 pictures.append((images.nan_to_num() * 255).round().to("cpu", torch.uint8))
             with timer("reward"):
-                reward = score_or_nan(setup.reward, images, batch, config.reward.kwargs, config.reward.timeout_s)
+                reward = score_or_nan(setup.reward, images, prompts[rows], config.reward.kwargs, config.reward.timeout_s)
                 rewards.append(reward.masked_fill(~rollout.good.cpu(), torch.nan))
+            start = rows.stop
     return Rollout.cat(rollouts) if scores is None else None, torch.cat(rewards), torch.cat(pictures)
 
 
@@ -275,28 +282,49 @@ def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, i
 
     The gradient of an update is the mean over all of its minibatch's transitions on all ranks. advantages: (B,) fp32.
     """
-    options, policy, schedule = setup.config.train, setup.policy, setup.schedule
-    guidance_scale = setup.config.sample.guidance_scale
-    statistics, grad_norms = UpdateStatistics(schedule.num_steps, rollout.good), []
-    embeds, timesteps = torch.cat([policy.uncond_embeds, rollout.prompt_embeds]), schedule.timesteps.cpu()
+    options, num_steps = setup.config.train, setup.schedule.num_steps
+    statistics, grad_norms = UpdateStatistics(num_steps, rollout.good), []
     bar = tqdm(desc="  train", unit="transition", leave=False, disable=setup.rank != 0, dynamic_ncols=True)
-    bar.total = options.inner_epochs * len(advantages) * max(1, round(options.timestep_fraction * schedule.num_steps))
+    bar.total = options.inner_epochs * len(advantages) * max(1, round(options.timestep_fraction * num_steps))
     for epoch, index, pairs in updates(setup, iteration):
-        parts = list(micro_batches(*pairs, options.micro_batch, timesteps, guidance_scale != 1, policy.device))
-        for part, next_part in zip_longest(parts, parts[1:]):
-            inputs = rollout.latents[part.unet_rows, part.unet_steps].to(policy.dtype), part.timesteps, embeds[part.embed_rows]
-            with cache.reading(part, next_part, lambda rows: policy.predict_noise(*(tensor[rows] for tensor in inputs))):  # noqa: B023
-                noise_pred = policy.predict_noise(*inputs)
-            loss, figures = setup.ops.ppo_loss(
-                noise_pred, rollout.latents, rollout.log_probs, advantages, schedule.coefficients, part.rows, part.steps,
-                guidance_scale, setup.clip_range, engine.loss_scale / len(pairs[0]), options.algorithm == "ddpo_sf",
-            )  # fmt: skip
-            engine.backward(loss, last=next_part is None)
+        gradient = partial(accumulate_gradient, setup, engine, rollout, advantages, cache, pairs, bar.update)
+        for part, figures in setup.room.attempt("train.micro_batch", options.micro_batch, gradient):
             statistics.add(part.rows, part.steps, figures, first_minibatch=epoch == index == 0)
-            bar.update(len(part.rows))
         grad_norms.append(engine.step())
     bar.close()
     return _update_metrics(engine, statistics, grad_norms, iteration)
+
+
+def accumulate_gradient(
+    setup: Setup,
+    engine: Engine,
+    rollout: Rollout,
+    advantages: Tensor,
+    cache: Cache,
+    pairs: Pairs,
+    progress: Callable[[int], object],
+    size: int,
+) -> list[tuple[MicroBatch, Tensor]]:
+    """Gives the engine the gradient of one update's mean loss, and nothing else, in micro-batches of at most `size` transitions.
+
+    Returns the micro-batches, each with the statistics (4, B) of its transitions. `progress(n)` is told how many are done.
+    """
+    config, policy, schedule, done = setup.config, setup.policy, setup.schedule, []
+    guidance_scale, embeds = config.sample.guidance_scale, torch.cat([policy.uncond_embeds, rollout.prompt_embeds])
+    engine.forget_gradient()
+    parts = list(micro_batches(*pairs, size, schedule.timesteps.cpu(), guidance_scale != 1, policy.device))
+    for part, next_part in zip_longest(parts, parts[1:]):
+        inputs = rollout.latents[part.unet_rows, part.unet_steps].to(policy.dtype), part.timesteps, embeds[part.embed_rows]
+        with cache.reading(part, next_part, lambda rows: policy.predict_noise(*(tensor[rows] for tensor in inputs))):  # noqa: B023
+            noise_pred = policy.predict_noise(*inputs)
+        loss, figures = setup.ops.ppo_loss(
+            noise_pred, rollout.latents, rollout.log_probs, advantages, schedule.coefficients, part.rows, part.steps,
+            guidance_scale, setup.clip_range, engine.loss_scale / len(pairs[0]), config.train.algorithm == "ddpo_sf",
+        )  # fmt: skip
+        engine.backward(loss, last=next_part is None)
+        done.append((part, figures))
+        progress(len(part.rows))
+    return done
 
 
 def begin_scores(setup: Setup, engine: Engine, iteration: int) -> None:

@@ -229,7 +229,9 @@ def gradient(argv: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, dict]:
     torch.manual_seed(1)
     for parameter in policy.trainable_parameters():
         parameter.data.copy_(0.02 * torch.randn(parameter.shape))  # the same in every dtype
-    engine = SimpleNamespace(backward=lambda loss, last: loss.backward(), step=lambda: 1.0, loss_scale=1.0, dtype=dtype)
+    engine = SimpleNamespace(
+        backward=lambda loss, last: loss.backward(), step=lambda: 1.0, loss_scale=1.0, dtype=dtype, forget_gradient=lambda: None
+    )
     if setup.scores is not None:
         trainer.begin_scores(setup, engine, 1)
         assert all(total.dtype == dtype for total in setup.scores.totals)

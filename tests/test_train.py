@@ -111,7 +111,7 @@ def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[d
         engine = Engine(setup.policy.unet, optimizer, zero_stage=0, max_grad_norm=1.0, dtype=dtype)
         setup.policy.attach(engine.module)
     else:  # DeepSpeed has no fp64; what it does to a gradient is tested in fp32 and in test_launch.py
-        engine = SimpleNamespace(backward=lambda loss, last: loss.backward(), loss_scale=1.0)
+        engine = SimpleNamespace(backward=lambda loss, last: loss.backward(), loss_scale=1.0, forget_gradient=lambda: None)
 
     def capture():
         if not gradient:
