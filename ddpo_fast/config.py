@@ -11,7 +11,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn, Optional
+from typing import Literal, NoReturn, Optional, Union
 
 import jsonargparse
 import yaml
@@ -85,8 +85,9 @@ class RewardConfig:
 class SampleConfig:
     num_samples: int = 48
     """Pictures an iteration, over all ranks."""
-    batch_size: int = 48
-    """Pictures denoised together on one rank. Speed and memory only: a sample does not depend on it."""
+    batch_size: Union[int, Literal["auto"]] = 48
+    """Pictures denoised together on one rank. Speed and memory only: a sample does not depend on it. auto: as many as --plan finds to
+    fit. Should memory run out all the same, it is halved and the run goes on."""
     num_steps: int = 10
     """DDIM steps S."""
     guidance_scale: float = 3.0
@@ -110,9 +111,10 @@ class TrainConfig:
     """Optimizer updates per pass over an iteration's samples."""
     inner_epochs: int = 1
     """Passes over an iteration's samples."""
-    micro_batch: int = 48
+    micro_batch: Union[int, Literal["auto"]] = 48
     """Transitions (sample, step) per forward and backward on one rank. Speed and memory only: the gradient does not
-    depend on it."""
+    depend on it. auto: as many as --plan finds to fit. Should memory run out all the same, it is halved and the run goes on (with
+    ZeRO it ends: an update of which a part has been sent cannot begin anew)."""
     learning_rate: float = 4e-3
     """AdamW's; constant. About 3e-4 for LoRA on SD, 1e-5 for its full UNet."""
     clip_range: float = 3e-4
@@ -274,11 +276,9 @@ _RULES = [
             "lora.rank",
             "prompts.samples_per_prompt",
             "sample.num_samples",
-            "sample.batch_size",
             "sample.num_steps",
             "train.num_minibatches",
             "train.inner_epochs",
-            "train.micro_batch",
             "baseline.min_count",
             "eval.every",
             "eval.num_samples",
@@ -298,6 +298,10 @@ _RULES = [
             "train.max_grad_norm",
             "optimizer.eps",
         )
+    ),
+    *(
+        (option, "auto, or a whole number >= 1", lambda value, _: value == "auto" or value >= 1)
+        for option in ("sample.batch_size", "train.micro_batch")
     ),
     ("model.path", "a folder with model_index.json, or a hub id such as org/name", lambda v, c: _is_model(v)),
     (

@@ -3,6 +3,7 @@
 Shape letters: N devices (ranks), S denoising steps, G UNet rows a sample (2 with guidance), P trained weights.
 """
 
+import bisect
 import math
 import os
 import time
@@ -213,8 +214,15 @@ def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 * repeats / min(seconds(repeats) for _ in range(4))
 
 
+def memory_of(device: torch.device, num_devices: int) -> float:
+    """MiB of this machine's device; a CPU's memory is divided among its ranks."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / MIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB / num_devices
+
+
 def find_device(name: str, dtype: torch.dtype, num_devices: int) -> Device:
-    """A GPU of the table by its specification, or this machine's device, measured; a CPU's memory is divided among its ranks."""
+    """A GPU of the table by its specification, or this machine's device, measured."""
     if name != HERE:
         gpu = GPUS[name]
         tflops = gpu.fp32_tflops if dtype == torch.float32 else gpu.fp16_tflops
@@ -229,17 +237,16 @@ def find_device(name: str, dtype: torch.dtype, num_devices: int) -> Device:
         properties, device = torch.cuda.get_device_properties(0), torch.device("cuda", 0)
         return Device(
             properties.name,
-            properties.total_memory / MIB,
+            memory_of(device, num_devices),
             matmul_flops(dtype, device),
             FRACTIONS["cuda"],
             "measured; the shares are estimates, no GPU has been measured yet",
         )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB
-    flops = matmul_flops(dtype, torch.device("cpu"))
+    device = torch.device("cpu")
     return Device(
         f"CPU ({torch.get_num_threads()} threads)",
-        memory / num_devices,
-        flops,
+        memory_of(device, num_devices),
+        matmul_flops(dtype, device),
         FRACTIONS["cpu"],
         "measured; the shares are the embedded model's",
     )
@@ -251,28 +258,12 @@ def make_plan(config) -> Plan:
     if config.run.plan == HERE:
         num_devices = int(os.environ.get("WORLD_SIZE", "1"))
     on_gpu = name != HERE or torch.cuda.is_available()
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if on_gpu else torch.float32}
-    dtype = dtype[config.model.dtype]
-    work = Work.of(config)
-    work.share(num_devices)
-    arch = architecture(config.model.path)
-    if arch["unet"].get("addition_embed_type") is not None:
-        raise ValueError(f"model.path={config.model.path}: its UNet takes more than latents, time and text; valid is SD 1.x or 2.x")
-    fused = config.kernels.backend == "triton" or (config.kernels.backend == "auto" and on_gpu)
-    counts = count_model(
-        arch,
-        dtype,
-        config.lora,
-        on_gpu=on_gpu,
-        fused=fused,
-        merged=merges(config.lora.forward, config.lora.scope, dtype),
-        shared=config.model.share_guidance and work.rows == 2,
-    )
+    dtype = compute_dtype(config.model.dtype, on_gpu)
+    Work.of(config).share(num_devices)
+    counts = count_run(config, dtype, on_gpu)
     device = find_device(name, dtype, num_devices)
-    if not work.score_accumulation and (
-        config.cache.mode == "on" or config.cache.mode == "auto" and counts.prefix_flop >= WORTH * counts.forward.row_flop
-    ):
-        work = replace(work, held=held_transitions(config.cache, counts, work, device, num_devices))
+    work = Work.of(fit_sizes(config, counts, device.memory_mib, num_devices))
+    work = with_cache(work, config.cache, counts, device.memory_mib, num_devices)
     flop = iteration_flop(counts, work, num_devices)
     sampling, update = (num_devices * device.matmul_flops * fraction for fraction in device.fractions)
     as_update = ("sampling", "update") if work.score_accumulation else ("update",)
@@ -281,20 +272,74 @@ def make_plan(config) -> Plan:
     return Plan(device, num_devices, work, counts, memory_mib(counts, work, num_devices), flop, seconds, advice)
 
 
-def held_transitions(cache, counts: ModelCounts, work: Work, device: Device, num_devices: int) -> tuple[int, int]:
-    """How many transitions of a rank the budgets of a `cache` (device_mib, host_mib) hold, on the device and on the host.
+def compute_dtype(name: str, on_gpu: bool) -> torch.dtype:
+    """What model.dtype names."""
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if on_gpu else torch.float32}[name]
+
+
+def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
+    """The counts of a config's model. Raises ValueError naming the option at fault."""
+    arch = architecture(config.model.path)
+    if arch["unet"].get("addition_embed_type") is not None:
+        raise ValueError(f"model.path={config.model.path}: its UNet takes more than latents, time and text; valid is SD 1.x or 2.x")
+    return count_model(
+        arch,
+        dtype,
+        config.lora,
+        on_gpu=on_gpu,
+        fused=config.kernels.backend == "triton" or (config.kernels.backend == "auto" and on_gpu),
+        merged=merges(config.lora.forward, config.lora.scope, dtype),
+        shared=config.model.share_guidance and config.sample.guidance_scale != 1,
+    )
+
+
+AUTO_SIZES = {("sample", "batch_size"): ("sampling", "decode"), ("train", "micro_batch"): ("update",)}
+"""Options that may be auto, and the phases whose memory they decide."""
+
+
+def fit_sizes(config, counts: ModelCounts, device_mib: float, num_devices: int):
+    """The config with the largest sample.batch_size and train.micro_batch that fit, where they are auto; 1 where nothing does."""
+    auto = {key: phases for key, phases in AUTO_SIZES.items() if config[".".join(key)] == "auto"}
+    config = config.replace(**{"__".join(key): 1 for key in auto})
+    work = with_cache(Work.of(config), config.cache, counts, device_mib, num_devices)
+    for (section, option), phases in auto.items():
+        most = work.share(num_devices)
+        if option == "micro_batch":
+            most = most // work.num_minibatches * work.trained_steps
+
+        def is_too_much(size: int) -> bool:
+            needed = phases_mib(memory_mib(counts, replace(work, **{option: size}), num_devices))  # noqa: B023
+            return max(needed[phase] for phase in phases) > USABLE * device_mib  # noqa: B023
+
+        largest = bisect.bisect_left(range(1, most + 1), True, key=is_too_much)
+        config = config.replace(**{f"{section}__{option}": max(1, largest)})
+    return config
+
+
+def resolve_sizes(config, device: torch.device, num_devices: int):
+    """`fit_sizes` for this machine's devices, which takes some seconds if anything is auto."""
+    if all(config[".".join(option)] != "auto" for option in AUTO_SIZES):
+        return config
+    on_gpu = device.type == "cuda"
+    counts = count_run(config, compute_dtype(config.model.dtype, on_gpu), on_gpu)
+    return fit_sizes(config, counts, memory_of(device, num_devices), num_devices)
+
+
+def with_cache(work: Work, cache, counts: ModelCounts, device_mib: float, num_devices: int) -> Work:
+    """The work with the transitions that the activation cache holds, if `cache` (mode, device_mib, host_mib) wants one.
 
     A device without a budget is given half of what weights and optimizer leave; a host without one is not counted on.
     """
-    if not counts.prefix_flop:
-        return 0, 0
+    wanted = cache.mode == "on" or cache.mode == "auto" and counts.prefix_flop >= WORTH * counts.forward.row_flop
+    if not wanted or work.score_accumulation or not counts.prefix_flop:
+        return work
     memory, budgets = memory_mib(counts, work, num_devices), [cache.device_mib, cache.host_mib or 0.0]
     if budgets[0] is None:
-        budgets[0] = (device.memory_mib - memory["frozen weights"] - memory["trained weights"] - memory["optimizer state"]) / 2
+        budgets[0] = (device_mib - memory["frozen weights"] - memory["trained weights"] - memory["optimizer state"]) / 2
     on_device, on_host = (int(mib * MIB) // (work.rows * counts.kept_row_bytes) for mib in budgets)
     needed = work.trained_transitions(num_devices)
     on_device = min(needed, on_device)
-    return on_device, min(needed - on_device, on_host)
+    return replace(work, held=(on_device, min(needed - on_device, on_host)))
 
 
 def plan_text(plan: Plan) -> str:

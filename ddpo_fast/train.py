@@ -45,7 +45,7 @@ from ddpo_fast.lora import merges
 from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
 from ddpo_fast.memory import Room
 from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
-from ddpo_fast.plan import make_plan, plan_text
+from ddpo_fast.plan import make_plan, plan_text, resolve_sizes
 from ddpo_fast.policy import Policy, check_model_class
 from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.report import write_report
@@ -103,8 +103,8 @@ def prepare(config: Config) -> Setup:
     """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault."""
     check_model_class(config.model.path)
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit)
-    num_calls = 1 + config.sample.num_samples // config.sample.batch_size
-    rank, world_size, device = init_distributed(timeout_s=1800 + config.reward.timeout_s * num_calls)
+    num_calls = config.sample.num_samples if config.sample.batch_size == "auto" else config.sample.num_samples // config.sample.batch_size
+    rank, world_size, device = init_distributed(timeout_s=1800 + config.reward.timeout_s * (1 + num_calls))
     ops = kernels.select(config.kernels.backend, device)
     reward = load_reward(config.reward.name, config.reward.kwargs)
     for option, multiple in (("sample.num_samples", world_size * config.train.num_minibatches), ("eval.num_samples", world_size)):
@@ -116,6 +116,7 @@ def prepare(config: Config) -> Setup:
             raise ValueError(f"zero.stage={config.zero.stage}: the optimizer is sharded over {before} ranks; --resume wants as many")
     if config.model.dtype == "auto":
         config = config.replace(model__dtype="fp16" if device.type == "cuda" else "fp32")
+    config = resolve_sizes(config, device, world_size)
     run_dir = config.run.dir or f"runs/{Path(config.reward.name).name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.replace(run__dir=broadcast(run_dir))
     torch.manual_seed(config.run.seed)  # LoRA's initial weights

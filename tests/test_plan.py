@@ -23,7 +23,7 @@ from ddpo_fast.plan import (
     Costs,
     Work,
     advise,
-    held_transitions,
+    fit_sizes,
     iteration_flop,
     iteration_terms,
     memory_mib,
@@ -31,6 +31,7 @@ from ddpo_fast.plan import (
     saturation,
     scaling,
     state_bytes,
+    with_cache,
 )  # fmt: skip
 from ddpo_fast.policy import DTYPES, Policy
 
@@ -221,12 +222,16 @@ def test_operations_of_an_iteration():
 
 def test_the_cache_by_hand():
     """A transition is two rows of half a MiB: the 640 of a rank take as many MiB."""
-    device, cpu = SimpleNamespace(memory_mib=1000), SimpleNamespace(device_mib=None, host_mib=None)
-    assert held_transitions(cpu, COUNTS, WORK, device, 1) == ((1000 - 112) // 2, 0)
-    assert held_transitions(SimpleNamespace(device_mib=100.5, host_mib=300), COUNTS, WORK, device, 1) == (100, 300)
-    assert held_transitions(SimpleNamespace(device_mib=600, host_mib=300), COUNTS, WORK, device, 1) == (600, 40)
-    assert held_transitions(SimpleNamespace(device_mib=0.9, host_mib=None), COUNTS, WORK, device, 1) == (0, 0)
-    assert held_transitions(cpu, dataclasses.replace(COUNTS, prefix_flop=0.0), WORK, device, 1) == (0, 0)
+
+    def held(counts=COUNTS, mode="on", **budgets):
+        cache = SimpleNamespace(mode=mode, **{"device_mib": None, "host_mib": None} | budgets)
+        return with_cache(WORK, cache, counts, 1000, 1).held
+
+    assert held() == ((1000 - 112) // 2, 0)
+    assert held(device_mib=100.5, host_mib=300) == (100, 300)
+    assert held(device_mib=600, host_mib=300) == (600, 40)
+    assert held(device_mib=0.9, host_mib=None) == (0, 0)
+    assert held(dataclasses.replace(COUNTS, prefix_flop=0.0)) == held(mode="off") == (0, 0)
     half = dataclasses.replace(WORK, trained_steps=5, inner_epochs=2)
     assert half.trained_transitions(1) == 480 and half.trained_transitions(4) == 120
     work = dataclasses.replace(WORK, held=(160, 320), inner_epochs=4)
@@ -235,6 +240,38 @@ def test_the_cache_by_hand():
     assert memory["activation cache"] == 160
     assert memory["update"] == 8 + 32 * 12 + 3 * 32 * 0.5  # three copies: what is read, as it arrived, and the next micro-batch's
     assert memory_mib(COUNTS, dataclasses.replace(work, held=(160, 0)), 1)["update"] == 8 + 32 * 12 + 32 * 0.5
+
+
+@pytest.mark.parametrize(
+    "changes, memory, expected",
+    [
+        ({}, 1e6, (64, 320)),  # all there is: 64 samples, 32 x 10 transitions of a minibatch
+        ({"sample__num_samples": 128}, 1e6, (128, 640)),
+        ({}, 3000, (62, 46)),
+        ({"train__micro_batch": 3}, 3000, (62, 3)),
+        ({"cache__mode": "on"}, 3000, (41, 49)),  # the kept tensors are accounted for, and an update with them needs less
+        ({"train__estimator": "score_accumulation", "train__num_minibatches": 1}, 1000, (10, 640)),
+        ({}, 50, (1, 1)),
+    ],
+)
+def test_the_largest_sizes_that_fit(changes, memory, expected):
+    """They fit, one more would not, and a given number stays."""
+    options = "--sample.batch_size=auto --train.micro_batch=auto --train.num_minibatches=2 --sample.num_samples=64 --cache.mode=off"
+    config = fit_sizes(parse(options.split()).replace(**changes), COUNTS, memory, 1)
+    assert (config.sample.batch_size, config.train.micro_batch) == expected
+    if memory == 3000:
+        work = with_cache(Work.of(config), config.cache, COUNTS, memory, 1)
+        assert advise(COUNTS, work, 1, 0.9 * memory) == []
+        assert advise(COUNTS, dataclasses.replace(work, batch_size=expected[0] + 1), 1, 0.9 * memory)
+        assert advise(COUNTS, dataclasses.replace(work, micro_batch=expected[1] + 1), 1, 0.9 * memory) or expected[1] == 3
+
+
+def test_a_run_with_sizes_left_to_the_plan(tiny_model, tmp_path):
+    """On this machine a tiny model's whole minibatch fits; config.yaml says what was used."""
+    options = f"--model.path={tiny_model} --run.dir={tmp_path}/run --sample.batch_size=auto --train.micro_batch=auto"
+    trainer.main([*options.split(), "--run.iterations=1", "--sample.num_samples=8", "--sample.num_steps=2", "--eval.num_samples=1"])
+    config = parse(["--config", f"{tmp_path}/run/config.yaml", "--run.dir=other"])
+    assert (config.sample.batch_size, config.train.micro_batch) == (8, 4)
 
 
 @pytest.mark.parametrize(
