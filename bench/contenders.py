@@ -40,7 +40,8 @@ from ddpo_fast.rollout import Rollout
 STAGES = ("encode", "denoise", "decode", "reward", "update", "optimizer")
 """Of an iteration. A contender's remaining time, the total less these, is its bookkeeping."""
 PLAIN = (
-    "--kernels.backend=reference", "--attention.backend=sdpa", "--lora.forward=separate", "--model.share_guidance=false", "--cache.mode=off"
+    "--kernels.backend=reference", "--attention.backend=sdpa", "--lora.forward=separate", "--model.share_guidance=false",
+    "--model.offload_text_encoder=false", "--cache.mode=off",
 )  # fmt: skip
 """A pipeline as diffusers and peft have it."""
 UNCLIPPED = 1e3

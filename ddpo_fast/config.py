@@ -32,6 +32,8 @@ class ModelConfig:
     share_guidance: bool = True
     """With guidance, compute what the UNet does before its first cross-attention once for both branches instead of twice. Exact but for
     rounding."""
+    offload_text_encoder: bool = True
+    """On a GPU, have the text encoder there only while new prompts are encoded, which each prompt is once."""
     compile: bool = False
     """Compile the UNet with torch.compile. The first iteration takes a minute or two longer; on a CPU it needs a C++
     compiler."""
@@ -88,6 +90,8 @@ class SampleConfig:
     batch_size: Union[int, Literal["auto"]] = 48
     """Pictures denoised together on one rank. Speed and memory only: a sample does not depend on it. auto: as many as --plan finds to
     fit. Should memory run out all the same, it is halved and the run goes on."""
+    decode_batch: int = 16
+    """Pictures that the VAE decodes together: 0.4 GB each at 512x512 in fp16."""
     num_steps: int = 10
     """DDIM steps S."""
     guidance_scale: float = 3.0
@@ -276,6 +280,7 @@ _RULES = [
             "lora.rank",
             "prompts.samples_per_prompt",
             "sample.num_samples",
+            "sample.decode_batch",
             "sample.num_steps",
             "train.num_minibatches",
             "train.inner_epochs",
@@ -424,7 +429,7 @@ def parse(argv: list[str]) -> Config:
 
 
 _FREE_ON_RESUME = {
-    "sample.batch_size", "train.micro_batch", "reward.timeout_s", "eval.every",
+    "sample.batch_size", "sample.decode_batch", "train.micro_batch", "model.offload_text_encoder", "reward.timeout_s", "eval.every",
     *(f"cache.{option.name}" for option in dataclasses.fields(CacheConfig)),
     *(f"run.{option.name}" for option in dataclasses.fields(RunConfig) if option.name != "seed"),
 }  # fmt: skip

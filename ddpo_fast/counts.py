@@ -230,6 +230,8 @@ class ModelCounts:
     """The UNet without gradient."""
     update: Call
     """The UNet forward and backward."""
+    image_bytes: int
+    """A decoded picture, fp32."""
     saved_row_bytes: float
     """What a row keeps between forward and backward."""
     decode: Call
@@ -294,6 +296,7 @@ def count_model(
             SharedGuidance(unet, partial(forward, 2)).active = True
         with torch.no_grad():
             calls = {"forward": count(forward), "decode": count(decode)}
+            image_bytes = decode(1).nbytes
         saved = []
         for num_rows in ROWS:
             with LiveBytes() as live:
@@ -322,6 +325,7 @@ def count_model(
         trained_sizes=tuple(parameter.numel() for parameter in trained),
         num_latents=math.prod(latent_shape),
         embed_bytes=math.prod(embed_shape) * dtype.itemsize,
+        image_bytes=image_bytes,
         prefix_flop=prefix_flop,
         kept_row_bytes=kept_row_bytes,
         saved_row_bytes=(saved[1] - saved[0]) / (ROWS[1] - ROWS[0]),

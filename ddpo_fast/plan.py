@@ -44,6 +44,7 @@ class Work:
     """Steps of a sample that an epoch trains on."""
     optimizer: str
     zero_stage: int
+    decode_batch: int = 16
     held: tuple[int, int] = (0, 0)
     """Transitions of a rank in the activation cache, on the device and on the host."""
     score_accumulation: bool = False
@@ -56,7 +57,7 @@ class Work:
         return cls(
             sample.num_samples, sample.batch_size, sample.num_steps, 1 if sample.guidance_scale == 1 else 2,
             train.num_minibatches, train.inner_epochs, train.micro_batch, max(1, round(train.timestep_fraction * sample.num_steps)),
-            config.optimizer.name, config.zero.stage, score_accumulation=train.estimator == "score_accumulation",
+            config.optimizer.name, config.zero.stage, sample.decode_batch, score_accumulation=train.estimator == "score_accumulation",
         )  # fmt: skip
 
     def share(self, num_devices: int) -> int:
@@ -147,7 +148,7 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
         "sample gradients": work.score_accumulation * samples * trained / MIB,
         "gradients": gradients / MIB,
         "sampling": sampling,  # of ppo, its batches are joined into a second copy
-        "decode": counts.decode.mib(batch),
+        "decode": counts.decode.mib(min(batch, work.decode_batch)) + 2 * (batch > work.decode_batch) * batch * counts.image_bytes / MIB,
         "update": update,
     }
 
@@ -282,7 +283,7 @@ def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
     arch = architecture(config.model.path)
     if arch["unet"].get("addition_embed_type") is not None:
         raise ValueError(f"model.path={config.model.path}: its UNet takes more than latents, time and text; valid is SD 1.x or 2.x")
-    return count_model(
+    counts = count_model(
         arch,
         dtype,
         config.lora,
@@ -291,6 +292,9 @@ def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
         merged=merges(config.lora.forward, config.lora.scope, dtype),
         shared=config.model.share_guidance and config.sample.guidance_scale != 1,
     )
+    if on_gpu and config.model.offload_text_encoder:
+        return replace(counts, weight_bytes={part: size for part, size in counts.weight_bytes.items() if part != "text_encoder"})
+    return counts
 
 
 AUTO_SIZES = {("sample", "batch_size"): ("sampling", "decode"), ("train", "micro_batch"): ("update",)}
@@ -361,7 +365,7 @@ def plan_text(plan: Plan) -> str:
         "sample gradients": "only with train.estimator=score_accumulation",
         "gradients": "in the update only",
         "sampling": f"batches of {batch}, {work.rows} UNet rows each sample",
-        "decode": f"batches of {batch}",
+        "decode": f"batches of {min(batch, work.decode_batch)}",
         "update": f"{rows} UNet rows, {saved}",
     }
     if work.score_accumulation:

@@ -32,6 +32,11 @@ class Policy:
     that. Trainable weights are fp32, frozen ones in the compute dtype; autocast joins them.
     """
 
+    decode_batch = 16
+    """Pictures that the VAE decodes together."""
+    offload_text_encoder = False
+    """Whether the text encoder is on the device only while it is needed."""
+
     def __init__(self, path: str, dtype: str, device: torch.device, scope: str, targets: list[str], rank: int, alpha: float):
         self.device, self.dtype = device, DTYPES[dtype]
         try:
@@ -85,9 +90,12 @@ class Policy:
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Text embeddings (B, L, E) in the compute dtype. Each prompt is encoded once and alone: no batch changes its embedding."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._prompt_embeds:
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompt_embeds]:
+            self.pipe.text_encoder.to(self.device)
+            for prompt in new:
                 self._prompt_embeds[prompt] = self.pipe.encode_prompt(prompt, self.device, 1, False)[0].cpu()
+            if self.offload_text_encoder:
+                self.pipe.text_encoder.to("cpu")
         return torch.cat([self._prompt_embeds[prompt] for prompt in prompts]).to(self.device)
 
     def predict_noise(self, unet_input: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
@@ -116,8 +124,8 @@ class Policy:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) fp32 in [0, 1] of final latents (B, C, h, w)."""
         vae = self.pipe.vae
-        images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        parts = (latents.to(vae.dtype) / vae.config.scaling_factor).split(self.decode_batch)
+        return torch.cat([(vae.decode(part, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
     def export(self, folder: Path) -> None:
         """Writes <folder>/lora for `pipe.load_lora_weights`, or, fully fine-tuned, <folder>/unet for `UNet2DConditionModel`."""

@@ -122,6 +122,7 @@ def prepare(config: Config) -> Setup:
     torch.manual_seed(config.run.seed)  # LoRA's initial weights
     lora = config.lora
     policy = Policy(config.model.path, config.model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha)
+    policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
     num_rows = config.train.micro_batch * (1 if config.sample.guidance_scale == 1 else 2)
     call = partial(policy.example_call, 2)
     choice = attention_backends.resolve(config.attention.backend, policy.unet, call, num_rows, policy.dtype, device)

@@ -46,7 +46,7 @@ COSTS = Costs(
     gradient_bytes=0.0, bandwidth=math.inf, latency_s=0.0, serial_s=0.0,
 )  # fmt: skip
 COUNTS = ModelCounts(
-    weight_bytes={"unet": 100 * MIB}, trained_sizes=(MIB,), num_latents=MIB // 4, embed_bytes=0,
+    weight_bytes={"unet": 100 * MIB}, trained_sizes=(MIB,), num_latents=MIB // 4, embed_bytes=0, image_bytes=MIB,
     forward=Call(1.0, 0, MIB), update=Call(3.0, 10 * MIB, 20 * MIB), saved_row_bytes=15 * MIB, decode=Call(2.0, 0, 30 * MIB),
     prefix_flop=0.5, kept_row_bytes=MIB // 2, cached_update=Call(2.5, 8 * MIB, 12 * MIB),
 )  # fmt: skip
@@ -79,7 +79,7 @@ def test_parameters_by_hand_and_as_loaded(tiny_model):
     assert counts.num_trainable == sum(p.numel() for p in policy.trainable_parameters())
     for name, network in (("unet", policy.unet), ("vae", policy.pipe.vae), ("text_encoder", policy.pipe.text_encoder)):
         assert counts.weight_bytes[name] == sum(p.nbytes for p in network.parameters() if not p.requires_grad) > 0
-    assert (counts.num_latents, counts.embed_bytes) == (4 * 8 * 8, 8 * 16 * 2)
+    assert (counts.num_latents, counts.embed_bytes, counts.image_bytes) == (4 * 8 * 8, 8 * 16 * 2, 4 * 3 * 16 * 16)
 
 
 def test_full_fine_tuning_trains_fp32_masters(tiny_model):
@@ -212,6 +212,12 @@ def test_memory_of_a_rank_by_hand():
     assert sharded[0]["rollout"] == pytest.approx(rollout / 4)
 
 
+def test_decoding_in_parts():
+    """8 pictures of 1 MiB, decoded 2 at a time at 30 each: the parts and the whole are there together."""
+    memory = memory_mib(COUNTS, dataclasses.replace(WORK, decode_batch=2), 1)
+    assert memory["decode"] == 2 * 30 + 2 * 8 and memory_mib(COUNTS, WORK, 1)["decode"] == 8 * 30
+
+
 def test_operations_of_an_iteration():
     work = dataclasses.replace(WORK, inner_epochs=3, trained_steps=5)
     assert iteration_flop(COUNTS, work, 1) == {"sampling": 64 * 10 * 2 * 1, "decode": 64 * 2, "update": 64 * 5 * 3 * 2 * 3}
@@ -256,7 +262,8 @@ def test_the_cache_by_hand():
 )
 def test_the_largest_sizes_that_fit(changes, memory, expected):
     """They fit, one more would not, and a given number stays."""
-    options = "--sample.batch_size=auto --train.micro_batch=auto --train.num_minibatches=2 --sample.num_samples=64 --cache.mode=off"
+    sizes = "--sample.batch_size=auto --train.micro_batch=auto --train.num_minibatches=2 --sample.num_samples=64 --sample.decode_batch=128"
+    options = f"{sizes} --cache.mode=off"
     config = fit_sizes(parse(options.split()).replace(**changes), COUNTS, memory, 1)
     assert (config.sample.batch_size, config.train.micro_batch) == expected
     if memory == 3000:

@@ -354,6 +354,26 @@ def test_metrics_survive_a_line_cut_short(options):
     assert [row["iteration"] for row in read_metrics(folder)] == [0, 1]
 
 
+def test_pictures_are_decoded_in_parts(options, monkeypatch):
+    """To rounding the same, and never more than asked for."""
+    policy, sizes = trainer.prepare(parse(options())).policy, []
+    latents = torch.randn(5, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    whole, decode = policy.decode_latents(latents), policy.pipe.vae.decode
+    monkeypatch.setattr(policy.pipe.vae, "decode", lambda part, **kwargs: sizes.append(len(part)) or decode(part, **kwargs))
+    policy.decode_batch = 2
+    torch.testing.assert_close(policy.decode_latents(latents), whole, rtol=0, atol=1e-5)
+    assert sizes == [2, 2, 1] and whole.std() > 0
+
+
+def test_the_text_encoder_is_on_the_device_while_prompts_are_new(options, monkeypatch):
+    policy, moves = trainer.prepare(parse(options())).policy, []
+    encoder = policy.pipe.text_encoder
+    monkeypatch.setattr(encoder, "to", lambda device: moves.append(str(device)) or encoder)
+    assert policy.offload_text_encoder
+    embeds = policy.encode_prompts(["new", "other"])
+    assert moves == ["cpu", "cpu"] and torch.equal(policy.encode_prompts(["other", "new"]), embeds.flip(0)) and len(moves) == 2
+
+
 def test_evaluation_is_the_same_every_time(options):
     """Learning rate 1e-30: nothing changes, so neither may the evaluation."""
     rows = read_metrics(run(options(train__learning_rate=1e-30, eval__every=1)))
