@@ -149,7 +149,7 @@ def scaling_section(rows: Rows) -> list[str]:
 
 def reward_section(rows: Rows) -> list[str]:
     """A setting a row: the reward gained an hour and the device-hours to the target."""
-    header = ["", "reward an hour", "hours to target", "target", "reached", "last reward", "samples", "device-hours"]
+    header = ["", "reward an hour", "hours to target", "target", "reached", "last reward", "evaluation", "samples", "device-hours"]
     lines = [
         [
             PEERS.get(row["setting"], row["setting"]),
@@ -158,6 +158,7 @@ def reward_section(rows: Rows) -> list[str]:
             row["target"],
             row["reached"],
             spread(row, "final_reward", "final_low", "final_high"),
+            spread(row, "eval_reward", "eval_low", "eval_high") or "-",
             *(number(row[name]) for name in ("samples", "device_hours")),
         ]
         for row in rows

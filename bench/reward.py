@@ -46,10 +46,13 @@ TARGETS = {"embedded_compressibility": -2.0}
 SPREAD = {
     "hours_to_target": ("hours_low", "hours_high"),
     "final_reward": ("final_low", "final_high"),
+    "eval_reward": ("eval_low", "eval_high"),
     "area_samples": ("area_low", "area_high"),
 }
 """Columns of the table that have an interval over seeds, and those of its ends."""
-SHOWN = "seeds reached hours_to_target samples updates device_hours final_reward area_samples area_hours reward_per_hour".split()
+SHOWN = (
+    "seeds reached hours_to_target samples updates device_hours final_reward eval_reward area_samples area_hours reward_per_hour".split()
+)
 COLORS = ("#c2410c", "#33587a", "#4d7c0f", "#7e22ce", "#a16207", "#0f766e")
 
 
@@ -153,23 +156,27 @@ def run_trl(run: Run) -> None:
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's mean reward (iterations,) and the samples, updates and device-hours that came before it."""
+    """A run's mean reward (iterations,) and the samples, updates and device-hours that came before it; then its evaluation at the end."""
 
     seed: int
     samples: np.ndarray
     updates: np.ndarray
     hours: np.ndarray
     reward: np.ndarray
+    evaluation: float = math.nan
+    """Mean reward of the fixed evaluation set after the last update; NaN for TRL, which has none."""
 
     @staticmethod
     def read(run: Run) -> "Curve":
         """From a finished run's metrics.jsonl."""
-        trained = [row for row in read_metrics(run.folder) if row["reward_mean"] is not None]
+        metrics = read_metrics(run.folder)
+        trained = [row for row in metrics if row["reward_mean"] is not None]
         seconds = np.array([row["time_total_s"] - row.get("time_eval_s", 0.0) for row in trained])
         config, before = run.config, np.arange(len(trained))
         updates = before * config.train.num_minibatches * config.train.inner_epochs
         hours = (np.cumsum(seconds) - seconds) / 3600
-        return Curve(run.seed, before * config.sample.num_samples, updates, hours, np.array([row["reward_mean"] for row in trained]))
+        reward, evaluation = np.array([row["reward_mean"] for row in trained]), metrics[-1].get("eval_reward_mean", math.nan)
+        return Curve(run.seed, before * config.sample.num_samples, updates, hours, reward, evaluation)
 
     def hours_to(self, target: float) -> float:
         """Device-hours at which the curve, linear between its points, first reaches a reward; NaN if it never does."""
@@ -188,8 +195,8 @@ class Curve:
 
 def mean_curve(curves: list[Curve]) -> Curve:
     """The mean over seeds of reward and hours, iteration by iteration."""
-    hours, reward = (np.mean([getattr(curve, name) for curve in curves], 0) for name in ("hours", "reward"))
-    return Curve(-1, curves[0].samples, curves[0].updates, hours, reward)
+    hours, reward, evaluation = (np.mean([getattr(curve, name) for curve in curves], 0) for name in ("hours", "reward", "evaluation"))
+    return Curve(-1, curves[0].samples, curves[0].updates, hours, reward, evaluation)
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -279,6 +286,7 @@ def summarize(curves: list[Curve], target: float, end_hours: float) -> dict:
     columns = {
         "hours_to_target": [hours for hours in to_target if math.isfinite(hours)],
         "final_reward": [curve.reward[-1] for curve in curves],
+        "eval_reward": [curve.evaluation for curve in curves],
         "area_samples": [curve.area(curve.samples, curve.samples[-1]) for curve in curves],
     }
     figures = {name: value for key, values in columns.items() for name, value in zip((key, *SPREAD[key]), mean_and_interval(values))}
@@ -305,7 +313,7 @@ def table(summaries: dict[str, dict]) -> str:
 
 def plot(curves: dict[str, list[Curve]], target: float, title: str, path: Path) -> None:
     """Writes a picture: reward against samples and against training time, mean and interval over seeds."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(title)
     unit, scale = ("device-hours", 1) if torch.cuda.is_available() else ("device-minutes", 60)
     for axis, label in zip(figure.subplots(1, 2, sharey=True), ("samples", unit)):
@@ -319,7 +327,7 @@ def plot(curves: dict[str, list[Curve]], target: float, title: str, path: Path) 
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("mean reward of training samples")
-    figure.axes[0].legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

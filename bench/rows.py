@@ -86,8 +86,8 @@ TABLES = {
         ),
         Table(
             "reward", ("comparison", "setting"), "hours_to_target", "lower", "hours_low", "hours_high",
-            ("target", "seeds", "reached", "samples", "updates", "device_hours", "final_reward", "final_low", "final_high", "area_samples",
-             "area_low", "area_high", "area_hours", "reward_per_hour"),
+            ("target", "seeds", "reached", "samples", "updates", "device_hours", "final_reward", "final_low", "final_high", "eval_reward",
+             "eval_low", "eval_high", "area_samples", "area_low", "area_high", "area_hours", "reward_per_hour"),
         ),
     )
 }  # fmt: skip

@@ -250,7 +250,7 @@ def headline(bench, readme: Path, *argv: str) -> int:
         "| *or recomputation* | 1.50 (1.35 to 1.65) | 1.50x | 1.2e-06 | -2.49 -> -1.52 |\n| not run | - |  |",
         "| batch | 4: 2.00, 8: 4.00, 16: 8.00 | 1.00 |\n| ranks | 1: 3.00 |  |\n",
         "commit abc1234: `python -m bench.x`</sub><br><sub>2026-01-02, ",
-        "| TRL | 8.18 | 0.110 (0.100 to 0.120) | -2 | 5 of 5 | 1,336 |\n",
+        "| TRL | 8.18 | 0.110 (0.100 to 0.120) | -2 | 5 of 5 | - | 1,336 |\n",
         "![seconds an iteration along each axis](docs/scaling.png)\n<!-- bench:end -->\n\nafter\n",
     ],
 )

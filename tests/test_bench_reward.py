@@ -105,7 +105,10 @@ def test_a_point_has_the_training_time_before_it(tmp_path, recipe):
     assert read.samples.tolist() == [0, 8, 16]
     assert read.updates.tolist() == [0, 6, 12]
     assert read.hours.tolist() == pytest.approx([0, 0.01, 0.02])
-    assert read.reward.tolist() == [1.0, 2.0, 4.0]
+    assert read.reward.tolist() == [1.0, 2.0, 4.0] and math.isnan(read.evaluation)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 4, "reward_mean": 5.0, "time_total_s": 1.0, "eval_reward_mean": 4.5}) + "\n")
+    assert reward.Curve.read(reward.Run(reward.Setting("ours"), 5, ["--config", str(recipe)], tmp_path)).evaluation == 4.5
 
 
 def test_summary_of_a_setting():
