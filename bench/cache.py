@@ -36,6 +36,8 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
 The rollout's calls may have other numbers of rows than the update's, and with them other bits, of which Adam makes more where a gradient
 is small: 2e-4 for sd15_small, whose rollout has 4 rows and its update 20; 0 for the embedded model.
 """
+ESTIMATORS = 10
+"""How much more is tolerated of two estimators, which sum in another order: 1.8e-3 of sd15_small, whose gradients agree to 1e-6."""
 
 
 def contenders(work: Work) -> dict[tuple[str, str], tuple[str, list[str]]]:
@@ -45,10 +47,10 @@ def contenders(work: Work) -> dict[tuple[str, str], tuple[str, list[str]]]:
     return {(scope, mode): ("ours", [*argv, f"--lora.scope={scope}", f"--cache.mode={mode}"]) for scope in modes for mode in modes[scope]}
 
 
-def same_weights(workers: dict[tuple[str, str], Worker], reference: str) -> dict[tuple[str, str], float]:
+def same_weights(workers: dict[tuple[str, str], Worker], reference: str, slack: float = 1.0) -> dict[tuple[str, str], float]:
     """How far each one's change of the weights is from that of the `reference`, which the second name of the worker's key may be.
 
-    Raises GateError above TOLERANCE.
+    Raises GateError above TOLERANCE times `slack`.
     """
     errors = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +60,8 @@ def same_weights(workers: dict[tuple[str, str], Worker], reference: str) -> dict
         for key, worker in workers.items():
             if key[1] == reference:
                 continue
-            error, tolerance = gradient_error(*(torch.load(files[k]) for k in (key, (key[0], reference)))), TOLERANCE[worker.work["dtype"]]
+            error = gradient_error(*(torch.load(files[k]) for k in (key, (key[0], reference))))
+            tolerance = slack * TOLERANCE[worker.work["dtype"]]
             if not error <= tolerance:
                 raise GateError(f"{', '.join(key)}: the weights move elsewhere, by {error:.2g}, {tolerance:.0e} is tolerated")
             errors[key] = error
@@ -103,7 +106,7 @@ def measure_estimators(work: Work, rounds: int, writer: Writer) -> list[dict]:
             raise RuntimeError(f"a setting failed: {missing}")
         for worker in workers.values():
             worker.iterate()
-        errors = same_weights(workers, "ppo")
+        errors = same_weights(workers, "ppo", ESTIMATORS)
         results = take_turns(workers, rounds)
     seconds = {key: [turn["total_s"] for turn in turns] for key, turns in results.items()}
     written = []
