@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo_fast.rewards import REWARDS, load_reward, score, score_or_nan
+from ddpo_fast.rewards import score_or_nan
+from ddpo_fast.rewards.function import REWARDS, load_reward, score
 from ddpo_fast.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 
 PROMPTS = ["cat", "dog", "horse"]
@@ -305,7 +307,7 @@ def raising_reward(images, prompts):
 @pytest.mark.parametrize("reward, reason", [(raising_reward, "KeyError: 'wolf'"), (answering([1.0]), r"shape \(1,\)")])
 def test_failed_call_is_logged_and_gives_nan(reward, reason, caplog):
     with caplog.at_level(logging.WARNING, logger="ddpo_fast"):
-        rewards = score_or_nan(reward, IMAGES, PROMPTS, {}, 10)
+        rewards = score_or_nan(partial(score, reward, kwargs={}, timeout_s=10), IMAGES, PROMPTS)
     assert rewards.shape == (3,) and rewards.dtype == torch.float64 and rewards.isnan().all()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "3 samples" in record.getMessage()
@@ -313,10 +315,10 @@ def test_failed_call_is_logged_and_gives_nan(reward, reason, caplog):
 
 
 def test_hanging_call_gives_nan(hanging_reward, caplog):
-    assert score_or_nan(hanging_reward, IMAGES, PROMPTS, {}, 0.1).isnan().all()
+    assert score_or_nan(partial(score, hanging_reward, kwargs={}, timeout_s=0.1), IMAGES, PROMPTS).isnan().all()
     assert "reward.timeout_s=0.1" in caplog.text
 
 
 def test_good_call_is_not_logged(caplog):
-    assert score_or_nan(answering([1, 2, 3]), IMAGES, PROMPTS, {}, 10).tolist() == [1, 2, 3]
+    assert score_or_nan(partial(score, answering([1, 2, 3]), kwargs={}, timeout_s=10), IMAGES, PROMPTS).tolist() == [1, 2, 3]
     assert not caplog.records

@@ -303,13 +303,13 @@ def test_bad_rewards_are_left_out_and_counted(options, rewards_file, caplog):
 
 
 def test_a_reward_that_never_works_ends_the_run_at_once(options, rewards_file, caplog):
-    with pytest.raises(RuntimeError, match="no finite number for any picture of the untrained model"):
+    with pytest.raises(SystemExit, match="error: the reward gave no finite number for any picture of the untrained model"):
         run(options(reward__name=f"{rewards_file}:raising"))
     assert "raised KeyError: 'always'" in caplog.text and f'File "{rewards_file}"' in caplog.text
 
 
 def test_an_iteration_without_any_reward_ends_the_run(options, rewards_file):
-    with pytest.raises(RuntimeError, match="iteration 1: no sample got a finite reward"):
+    with pytest.raises(SystemExit, match="error: iteration 1: 8 of 8 samples got no finite reward"):
         run(options(reward__name=f"{rewards_file}:bad_after_start"))
 
 
