@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo_fast.rewards import score_or_nan
+from ddpo_fast.rewards import Scorer, score_or_nan
 from ddpo_fast.rewards.function import REWARDS, load_reward, score
 from ddpo_fast.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 
@@ -322,3 +323,47 @@ def test_hanging_call_gives_nan(hanging_reward, caplog):
 def test_good_call_is_not_logged(caplog):
     assert score_or_nan(partial(score, answering([1, 2, 3]), kwargs={}, timeout_s=10), IMAGES, PROMPTS).tolist() == [1, 2, 3]
     assert not caplog.records
+
+
+def test_what_fp32_cannot_hold_costs_its_sample_only(caplog):
+    """Its square would make every advantage of the iteration 0 or NaN."""
+    rewards = score_or_nan(partial(score, answering([1.0, 1e300, float("nan")]), kwargs={}, timeout_s=10), IMAGES, PROMPTS)
+    assert rewards.isfinite().tolist() == [True, False, False]
+    assert "2 of 3 rewards are not finite; these samples are left out" in caplog.text
+
+
+def test_a_call_that_fails_does_not_keep_the_images():
+    images = torch.zeros(3, 3, 8, 8)
+    gone = weakref.ref(images)
+    score_or_nan(partial(score, raising_reward, kwargs={}, timeout_s=10), images, PROMPTS)
+    del images
+    assert gone() is None
+
+
+# --- Scorer ---
+
+
+def test_batches_are_scored_behind_the_callers_back_in_order_and_one_at_a_time(caplog):
+    go, active = threading.Semaphore(0), []
+
+    def reward(images, prompts):
+        active.append(prompts)
+        assert go.acquire(timeout=10) and active == [prompts]
+        active.clear()
+        if prompts == ["bad"] * 3:
+            raise KeyError("wolf")
+        return [float(prompts[0])] * 3
+
+    scorer = Scorer(partial(score, reward, kwargs={}, timeout_s=10))
+    scorer.add(IMAGES, ["1"] * 3)  # comes back although the reward waits for the line below
+    go.release()
+    scorer.add(IMAGES, ["bad"] * 3)
+    second = threading.Thread(target=scorer.add, args=(IMAGES, ["3"] * 3))
+    second.start()
+    second.join(0.1)
+    assert second.is_alive()  # one at a time
+    go.release(2)
+    second.join()
+    rewards = scorer.rewards()
+    assert rewards[:3].tolist() == [1] * 3 and rewards[3:6].isnan().all() and rewards[6:].tolist() == [3] * 3
+    assert caplog.text.count("samples are left out") == 1

@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         """Answers 200 and the rewards, or an error: 401 token, 411 no length, 413 too large, 400 format, 422 the reward failed."""
         sent = self.headers.get("Authorization", "")
         if self.server.token and not hmac.compare_digest(sent.encode(), f"Bearer {self.server.token}".encode()):
-            return self.answer(401, error=f"valid is the token of the server's {TOKEN_VARIABLE}")
+            return self.answer(401, error=f"the token is missing or wrong; valid is {TOKEN_VARIABLE} of the server")
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,18}", length):
             return self.answer(411, error="a Content-Length is needed")
