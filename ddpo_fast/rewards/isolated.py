@@ -44,7 +44,7 @@ class IsolatedReward:
             except ValueError as error:
                 raise RewardError(str(error)) from None
         with self._limit(self.timeout_s, f"the reward function took longer than reward.timeout_s={self.timeout_s}"):
-            self.connection.send((images.shape, images.device, prompts))
+            self.connection.send((images.shape, images.is_contiguous(memory_format=torch.channels_last), images.device, prompts))
             self.connection.send_bytes(images.to("cpu", torch.float32).contiguous().numpy().data.cast("B"))
             answer = self.connection.recv()
         if isinstance(answer, RewardError):
@@ -123,10 +123,12 @@ def serve(connection: int, lifeline: int) -> None:
             return
         connection.send(None)
         while True:
-            shape, device, prompts = connection.recv()
+            shape, channels_last, device, prompts = connection.recv()
             pixels = bytearray(4 * shape.numel())
             connection.recv_bytes_into(pixels)
-            images = torch.frombuffer(pixels, dtype=torch.float32).view(shape).to(device)
+            images = torch.frombuffer(pixels, dtype=torch.float32).view(shape)
+            # sums are rounded in the order of memory
+            images = images.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
             try:
                 answer = call(function, images, prompts, kwargs).tolist()
             except RewardError as error:
