@@ -30,6 +30,7 @@ setup(
         "tensorboard",
         "tqdm",
         "pyyaml",
+        "urllib3>=2.3",
     ],
     extras_require={"gpu": ["xformers"], "build": ["cairosvg"], "test": ["scipy", "pytest", "pytest-benchmark", "ruff", "hypothesis"]},
 )

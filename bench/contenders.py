@@ -267,7 +267,7 @@ class Textbook(Contender):
                 with self.stages("decode"):
                     images = self.loop.decode(data[-1].next_latents[:, -1])
             with self.stages("reward"):
-                rewards.append(self.setup.reward(images, batch, **config.reward.kwargs))
+                rewards.append(self.setup.reward(images, batch))
         joined = (torch.cat([getattr(part, name) for part in data]) for name in ("latents", "next_latents", "log_probs", "prompt_embeds"))
         data, rewards = Trajectories(self.loop.timesteps, *joined), torch.cat(rewards)
         limit = config.train.advantage_clip
@@ -386,8 +386,8 @@ class TRL(Contender):
             self.trl._generate_samples(1, sample_batch)
 
     def reward(self, images: Tensor, prompts: tuple[str], metadata: tuple) -> tuple[Tensor, dict]:
-        rewards = torch.as_tensor(self.setup.reward(images.float(), list(prompts), **self.config.reward.kwargs))
-        self.rewards.append(rewards.double().cpu())
+        rewards = self.setup.reward(images.float(), list(prompts))
+        self.rewards.append(rewards)
         return rewards, {}
 
     def work(self) -> dict:

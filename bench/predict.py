@@ -111,7 +111,7 @@ def _sampling_costs(setup: trainer.Setup, largest: int) -> tuple[Rollout, dict[s
         decode_s = _seconds(policy.device, lambda: policy.decode_latents(rollout.latents[:, -1]))  # noqa: B023
         design.append([steps, steps * rows * size])
         seconds.append(_seconds(policy.device, sample) - decode_s)
-    reward_s = _seconds(policy.device, lambda: score_or_nan(setup.reward, images, prompts, config.reward.kwargs, config.reward.timeout_s))
+    reward_s = _seconds(policy.device, lambda: score_or_nan(setup.reward, images, prompts))
     call_s, row_s = fit(design, seconds)
     costs = {"sample_call_s": call_s, "sample_row_s": row_s, "decode_image_s": decode_s / size, "reward_image_s": reward_s / size}
     return rollout, costs

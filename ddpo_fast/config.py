@@ -76,11 +76,17 @@ class RewardConfig:
     name: str = "jpeg_compressibility"
     """jpeg_compressibility | jpeg_incompressibility | embedded_alignment, or your own: path/to/file.py:function or
     package.module:function. Signature: (images (B,3,H,W) fp32 in [0,1], prompts: list of B str, **kwargs) -> (B,)
-    numbers, higher is better."""
+    numbers, higher is better. Or a server's address, http://host:port/path or https://, see docs/rewards.md."""
     kwargs: dict = field(default_factory=dict)
     """Keyword arguments for the reward function."""
     timeout_s: float = 600.0
     """A call that takes longer counts as failed: its samples are left out of the update."""
+    isolate: bool = False
+    """Load and call the function in a process of its own, which is started anew when it crashes and is killed when it hangs. Numbers
+    and device are the same; on a GPU it has a CUDA context of its own, about half a GB."""
+    max_bad_fraction: float = 0.5
+    """When more than this share of an iteration's samples has no finite reward, the run stops before the update, with a checkpoint to
+    --resume from."""
 
 
 @dataclass(frozen=True)
@@ -345,6 +351,7 @@ _RULES = [
         lambda v, c: v == "ppo" or c.lora.scope != "none",
     ),
     ("train.timestep_fraction", "0 < fraction <= 1", _number(0, 1, open_low=True)),
+    ("reward.max_bad_fraction", "0 <= fraction <= 1", _number(0, 1)),
     ("baseline.buffer_size", "a whole number >= baseline.min_count", lambda v, c: v >= c.baseline.min_count),
     ("optimizer.betas", "two numbers in [0, 1)", lambda v, c: len(v) == 2 and all(0 <= b < 1 for b in v)),
     ("optimizer.weight_decay", "a finite number >= 0", _number(0)),
@@ -429,7 +436,8 @@ def parse(argv: list[str]) -> Config:
 
 
 _FREE_ON_RESUME = {
-    "sample.batch_size", "sample.decode_batch", "train.micro_batch", "model.offload_text_encoder", "reward.timeout_s", "eval.every",
+    "sample.batch_size", "sample.decode_batch", "train.micro_batch", "model.offload_text_encoder", "reward.timeout_s", "reward.isolate",
+    "reward.max_bad_fraction", "eval.every",
     *(f"cache.{option.name}" for option in dataclasses.fields(CacheConfig)),
     *(f"run.{option.name}" for option in dataclasses.fields(RunConfig) if option.name != "seed"),
 }  # fmt: skip

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ from ddpo_fast.plan import make_plan, plan_text, resolve_sizes
 from ddpo_fast.policy import Policy, check_model_class
 from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.report import write_report
-from ddpo_fast.rewards import load_reward, score_or_nan
+from ddpo_fast.rewards import Reward, Scorer, open_reward
 from ddpo_fast.rollout import MicroBatch, Pairs, Rollout, generate, micro_batches, passes
 from ddpo_fast.score_accumulation import ScoreAccumulator
 from ddpo_fast.split_unet import SplitUNet
@@ -69,7 +70,7 @@ class Setup:
     rank: int
     world_size: int
     prompts: list[str]
-    reward: object
+    reward: Reward
     policy: Policy
     schedule: DDIMSchedule
     ops: Ops
@@ -96,7 +97,14 @@ def main(argv: list[str] | None = None) -> None:
         setup = prepare(config)
     except ValueError as error:
         user_error(error)
-    train(setup)
+    try:
+        train(setup)
+    except BadRewards as error:
+        sys.exit(f"error: {error}" if setup.rank == 0 else 1)
+
+
+class BadRewards(RuntimeError):
+    """Too few samples have a reward to learn from."""
 
 
 def prepare(config: Config) -> Setup:
@@ -106,7 +114,7 @@ def prepare(config: Config) -> Setup:
     num_calls = config.sample.num_samples if config.sample.batch_size == "auto" else config.sample.num_samples // config.sample.batch_size
     rank, world_size, device = init_distributed(timeout_s=1800 + config.reward.timeout_s * (1 + num_calls))
     ops = kernels.select(config.kernels.backend, device)
-    reward = load_reward(config.reward.name, config.reward.kwargs)
+    reward = open_reward(config.reward.name, config.reward.kwargs, config.reward.timeout_s, config.reward.isolate)
     for option, multiple in (("sample.num_samples", world_size * config.train.num_minibatches), ("eval.num_samples", world_size)):
         if config[option] % multiple:
             raise ValueError(f"{option}={config[option]}: valid is a multiple of {multiple} with {world_size} ranks")
@@ -117,7 +125,8 @@ def prepare(config: Config) -> Setup:
     if config.model.dtype == "auto":
         config = config.replace(model__dtype="fp16" if device.type == "cuda" else "fp32")
     config = resolve_sizes(config, device, world_size)
-    run_dir = config.run.dir or f"runs/{Path(config.reward.name).name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    reward_name = re.sub(r"[^\w.-]+", "-", Path(config.reward.name).name)
+    run_dir = config.run.dir or f"runs/{reward_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.replace(run__dir=broadcast(run_dir))
     torch.manual_seed(config.run.seed)  # LoRA's initial weights
     lora = config.lora
@@ -167,7 +176,12 @@ def train(setup: Setup) -> None:
         timer, row = StageTimer(setup.policy.device), dict.fromkeys(METRICS)
         with timer("total"):
             if iteration > 0:
-                row |= improve(setup, engine, cache, baseline, timer, iteration)
+                try:
+                    row |= improve(setup, engine, cache, baseline, timer, iteration)
+                except BadRewards:  # nothing has been updated: the state is still that after the iteration before
+                    if state["iteration"] % config.run.checkpoint_every:
+                        _save(setup, engine, baseline, state)
+                    raise
             if iteration % config.eval.every == 0 or iteration == last:
                 with timer("eval"):
                     row |= evaluate(setup, writer, iteration, state)
@@ -187,8 +201,7 @@ def train(setup: Setup) -> None:
             tqdm.write(_line(row))
         with timer("save"):
             if iteration % config.run.checkpoint_every == 0 or iteration == last:
-                everything = state | {"world_size": setup.world_size, "baseline": baseline.state_dict()}
-                checkpoint.save(setup.run_dir, iteration, engine, everything, rank, config.run.keep_checkpoints)
+                _save(setup, engine, baseline, state)
                 if rank == 0 and iteration < last:
                     _publish(setup)
         state["device_hours"] += timer.seconds["save"] * setup.world_size / 3600
@@ -199,8 +212,16 @@ def train(setup: Setup) -> None:
         _print_result(setup, state)
 
 
+def _save(setup: Setup, engine: Engine, baseline: PromptBaseline, state: dict) -> None:
+    everything = state | {"world_size": setup.world_size, "baseline": baseline.state_dict()}
+    checkpoint.save(setup.run_dir, state["iteration"], engine, everything, setup.rank, setup.config.run.keep_checkpoints)
+
+
 def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline, timer: StageTimer, iteration: int) -> dict[str, float]:
-    """One iteration of DDPO: sample under the current policy, score, compare with the prompts' baselines, update. Returns its metrics."""
+    """One iteration of DDPO: sample under the current policy, score, compare with the prompts' baselines, update. Returns its metrics.
+
+    Raises BadRewards, before anything is updated, when too many samples have no reward.
+    """
     config, num_samples = setup.config, setup.config.sample.num_samples
     prompts = draw_prompts(setup.prompts, num_samples, config.prompts.samples_per_prompt, config.run.seed, iteration)
     mine = _block(num_samples, setup.rank, setup.world_size)
@@ -212,8 +233,12 @@ def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline
 
     rewards = all_gather(rewards)
     good = rewards[rewards.isfinite()]
-    if not len(good):
-        raise RuntimeError(f"iteration {iteration}: no sample got a finite reward; mend the reward, then --resume")
+    bad_rewards = num_samples - len(good)
+    if bad_rewards > config.reward.max_bad_fraction * num_samples or not len(good):
+        raise BadRewards(
+            f"iteration {iteration}: {bad_rewards} of {num_samples} samples got no finite reward, and "
+            f"reward.max_bad_fraction={config.reward.max_bad_fraction}; mend the reward, then --resume: checkpoint {iteration - 1} is saved"
+        )
     limit = config.train.advantage_clip
     advantages = baseline.update(prompts, rewards)[mine].clamp(-limit, limit).float().to(setup.policy.device)
 
@@ -226,7 +251,7 @@ def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline
     return row | {
         "reward_mean": good.mean().item(),
         "reward_std": good.std(correction=0).item(),
-        "bad_rewards": num_samples - len(good),
+        "bad_rewards": bad_rewards,
         "images_per_s": num_samples / timer.seconds["sample"],
         "transitions_per_s": row["transitions"] / (timer.seconds["train"] + (setup.scores is not None) * timer.seconds["sample"]),
         "learning_rate": config.train.learning_rate,
@@ -245,12 +270,13 @@ def sample(
 ) -> tuple[Rollout | None, Tensor, Tensor]:
     """Pictures for `prompts`, numbered from `first_id`, and their rewards; what the update will need of the UNet goes into the cache.
 
+    A batch is scored while the next one is denoised; the timer's "reward" is what the loop waited for that.
     Returns the Rollout, rewards (B,) fp64 and images (B, 3, H, W) uint8, the latter two on the CPU. A sample that is not good gets no
     reward. With `scores`, which take the gradient at once, no trajectory is kept and the Rollout is None.
     """
     config, policy, schedule = setup.config, setup.policy, setup.schedule
     seed, guidance_scale = config.run.seed, config.sample.guidance_scale
-    rollouts, rewards, pictures, start = [], [], [], 0
+    rollouts, pictures, good, scorer, start = [], [], [], Scorer(setup.reward), 0
     total = len(prompts) * config.sample.num_steps
     with tqdm(total=total, desc=f"  {stage}", unit="step", leave=False, disable=setup.rank != 0, dynamic_ncols=True) as bar:
 
@@ -272,11 +298,13 @@ def sample(
                 else:
                     scores.forget(~rollout.good)
                 pictures.append((images.nan_to_num() * 255).round().to("cpu", torch.uint8))
+                good.append(rollout.good.cpu())
             with timer("reward"):
-                reward = score_or_nan(setup.reward, images, prompts[rows], config.reward.kwargs, config.reward.timeout_s)
-                rewards.append(reward.masked_fill(~rollout.good.cpu(), torch.nan))
+                scorer.add(images, prompts[rows])
             start = rows.stop
-    return Rollout.cat(rollouts) if scores is None else None, torch.cat(rewards), torch.cat(pictures)
+    with timer("reward"):
+        rewards = scorer.rewards().masked_fill(~torch.cat(good), torch.nan)
+    return Rollout.cat(rollouts) if scores is None else None, rewards, torch.cat(pictures)
 
 
 def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, iteration: int, cache: Cache = NO_CACHE) -> dict[str, float]:
@@ -373,7 +401,7 @@ def updates(setup: Setup, iteration: int) -> Iterator[tuple[int, int, Pairs]]:
 def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -> dict[str, float]:
     """Rewards of the fixed evaluation set (same prompts and noise every time); its pictures go to <run_dir>/images/.
 
-    A reward that gives no number for any picture of the untrained model ends the run.
+    Raises BadRewards when no picture of the untrained model gets a number.
     """
     config = setup.config
     prompts = config.eval.prompts or setup.prompts
@@ -389,7 +417,7 @@ def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -
     good = rewards[rewards.isfinite()]
     if not len(good):
         if iteration == 0:
-            raise RuntimeError("the reward gave no finite number for any picture of the untrained model")
+            raise BadRewards("the reward gave no finite number for any picture of the untrained model")
         return {}
     result = {"eval_reward_mean": good.mean().item(), "eval_reward_std": good.std(correction=0).item(), "eval_samples": len(good)}
     state.setdefault("eval_before", result)

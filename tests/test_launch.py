@@ -93,6 +93,21 @@ def test_kill_and_resume_is_the_uninterrupted_run(options, tmp_path):
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
+def test_a_reward_that_fails_on_one_of_two_ranks(options, tmp_path):
+    """Every rank knows of it: the run stops on both, with one line and the state before the update."""
+    failing = "import os\ndef f(images, prompts):\n    global calls\n    calls += 1\n    if os.environ['RANK'] == '1' and calls == 3:\n"
+    (tmp_path / "failing.py").write_text(f"calls = 0\n{failing}        os._exit(1)\n    return images.mean((1, 2, 3))\n")
+    extra = (f"--reward.name={tmp_path / 'failing.py'}:f", "--reward.isolate=true", "--eval.every=10", "--run.iterations=3")
+    argv = options("run", *extra, "--reward.max_bad_fraction=0.4", "--run.checkpoint_every=10")
+    done = deepspeed(2, "ddpo_fast/train.py", argv)
+    text = done.stdout + done.stderr
+    assert done.returncode == 1 and "Traceback" not in text
+    assert text.count("error: iteration 2: 4 of 8 samples got no finite reward, and reward.max_bad_fraction=0.4") == 1
+    assert "WARNING: the reward's process ended with status 1; its 4 samples are left out" in text
+    done = deepspeed(2, "ddpo_fast/train.py", [f"--run.dir={tmp_path / 'run'}", "--resume"])
+    assert done.returncode == 0 and "resumed after iteration 1" in done.stdout and len(read_metrics(tmp_path / "run")) == 4
+
+
 def test_two_ranks_resume_with_sharded_optimizer(options, tmp_path):
     extra = ("--zero.stage=2", "--run.iterations=3")
     assert deepspeed(2, "ddpo_fast/train.py", options("whole", *extra)).returncode == 0

@@ -7,6 +7,9 @@ import logging
 import re
 import threading
 import time
+import weakref
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo_fast.rewards import REWARDS, load_reward, score, score_or_nan
+from ddpo_fast.rewards import RewardError, Scorer, score_or_nan
+from ddpo_fast.rewards.function import REWARDS, load_reward, score
 from ddpo_fast.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 
 PROMPTS = ["cat", "dog", "horse"]
@@ -305,7 +309,7 @@ def raising_reward(images, prompts):
 @pytest.mark.parametrize("reward, reason", [(raising_reward, "KeyError: 'wolf'"), (answering([1.0]), r"shape \(1,\)")])
 def test_failed_call_is_logged_and_gives_nan(reward, reason, caplog):
     with caplog.at_level(logging.WARNING, logger="ddpo_fast"):
-        rewards = score_or_nan(reward, IMAGES, PROMPTS, {}, 10)
+        rewards = score_or_nan(partial(score, reward, kwargs={}, timeout_s=10), IMAGES, PROMPTS)
     assert rewards.shape == (3,) and rewards.dtype == torch.float64 and rewards.isnan().all()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "3 samples" in record.getMessage()
@@ -313,10 +317,55 @@ def test_failed_call_is_logged_and_gives_nan(reward, reason, caplog):
 
 
 def test_hanging_call_gives_nan(hanging_reward, caplog):
-    assert score_or_nan(hanging_reward, IMAGES, PROMPTS, {}, 0.1).isnan().all()
+    assert score_or_nan(partial(score, hanging_reward, kwargs={}, timeout_s=0.1), IMAGES, PROMPTS).isnan().all()
     assert "reward.timeout_s=0.1" in caplog.text
 
 
 def test_good_call_is_not_logged(caplog):
-    assert score_or_nan(answering([1, 2, 3]), IMAGES, PROMPTS, {}, 10).tolist() == [1, 2, 3]
+    assert score_or_nan(partial(score, answering([1, 2, 3]), kwargs={}, timeout_s=10), IMAGES, PROMPTS).tolist() == [1, 2, 3]
     assert not caplog.records
+
+
+def test_what_fp32_cannot_hold_costs_its_sample_only(caplog):
+    """Its square would make every advantage of the iteration 0 or NaN."""
+    rewards = score_or_nan(partial(score, answering([1.0, 1e300, float("nan")]), kwargs={}, timeout_s=10), IMAGES, PROMPTS)
+    assert rewards.isfinite().tolist() == [True, False, False]
+    assert "2 of 3 rewards are not finite; these samples are left out" in caplog.text
+
+
+def test_a_call_that_fails_does_not_keep_the_images():
+    images = torch.zeros(3, 3, 8, 8)
+    gone = weakref.ref(images)
+    with suppress(RewardError):
+        score(raising_reward, images, PROMPTS, {}, 10)
+    del images
+    assert gone() is None
+
+
+# --- Scorer ---
+
+
+def test_batches_are_scored_behind_the_callers_back_in_order_and_one_at_a_time(caplog):
+    go, active = threading.Semaphore(0), []
+
+    def reward(images, prompts):
+        active.append(prompts)
+        assert go.acquire(timeout=10) and active == [prompts]
+        active.clear()
+        if prompts == ["bad"] * 3:
+            raise KeyError("wolf")
+        return [float(prompts[0])] * 3
+
+    scorer = Scorer(partial(score, reward, kwargs={}, timeout_s=10))
+    scorer.add(IMAGES, ["1"] * 3)  # comes back although the reward waits for the line below
+    go.release()
+    scorer.add(IMAGES, ["bad"] * 3)
+    second = threading.Thread(target=scorer.add, args=(IMAGES, ["3"] * 3))
+    second.start()
+    second.join(0.1)
+    assert second.is_alive()  # one at a time
+    go.release(2)
+    second.join()
+    rewards = scorer.rewards()
+    assert rewards[:3].tolist() == [1] * 3 and rewards[3:6].isnan().all() and rewards[6:].tolist() == [3] * 3
+    assert caplog.text.count("samples are left out") == 1

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,15 @@ from ddpo_fast.engine import Engine
 from ddpo_fast.kernels import reference
 from ddpo_fast.metrics import StageTimer, read_metrics
 from ddpo_fast.policy import Policy
+from ddpo_fast.rewards import open_reward
+from ddpo_fast.rewards.server import RewardServer
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 TIMES = re.compile(r"time_|_per_s|device_hours|peak_memory")
 
 REWARDS = """
+import time
+from pathlib import Path
 import torch
 calls = 0
 def redness(images, prompts):
@@ -47,6 +52,16 @@ def sometimes_bad(images, prompts):
     return rewards
 def raising(images, prompts):
     raise KeyError("always")
+def bad_in_iteration_3(images, prompts, while_there_is):
+    global calls
+    calls += 1
+    rewards = redness(images, prompts)
+    if calls == 4 and Path(while_there_is).exists():
+        rewards[:5] = torch.nan
+    return rewards
+def slow(images, prompts):
+    time.sleep(0.3)
+    return redness(images, prompts)
 def bad_after_start(images, prompts):
     global calls
     calls += 1
@@ -303,14 +318,97 @@ def test_bad_rewards_are_left_out_and_counted(options, rewards_file, caplog):
 
 
 def test_a_reward_that_never_works_ends_the_run_at_once(options, rewards_file, caplog):
-    with pytest.raises(RuntimeError, match="no finite number for any picture of the untrained model"):
+    with pytest.raises(SystemExit, match="error: the reward gave no finite number for any picture of the untrained model"):
         run(options(reward__name=f"{rewards_file}:raising"))
     assert "raised KeyError: 'always'" in caplog.text and f'File "{rewards_file}"' in caplog.text
 
 
 def test_an_iteration_without_any_reward_ends_the_run(options, rewards_file):
-    with pytest.raises(RuntimeError, match="iteration 1: no sample got a finite reward"):
+    with pytest.raises(SystemExit, match="error: iteration 1: 8 of 8 samples got no finite reward"):
         run(options(reward__name=f"{rewards_file}:bad_after_start"))
+
+
+@pytest.mark.parametrize("estimator", ["ppo", pytest.param("score_accumulation", marks=pytest.mark.slow)])
+def test_too_many_bad_rewards_stop_the_run_where_it_can_go_on(options, rewards_file, tmp_path, capsys, estimator):
+    """The checkpoint is the state before the update that was not made, though none was due; resumed, the run is as if nothing had been."""
+    flag = tmp_path / "flag"
+    argv = dict(
+        reward__name=f"{rewards_file}:bad_in_iteration_3", reward__kwargs=json.dumps({"while_there_is": str(flag)}),
+        run__iterations=3, run__checkpoint_every=3, eval__every=10, train__num_minibatches=1, train__estimator=estimator,
+        reward__max_bad_fraction=0.6,
+    )  # fmt: skip
+    whole = run(options("whole", **argv))
+    flag.touch()
+    with pytest.raises(SystemExit) as stopped:
+        run(options("parts", **argv))
+    assert stopped.value.code == (
+        "error: iteration 3: 5 of 8 samples got no finite reward, and reward.max_bad_fraction=0.6; "
+        "mend the reward, then --resume: checkpoint 2 is saved"
+    )
+    parts = tmp_path / "parts"
+    assert [path.name for path in list_checkpoints(parts)] == ["0", "2"] and len(read_metrics(parts)) == 3
+    flag.unlink()
+    trainer.main([f"--run.dir={parts}", "--resume"])
+    assert untimed(read_metrics(parts)) == untimed(read_metrics(whole))
+    assert all(torch.equal(tensor, weights(parts)[name]) for name, tensor in weights(whole).items())
+
+
+def test_a_batch_is_scored_while_the_next_one_is_denoised(options, monkeypatch):
+    """The first batch's reward waits for the second batch's denoising."""
+    generate, denoising, numbers = trainer.generate, threading.Event(), []
+
+    def noting(*args):
+        numbers.append(len(numbers))
+        if len(numbers) > 1:
+            denoising.set()
+        return generate(*args)
+
+    setup = trainer.prepare(parse(options(sample__batch_size=4)))
+
+    def reward(images, prompts):
+        assert denoising.wait(30)
+        return torch.full((4,), float(images.mean()), dtype=torch.float64)
+
+    monkeypatch.setattr(trainer, "generate", noting)
+    _, rewards, _ = trainer.sample(replace(setup, reward=reward), StageTimer(torch.device("cpu")), 0, ["a"] * 8, "sample")
+    assert rewards[:4].unique().numel() == rewards[4:].unique().numel() == 1 and rewards[0] != rewards[4]
+
+
+def test_scoring_in_the_background_changes_no_bit(options, monkeypatch):
+    class Waiting(trainer.Scorer):
+        def add(self, images, prompts):
+            super().add(images, prompts)
+            self.rewards()
+
+    behind = run(options("behind", sample__batch_size=3, run__iterations=1))
+    monkeypatch.setattr(trainer, "Scorer", Waiting)
+    waiting = run(options("waiting", sample__batch_size=3, run__iterations=1))
+    assert untimed(read_metrics(behind)) == untimed(read_metrics(waiting))
+    assert all(torch.equal(tensor, weights(waiting)[name]) for name, tensor in weights(behind).items())
+
+
+def test_time_reward_is_what_the_loop_waited(options, rewards_file):
+    row = read_metrics(run(options(reward__name=f"{rewards_file}:slow", run__iterations=1)))[1]
+    assert 0.25 <= row["time_reward_s"] < row["time_total_s"] and row["time_sample_s"] + row["time_reward_s"] <= row["time_total_s"]
+
+
+def test_a_run_with_an_isolated_reward_is_the_same_run(options):
+    here, isolated = (run(options(name, reward__isolate=name == "isolated", run__iterations=1)) for name in ("here", "isolated"))
+    assert untimed(read_metrics(here)) == untimed(read_metrics(isolated))
+    assert all(torch.equal(tensor, weights(isolated)[name]) for name, tensor in weights(here).items())
+
+
+def test_a_run_with_a_remote_reward_is_the_same_run_and_keeps_its_token(options, monkeypatch, caplog):
+    token = "correct-horse-battery-staple"
+    monkeypatch.setenv("DDPO_REWARD_TOKEN", token)
+    with RewardServer(open_reward("jpeg_compressibility", {}, 60.0, isolate=False), "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        remote, here = (run(options(name[:4], reward__name=name, run__iterations=1)) for name in (address, "jpeg_compressibility"))
+        server.shutdown()
+    assert untimed(read_metrics(remote)) == untimed(read_metrics(here))
+    assert address in (remote / "config.yaml").read_text() and not caplog.records
+    assert not [path for path in remote.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

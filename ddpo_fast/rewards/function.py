@@ -1,0 +1,115 @@
+"""A reward as a function, (images (B, 3, H, W) fp32 in [0, 1], prompts: B strings, **kwargs) -> (B,) numbers: finding and calling it."""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+REWARDS = {
+    "jpeg_compressibility": "ddpo_fast.rewards.jpeg:jpeg_compressibility",
+    "jpeg_incompressibility": "ddpo_fast.rewards.jpeg:jpeg_incompressibility",
+    "embedded_alignment": "ddpo_fast.rewards.embedded_alignment:embedded_alignment",
+}
+
+
+def load_reward(name: str, kwargs: dict) -> Callable:
+    """The function of a reward's name: one of REWARDS, `path/to/file.py:function` or `package.module:function`.
+
+    Raises ValueError, naming the option, when there is no such function or it does not take (images, prompts, **kwargs).
+    """
+    if name == "aesthetic":
+        raise ValueError("reward.name=aesthetic: this reward comes in a later version; " + _VALID)
+    source, _, function_name = REWARDS.get(name, name).rpartition(":")
+    if not source or not function_name.isidentifier():
+        raise ValueError(f"reward.name={name}: {_VALID}")
+    if source.endswith(".py") and not Path(source).is_file():
+        raise ValueError(f"reward.name={name}: there is no file {source}")
+    # where the module's own imports are looked for, after everything else
+    sys.path.append(str(Path(source).resolve().parent if source.endswith(".py") else Path.cwd()))
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(f"reward_{Path(source).stem}", source)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # where dataclasses and pickle look for it
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reward.name={name}: importing {source} failed: {type(error).__name__}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        functions = ", ".join(n for n, f in vars(module).items() if inspect.isfunction(f)) or "none"
+        raise ValueError(f"reward.name={name}: {source} has no function {function_name}; it has: {functions}")
+    try:
+        inspect.signature(function).bind(None, None, **kwargs)
+    except ValueError:
+        raise ValueError(f"reward.name={name}: {function_name} has no signature; valid is a function (images, prompts, **kwargs)") from None
+    except TypeError as error:
+        raise ValueError(f"reward.kwargs={kwargs}: {function_name}(images, prompts, **kwargs) does not take them: {error}") from None
+    return function
+
+
+_VALID = f"valid is one of {', '.join(REWARDS)}, path/to/file.py:function or package.module:function"
+
+
+class RewardError(RuntimeError):
+    """A call of a reward that failed; the message says how."""
+
+
+def call(reward: Callable, images: Tensor, prompts: list[str], kwargs: dict) -> Tensor:
+    """Calls a reward on the images' device, without gradient, and checks its answer. Returns (B,) fp64 on the CPU.
+
+    What fp32 cannot hold becomes infinite. Raises RewardError, caused by what the function raised, sys.exit() included.
+    """
+    if images.is_cuda:
+        torch.cuda.set_device(images.device)  # the current device is a thread's own
+    try:
+        with torch.no_grad():
+            answer = reward(images, prompts, **kwargs)
+    except RewardError:
+        raise
+    except BaseException as error:
+        raise RewardError(f"the reward function raised {type(error).__name__}: {error}") from error
+    try:
+        rewards = torch.as_tensor(answer).detach()
+        if rewards.is_complex():
+            raise TypeError("complex numbers have no order")
+        rewards = rewards.to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RewardError(f"the reward function returned {type(answer).__name__}, not {len(prompts)} numbers: {error}") from error
+    if rewards.shape != (len(prompts),):
+        raise RewardError(f"the reward function returned shape {tuple(rewards.shape)}, not ({len(prompts)},)")
+    return rewards.masked_fill(rewards.abs() > torch.finfo(torch.float32).max, torch.inf)
+
+
+def score(reward: Callable, images: Tensor, prompts: list[str], kwargs: dict, timeout_s: float) -> Tensor:
+    """`call` that is abandoned (its daemon thread is left behind) and raises RewardError when it outlasts `timeout_s`."""
+    rewards = in_background("reward", call, reward, images, prompts, kwargs)
+    if wait([rewards], timeout_s).not_done:
+        raise RewardError(f"the reward function took longer than reward.timeout_s={timeout_s}")
+    try:
+        return rewards.result()
+    finally:
+        del rewards  # else a cycle, by way of its exception's traceback, keeps the images
+
+
+def in_background(name: str, function: Callable, *args) -> Future:
+    """Calls a function in a daemon thread: unlike an executor's, it does not keep a program from ending."""
+    future = Future()
+    threading.Thread(target=_run, args=(future, function, args), daemon=True, name=name).start()
+    return future
+
+
+def _run(future: Future, function: Callable, args: tuple) -> None:
+    try:
+        future.set_result(function(*args))
+    except BaseException as error:
+        future.set_exception(error)
+        del future  # see `score`
