@@ -1,9 +1,9 @@
 """What is benchmarked: models and the work that is done with them. Nothing is downloaded.
 
 `embedded` is the model that ships with the package. The others have random weights and the architecture that their name says: `sd15` and
-`sdxl` in full, for a GPU, `sd15_small` and `sdxl_small` with the same blocks but fewer channels and smaller pictures, for a CPU; `tiny_small`, of
-two blocks, is for runs whose pictures do not matter. The trainer does not know SDXL's pipeline yet, so `sdxl` is its UNet (less the added text and size conditions, under 0.1 % of its
-work) in a pipeline with one text encoder.
+`sdxl` in full, for a GPU, `sd15_small` and `sdxl_small` with the same blocks but fewer channels and smaller pictures, for a CPU;
+`tiny_small`, of two blocks, is for runs whose pictures do not matter. The trainer does not know SDXL's pipeline yet, so `sdxl` is its UNet
+(less the added text and size conditions, under 0.1 % of its work) in a pipeline with one text encoder.
 """
 
 from dataclasses import dataclass

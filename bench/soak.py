@@ -2,8 +2,8 @@
 
     python -m bench.soak [--iterations 200]
 
-The reward (`soak_reward`) raises in one call of ten, sometimes hangs until it is given up, sometimes gives NaN. Printed are the numbers of bad
-rewards given and counted and the growth of the trainer's resident memory: the slope of a straight line through the second half.
+The reward (`soak_reward`) raises in one call of ten, sometimes hangs until it is given up, sometimes gives NaN. Printed are the numbers of
+bad rewards given and counted and the growth of the trainer's resident memory: the slope of a straight line through the second half.
 Exit code 1 if a count differs or memory grows by more than 64 KiB an iteration.
 """
 
