@@ -107,8 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        logger.debug("", exc_info=error)
-        sys.exit(f"error (rank {setup.rank}): another rank is gone, so this one ends, too; --resume continues the run")
+        sys.exit(f"error (rank {setup.rank}): another rank is gone ({str(error).splitlines()[0]}); --resume continues the run")
 
 
 def prepare(config: Config) -> Setup:
