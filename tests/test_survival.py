@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -47,19 +48,29 @@ def options(tiny_model, tmp_path):
 class Run:
     """A run on two ranks under the launcher: `deepspeed` starts launch.py, which starts the ranks."""
 
-    def __init__(self, argv: list[str], **environment: str):
+    def __init__(self, argv: list[str]):
         self.folder = next(Path(a.split("=")[1]) for a in argv if a.startswith("--run.dir="))
         self.log = self.folder.with_suffix(".log")
         with self.log.open("w") as log:
             command = [*DEEPSPEED, str(next(_ports)), "--num_gpus", "2", "ddpo_fast/train.py", *argv]
-            self.runner = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT | environment, stdout=log, stderr=subprocess.STDOUT)
-        self.before = self.newest_row()
-        self.wait_for(lambda: self.newest_row() > self.before)
+            self.runner = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
+        before = self.newest_row()
+        self.wait_for(lambda: self.newest_row() > before)
         (self.launcher,) = [p for p in psutil.Process(self.runner.pid).children() if "deepspeed.launcher.launch" in p.cmdline()]
         self.ranks = sorted(self.launcher.children(), key=lambda p: p.environ()["RANK"])
 
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        """What a failed test has left."""
+        for process in (self.runner, self.launcher, *self.ranks):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.runner.wait()
+
     def newest_row(self) -> int:
-        return read_metrics(self.folder)[-1]["iteration"] if (self.folder / "metrics.jsonl").exists() else -1
+        return max((row["iteration"] for row in read_metrics(self.folder)), default=-1)
 
     def wait_for(self, condition) -> None:
         deadline = time.monotonic() + 120
@@ -72,8 +83,6 @@ class Run:
         start = time.monotonic()
         code = self.runner.wait(END_S)
         _, alive = psutil.wait_procs([self.launcher, *self.ranks], timeout=END_S - (time.monotonic() - start))
-        for process in alive:
-            process.kill()
         assert not alive, f"{alive} outlived the run by {END_S} s: {self.log.read_text()}"
         return code
 
@@ -106,9 +115,9 @@ def test_kills_at_random_moments_then_resume_is_the_uninterrupted_run(options, t
     assert done.returncode == 0, done.stdout + done.stderr
     moments, argv = random.Random(0), options("killed")
     for whom in ("rank", "launcher", "all"):
-        run = Run(argv)
-        time.sleep(moments.uniform(0, 0.5))
-        run.kill(whom)
+        with Run(argv) as run:
+            time.sleep(moments.uniform(0, 0.5))
+            run.kill(whom)
         argv = [f"--run.dir={tmp_path / 'killed'}", "--resume"]
     done = deepspeed(2, "ddpo_fast/train.py", argv)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -123,20 +132,20 @@ def test_twenty_kills(options, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     moments, argv, scoring = random.Random(1), options("killed", *extra), tmp_path / "scoring"
     for number in range(20):
-        run, stage = Run(argv), ("rollout", "reward", "update", "save")[number % 4]
-        if stage == "save":
-            run.wait_for(lambda: list((run.folder / "checkpoints").glob(".*.partial")))  # noqa: B023
-        else:
-            row = run.newest_row()
-            run.wait_for(lambda: run.newest_row() > row)  # noqa: B023
-            if stage != "rollout":
-                scoring.unlink(missing_ok=True)
-                run.wait_for(scoring.exists)
-                time.sleep(0.2 * (stage == "update"))
-            time.sleep(moments.uniform(0, 0.1))
-        whom = moments.choice(("rank", "launcher", "all"))
-        print(f"kill {number + 1}: {whom} in {stage} after row {run.newest_row()}", flush=True)
-        run.kill(whom)
+        stage, whom = ("rollout", "reward", "update", "save")[number % 4], moments.choice(("rank", "launcher", "all"))
+        with Run(argv) as run:
+            if stage == "save":
+                run.wait_for(lambda: list((run.folder / "checkpoints").glob(".*.partial")))  # noqa: B023
+            else:
+                row = run.newest_row()
+                run.wait_for(lambda: run.newest_row() > row)  # noqa: B023
+                if stage != "rollout":
+                    scoring.unlink(missing_ok=True)
+                    run.wait_for(scoring.exists)
+                    time.sleep(0.2 * (stage == "update"))
+                time.sleep(moments.uniform(0, 0.1))
+            print(f"kill {number + 1}: {whom} in {stage} after row {run.newest_row()}", flush=True)
+            run.kill(whom)
         argv = [f"--run.dir={tmp_path / 'killed'}", "--resume"]
     done = deepspeed(2, "ddpo_fast/train.py", argv)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -153,13 +162,13 @@ def test_twenty_kills(options, tmp_path):
     ],
 )
 def test_sigterm_saves_and_stops(options, tmp_path, whom, code):
-    run = Run(options("stopped", "--run.checkpoint_every=100", "--run.iterations=500"))
-    if whom == "terminal":
-        for process in (psutil.Process(run.runner.pid), run.launcher, *run.ranks):
-            process.send_signal(signal.SIGINT)
-    else:
-        {"rank": run.ranks[1], "runner": psutil.Process(run.runner.pid), "launcher": run.launcher}[whom].terminate()
-    ended = run.end()
+    with Run(options("stopped", "--run.checkpoint_every=100", "--run.iterations=500")) as run:
+        if whom == "terminal":
+            for process in (psutil.Process(run.runner.pid), run.launcher, *run.ranks):
+                process.send_signal(signal.SIGINT)
+        else:
+            {"rank": run.ranks[1], "runner": psutil.Process(run.runner.pid), "launcher": run.launcher}[whom].terminate()
+        ended = run.end()
     log, last = run.log.read_text(), run.newest_row()
     assert code is None or ended == code, log
     assert f"stopped after iteration {last}; --run.dir=" in log and "Traceback" not in log.split("stopped after")[1], log
