@@ -54,12 +54,13 @@ class Run:
         with self.log.open("w") as log:
             command = [*DEEPSPEED, str(next(_ports)), "--num_gpus", "2", "ddpo_fast/train.py", *argv]
             self.runner = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
-        before = self.newest_row()
-        self.wait_for(lambda: self.newest_row() > before)
-        (self.launcher,) = [p for p in psutil.Process(self.runner.pid).children() if "deepspeed.launcher.launch" in p.cmdline()]
-        self.ranks = sorted(self.launcher.children(), key=lambda p: p.environ()["RANK"])
+        self.launcher, self.ranks = self.runner, []
 
     def __enter__(self) -> "Run":
+        before = self.newest_row()
+        self.wait_for(lambda: self.newest_row() > before)
+        (self.launcher,) = psutil.Process(self.runner.pid).children()
+        self.ranks = sorted(self.launcher.children(), key=lambda p: p.environ()["RANK"])
         return self
 
     def __exit__(self, *_) -> None:
@@ -73,7 +74,7 @@ class Run:
         return max((row["iteration"] for row in read_metrics(self.folder)), default=-1)
 
     def wait_for(self, condition) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not condition():
             assert self.runner.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.005)
