@@ -58,9 +58,11 @@ class Run:
 
     def __enter__(self) -> "Run":
         before = self.newest_row()
-        self.wait_for(lambda: self.newest_row() > before)
-        (self.launcher,) = psutil.Process(self.runner.pid).children()
-        self.ranks = sorted(self.launcher.children(), key=lambda p: p.environ()["RANK"])
+        try:
+            self.wait_for(lambda: self.newest_row() > before)
+        except AssertionError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_) -> None:
@@ -77,6 +79,9 @@ class Run:
         deadline = time.monotonic() + 300
         while not condition():
             assert self.runner.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            if len(self.ranks) < 2 and (children := psutil.Process(self.runner.pid).children()):
+                self.launcher = children[0]
+                self.ranks = self.launcher.children()
             time.sleep(0.005)
 
     def end(self) -> int:
