@@ -6,6 +6,7 @@
     throughput  the stages of an iteration; how cost grows with batch, steps, micro-batch, inner epochs and ranks
     reward      reward per device-hour of two or more settings, with several seeds
     predict     an iteration's time on N devices, from costs measured on this one
+    soak        a long run with a bad reward: finishes, memory flat, every bad reward counted
     kernels     every fused operation by itself; kernel_resources: what it takes of a GPU, compiled ahead of time
     compare     a run against the last one on the same kind of machine; headline: README's tables and pictures
 

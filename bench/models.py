@@ -1,9 +1,9 @@
 """What is benchmarked: models and the work that is done with them. Nothing is downloaded.
 
 `embedded` is the model that ships with the package. The others have random weights and the architecture that their name says: `sd15` and
-`sdxl` in full, for a GPU, `sd15_small` and `sdxl_small` with the same blocks but fewer channels and smaller pictures, for a CPU. The
-trainer does not know SDXL's pipeline yet, so `sdxl` is its UNet (less the added text and size conditions, under 0.1 % of its
-work) in a pipeline with one text encoder.
+`sdxl` in full, for a GPU, `sd15_small` and `sdxl_small` with the same blocks but fewer channels and smaller pictures, for a CPU;
+`tiny_small`, of two blocks, is for runs whose pictures do not matter. The trainer does not know SDXL's pipeline yet, so `sdxl` is its UNet
+(less the added text and size conditions, under 0.1 % of its work) in a pipeline with one text encoder.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,19 @@ RANDOM = {
         _SMALL["vae"],
         _SMALL["text_encoder"],
     ),
-}
+    "tiny_small": _changed(
+        SD15,
+        {
+            "sample_size": 8, "block_out_channels": (32, 32), "cross_attention_dim": 64, "layers_per_block": 1, "attention_head_dim": 2,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        },
+        {
+            "sample_size": 16, "block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1,
+        },
+        _SMALL["text_encoder"],
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -371,12 +371,12 @@ _RULES = [
     (
         "run.dir",
         "the directory of a run with a checkpoint, when run.resume is set",
-        lambda v, c: not c.run.resume or (v is not None and any(Path(v, "checkpoints").glob("[0-9]*"))),
+        lambda v, c: not c.run.resume or (v is not None and _has_checkpoint(v)),
     ),
     (
         "run.dir",
         "a directory that holds no run yet; to continue the one in it, add --resume",
-        lambda v, c: c.run.resume or v is None or not any(Path(v, "checkpoints").glob("[0-9]*")),
+        lambda v, c: c.run.resume or v is None or not _has_checkpoint(v),
     ),
     (
         "run.plan",
@@ -384,6 +384,10 @@ _RULES = [
         lambda v, c: v is None or parse_devices(v) is not None,
     ),
 ]
+
+
+def _has_checkpoint(run_dir: str) -> bool:
+    return any(path.name.isdigit() for path in Path(run_dir, "checkpoints").glob("*"))
 
 
 def _is_model(path: str) -> bool:

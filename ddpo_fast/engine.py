@@ -1,9 +1,11 @@
 """DeepSpeed: processes, gradient synchronisation, the optimizer step."""
 
 import atexit
+import json
 import logging
 import math
 import os
+import re
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +17,8 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -70,8 +74,16 @@ def all_gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts).cpu()
 
 
-def barrier() -> None:
-    dist.barrier()
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on one rank at least; the same answer on all."""
+    tensor = torch.tensor([flag], dtype=torch.int32, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    all_reduce(tensor, "max")
+    return bool(tensor)
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether this is how a collective fails when another rank has died."""
+    return isinstance(error, dist.DistBackendError) or re.search(r"gloo.*(by peer|[Tt]imed out|pipe)", str(error)) is not None
 
 
 class Engine:
@@ -89,7 +101,8 @@ class Engine:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, zero_stage: int, max_grad_norm: float, dtype: torch.dtype):
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.zero_stage, self.dtype = zero_stage, dtype
+        self.weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.optimizer, self.zero_stage, self.dtype = optimizer, zero_stage, dtype
         self.unfinished = False
         """Whether there have been `backward`s since the last `step`."""
         self.loss_scale, self.good_updates = (self.FP16_LOSS_SCALE if dtype == torch.float16 else 1.0), 0
@@ -153,12 +166,66 @@ class Engine:
             self.loss_scale *= 2
 
     def save(self, folder: Path) -> None:
-        """Writes trainable weights, optimizer state and loss scale, every rank its own part."""
-        client_state = {"loss_scale": self.loss_scale, "good_updates": self.good_updates}
-        self.module.save_checkpoint(str(folder), tag="engine", client_state=client_state, save_latest=False, exclude_frozen_parameters=True)
+        """Writes weights.safetensors, the trainable weights by name, and optimizer-<rank>.safetensors, a rank's shard of its state.
+
+        Not DeepSpeed's own files: they are pickles. Below ZeRO 1 every rank has all of the state and rank 0 writes it.
+        """
+        if dist.get_rank() == 0:
+            scaling = {"loss_scale": self.loss_scale, "good_updates": self.good_updates}
+            _save(folder / "weights.safetensors", self.weights, scaling)
+        if dist.get_rank() == 0 or self.zero_stage > 0:
+            state = {
+                f"{index}.{key}": value for index, parameter in self._shards() for key, value in self.optimizer.state[parameter].items()
+            }
+            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            numbers = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+            _save(folder / f"optimizer-{dist.get_rank()}.safetensors", tensors, numbers)
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, bit for bit."""
-        _, client_state = self.module.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        """Restores what `save` wrote, bit for bit, on any number of ranks."""
+        weights, scaling = _load(folder / "weights.safetensors")
+        for name, parameter in self.weights.items():
+            with torch.no_grad():
+                parameter.copy_(weights[name])
+        if self.zero_stage > 0:
+            self.module.optimizer.refresh_fp32_params()
         self._tell_change()
-        self.loss_scale, self.good_updates = client_state["loss_scale"], client_state["good_updates"]
+        self.loss_scale, self.good_updates = scaling["loss_scale"], scaling["good_updates"]
+        parts = []
+        for rank in range(len(list(folder.glob("optimizer-*")))):
+            tensors, numbers = _load(folder / f"optimizer-{rank}.safetensors")
+            parts.append(tensors | numbers)
+        if self.zero_stage == 0:
+            mine = parts[0]
+        elif len(parts) == dist.get_world_size():
+            mine = parts[dist.get_rank()]
+        else:
+            mine = {key: self._my_shard([part[key] for part in parts]) for key in parts[0]}
+        state = {}
+        for key, value in mine.items():
+            index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
+    def _shards(self):
+        """What the optimizer updates on this rank, numbered: the weights themselves, or ZeRO's flat shard of them."""
+        return enumerate(parameter for group in self.optimizer.param_groups for parameter in group["params"])
+
+    def _my_shard(self, parts: list):
+        """This rank's shard of what ZeRO 1 and 2 cut up otherwise: all weights one after the other, zeros at the end."""
+        if not isinstance(parts[0], Tensor) or parts[0].dim() == 0:
+            return parts[0]
+        ((_, shard),) = self._shards()
+        whole = torch.cat(parts)[: sum(weight.numel() for weight in self.parameters)]
+        whole = torch.nn.functional.pad(whole, (0, shard.numel() * dist.get_world_size() - len(whole)))
+        return whole[shard.numel() * dist.get_rank() :][: shard.numel()].clone()
+
+
+def _save(path: Path, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+    tensors = {name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"numbers": json.dumps(numbers)})
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["numbers"])

@@ -1,10 +1,16 @@
 """Writing files so that a kill at any moment leaves either the old or the new one, whole."""
 
+import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+logger = logging.getLogger("ddpo_fast")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -17,20 +23,40 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which takes the name `path`, and the place of what has it, once the block has ended well."""
+    """Gives a folder to fill, which takes the name `path`, and the place of what has it, once the block has ended well; else it goes."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for written in (partial, *partial.rglob("*")):
-        flush(written)
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for written in (partial, *partial.rglob("*")):
+            flush(written)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     flush(path.parent)
 
 
 def flush(path: Path) -> None:
     """Waits until a file's, or a folder's list of, contents are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def unless_disk_full(what: str) -> Iterator[None]:
+    """Lets a block that only leaves a record of the run behind fail for want of space; `what` it would have written is logged."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if isinstance(error, OSError) and error.errno not in full:
+            raise
+        if isinstance(error, SafetensorError) and not str(error).endswith(tuple(f"(os error {number})" for number in full)):
+            raise
+        logger.warning("%s could not be written (%s); the run goes on", what, error)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import time
 from contextlib import contextmanager
@@ -51,16 +52,32 @@ class MetricsWriter:
         self.path = run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(run_dir) if row["iteration"] <= iteration]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=iteration + 1)
+        self.unwritten: list[dict] = []
+        self._open_tensorboard(purge_step=iteration + 1)
+
+    def _open_tensorboard(self, **options) -> None:
+        self.tensorboard = SummaryWriter(self.path.with_name("tensorboard"), **options)
 
     def write(self, row: dict) -> None:
+        """Raises OSError where the disk is full; the row is written with the next one then."""
         row = {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}  # JSON has no NaN
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if value is not None and name != "iteration":
-                self.tensorboard.add_scalar(name, value, row["iteration"])
-        self.tensorboard.flush()
+        self.unwritten.append(row)
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in self.unwritten))
+        except OSError:
+            os.truncate(self.path, size)
+            raise
+        self.unwritten.clear()
+        try:
+            for name, value in row.items():
+                if value is not None and name != "iteration":
+                    self.tensorboard.add_scalar(name, value, row["iteration"])
+            self.tensorboard.flush()
+        except OSError:
+            self._open_tensorboard()  # the old one's thread has died
+            raise
 
     def write_images(self, grid: Image.Image, iteration: int) -> None:
         self.tensorboard.add_image("evaluation", np.asarray(grid), iteration, dataformats="HWC")

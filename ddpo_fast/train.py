@@ -13,7 +13,9 @@ if __name__ == "__main__":
     if not __package__:  # run as a file: sys.path[0] is this folder, whose module names are not meant for the top level
         sys.path[0] = str(Path(__file__).resolve().parents[1])
     from ddpo_fast.config import parse_or_exit
+    from ddpo_fast.preemption import die_with_launcher
 
+    die_with_launcher()
     parse_or_exit(sys.argv[1:])  # --help and a wrong option are answered before the imports below take their seconds
 
 import logging
@@ -38,8 +40,8 @@ from ddpo_fast.activation_cache import NO_CACHE, ActivationCache, Cache
 from ddpo_fast.advantages import PromptBaseline
 from ddpo_fast.config import Config, parse_or_exit, user_error
 from ddpo_fast.ddim import DDIMSchedule
-from ddpo_fast.engine import Engine, all_gather, all_reduce, broadcast, init_distributed
-from ddpo_fast.files import write_text
+from ddpo_fast.engine import Engine, all_gather, all_reduce, any_rank, broadcast, init_distributed, is_lost_rank
+from ddpo_fast.files import unless_disk_full, write_text
 from ddpo_fast.fused_unet import fuse
 from ddpo_fast.kernels import Ops
 from ddpo_fast.lora import merges
@@ -48,6 +50,7 @@ from ddpo_fast.memory import Room
 from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
 from ddpo_fast.plan import make_plan, plan_text, resolve_sizes
 from ddpo_fast.policy import Policy, check_model_class
+from ddpo_fast.preemption import StopRequest
 from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.report import write_report
 from ddpo_fast.rewards import Reward, Scorer, open_reward
@@ -82,10 +85,12 @@ class Setup:
     """What takes the gradient during sampling; None where `update` does."""
     room: Room
     """What has been found to fit into memory."""
+    checkpoint: Path | None
+    """What to continue from; None for a new run."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a command line. A wrong option is one line on standard error and exit code 2."""
+    """Runs a command line. A wrong option is one line on standard error and exit code 2; a fault is exit code 1."""
     config = parse_or_exit(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
@@ -98,9 +103,14 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         user_error(error)
     try:
-        train(setup)
+        with StopRequest() as stop:
+            train(setup, stop)
     except BadRewards as error:
         sys.exit(f"error: {error}" if setup.rank == 0 else 1)
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        sys.exit(f"error (rank {setup.rank}): another rank is gone ({str(error).splitlines()[0]}); --resume continues the run")
 
 
 class BadRewards(RuntimeError):
@@ -118,10 +128,11 @@ def prepare(config: Config) -> Setup:
     for option, multiple in (("sample.num_samples", world_size * config.train.num_minibatches), ("eval.num_samples", world_size)):
         if config[option] % multiple:
             raise ValueError(f"{option}={config[option]}: valid is a multiple of {multiple} with {world_size} ranks")
-    if config.run.resume and config.zero.stage > 0:
-        before = checkpoint.read_state(Path(config.run.dir))["world_size"]
+    resumed = checkpoint.find(Path(config.run.dir), rank) if config.run.resume else None
+    if resumed and config.zero.stage > 0 and config.optimizer.name == "adamw_8bit":
+        before = checkpoint.read_state(resumed)["world_size"]
         if world_size != before:
-            raise ValueError(f"zero.stage={config.zero.stage}: the optimizer is sharded over {before} ranks; --resume wants as many")
+            raise ValueError(f"zero.stage={config.zero.stage}: blocks of 8 bits are sharded over {before} ranks; --resume wants as many")
     if config.model.dtype == "auto":
         config = config.replace(model__dtype="fp16" if device.type == "cuda" else "fp32")
     config = resolve_sizes(config, device, world_size)
@@ -155,18 +166,23 @@ def prepare(config: Config) -> Setup:
         except ValueError as error:
             raise ValueError(f"model.share_guidance=true: {error}; valid is false") from None
     split = activation_cache.split(config.cache.mode, policy) if scores is None else None
-    return Setup(config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, ops, split, clip_range, scores, Room())
+    return Setup(
+        config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, ops, split, clip_range, scores, Room(), resumed
+    )  # fmt: skip
 
 
-def train(setup: Setup) -> None:
-    """The run: iteration 0 evaluates the untrained model, every later one improves it; metrics, pictures and checkpoints as it goes."""
+def train(setup: Setup, stop: StopRequest) -> None:
+    """The run: iteration 0 evaluates the untrained model, every later one improves it; metrics, pictures and checkpoints as it goes.
+
+    Asked to stop, it saves a checkpoint when the iteration is done and returns.
+    """
     config, rank = setup.config, setup.rank
     baseline = PromptBaseline(config.baseline.buffer_size, config.baseline.min_count, config.baseline.std)
     engine = make_engine(setup)
     cache = make_cache(setup)
     state = {"iteration": -1, "device_hours": 0.0, "bad_rewards": 0}
-    if config.run.resume:
-        state = checkpoint.load(setup.run_dir, engine)
+    if setup.checkpoint is not None:
+        state = checkpoint.load(setup.checkpoint, engine)
         baseline.load_state_dict(state["baseline"])
     writer = _open_run(setup, cache, state["iteration"]) if rank == 0 else None
     last = config.run.iterations
@@ -197,15 +213,22 @@ def train(setup: Setup) -> None:
             **{f"time_{stage}_s": timer.seconds.get(stage, 0.0) for stage in ("sample", "reward", "train", "eval", "total")},
         }
         if rank == 0:
-            writer.write(row)
+            with unless_disk_full("the metrics"):
+                writer.write(row)
             tqdm.write(_line(row))
+        stopping = any_rank(stop.requested)
         with timer("save"):
-            if iteration % config.run.checkpoint_every == 0 or iteration == last:
+            if iteration % config.run.checkpoint_every == 0 or iteration == last or stopping:
                 _save(setup, engine, baseline, state)
                 if rank == 0 and iteration < last:
                     _publish(setup)
         state["device_hours"] += timer.seconds["save"] * setup.world_size / 3600
         bar.update(iteration > 0)
+        if stopping and iteration < last:
+            if rank == 0:
+                tqdm.write(f"stopped after iteration {iteration}; --run.dir={config.run.dir} --resume continues")
+            bar.close()
+            return
     bar.close()
     if rank == 0:
         _publish(setup)
@@ -412,8 +435,9 @@ def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -
     if setup.rank == 0:
         shown = slice(48)
         grid = image_grid(images[shown], prompts[shown], rewards[shown])
-        grid.save(setup.run_dir / "images" / f"iteration_{iteration:05d}.png")
-        writer.write_images(grid, iteration)
+        with unless_disk_full("the pictures"):
+            grid.save(setup.run_dir / "images" / f"iteration_{iteration:05d}.png")
+            writer.write_images(grid, iteration)
     good = rewards[rewards.isfinite()]
     if not len(good):
         if iteration == 0:
@@ -489,8 +513,9 @@ def _open_run(setup: Setup, cache: Cache, resumed_at: int) -> MetricsWriter:
 
 
 def _publish(setup: Setup) -> None:
-    setup.policy.export(setup.run_dir)
-    write_report(setup.run_dir)
+    with unless_disk_full("the weights and the report"):
+        setup.policy.export(setup.run_dir)
+        write_report(setup.run_dir)
 
 
 def _warn_of_ratio_error(setup: Setup, row: dict) -> None:

@@ -102,5 +102,5 @@ def test_a_run_learns_the_same(tiny_model, tmp_path):
              "--sample.num_steps=3", "--eval.num_samples=2", "--run.iterations=1", "--train.num_minibatches=1", "--lora.rank=2",
              "--prompts.limit=4", "--prompts.samples_per_prompt=1"]
         )  # fmt: skip
-        losses.append(trainer.checkpoint.read_state(tmp_path / shared)["eval_after"]["eval_reward_mean"])
+        losses.append(trainer.checkpoint.read_state(tmp_path / shared / "checkpoints" / "1")["eval_after"]["eval_reward_mean"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

@@ -1,0 +1,60 @@
+"""How a run ends early: SIGTERM and SIGINT stop it at its next safe point, and the ranks of a launcher that is gone do not linger."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+SAME_REQUEST_S = 2.0
+"""A signal this soon after the first is the same request: the launcher forwards one that its ranks may have got already."""
+
+
+def die_with_launcher() -> None:
+    """Has the kernel kill this process when DeepSpeed's per-machine launcher, if that is its parent, dies. Linux only."""
+    if sys.platform == "linux" and _started_by_deepspeed():
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+
+def _started_by_deepspeed() -> bool:
+    return "LOCAL_SIZE" in os.environ and "deepspeed.launcher.launch" in psutil.Process().parent().cmdline()
+
+
+class StopRequest:
+    """While entered, SIGTERM and SIGINT only set `requested`; another one, SAME_REQUEST_S later, ends the process with 128 + its number.
+
+    The command `deepspeed` does not pass a signal on: on the machine it was started on, its end is a request, too.
+    """
+
+    def __init__(self):
+        self._received_at = None
+        self._runner = None
+        if _started_by_deepspeed():
+            runner = psutil.Process().parent().parent()
+            if runner is not None and any(Path(word).name in ("deepspeed", "ds") for word in runner.cmdline()[:2]):
+                self._runner = runner.pid
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._received_at is not None or (self._runner is not None and psutil.Process().parent().ppid() != self._runner)
+
+    def _receive(self, number: int, frame) -> None:
+        now, name = time.monotonic(), signal.Signals(number).name
+        if self._received_at is None:
+            self._received_at = now
+            # os.write: print may be what the signal has interrupted
+            os.write(2, f"\n{name}: saving a checkpoint after this iteration, then stopping; once more to stop at once\n".encode())
+        elif now - self._received_at > SAME_REQUEST_S:
+            os._exit(128 + number)

@@ -1,0 +1,220 @@
+"""Runs of real processes that are killed or asked to stop: what is left can be resumed exactly, and nothing hangs."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_launch import DEEPSPEED, ENVIRONMENT, ROOT, TIMES, _ports, deepspeed
+
+from ddpo_fast.checkpoint import find_fault, list_checkpoints
+from ddpo_fast.metrics import read_metrics
+
+END_S = 60
+"""After a death everything has to be over within this."""
+REWARD = """
+import os, pathlib, time
+def slow_redness(images, prompts):
+    (pathlib.Path(__file__).parent / "scoring").touch()
+    time.sleep(float(os.environ.get("SCORING_S", 0.2)))
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+"""
+
+
+@pytest.fixture
+def options(tiny_model, tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+
+    def make(name: str, *extra: str) -> list[str]:
+        return [
+            f"--model.path={tiny_model}", f"--run.dir={tmp_path / name}", "--sample.num_samples=4", "--sample.num_steps=3",
+            f"--reward.name={tmp_path / 'reward.py'}:slow_redness", "--eval.num_samples=2", "--eval.every=100",
+            "--train.num_minibatches=2", "--train.inner_epochs=2", "--lora.rank=2", "--prompts.limit=4", "--prompts.samples_per_prompt=1",
+            "--baseline.min_count=2", "--run.iterations=8", *extra,
+        ]  # fmt: skip
+
+    return make
+
+
+class Run:
+    """A run on two ranks under the launcher: `deepspeed` starts launch.py, which starts the ranks."""
+
+    def __init__(self, argv: list[str]):
+        self.folder = next(Path(a.split("=")[1]) for a in argv if a.startswith("--run.dir="))
+        self.log = self.folder.with_suffix(".log")
+        with self.log.open("w") as log:
+            command = [*DEEPSPEED, str(next(_ports)), "--num_gpus", "2", "ddpo_fast/train.py", *argv]
+            self.runner = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
+        self.launcher, self.ranks = self.runner, []
+
+    def __enter__(self) -> "Run":
+        before = self.newest_row()
+        try:
+            self.wait_for(lambda: self.newest_row() > before)
+        except AssertionError:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        """What a failed test has left."""
+        for process in (self.runner, self.launcher, *self.ranks):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.runner.wait()
+
+    def newest_row(self) -> int:
+        return max((row["iteration"] for row in read_metrics(self.folder)), default=-1)
+
+    def wait_for(self, condition) -> None:
+        deadline = time.monotonic() + 300
+        while not condition():
+            assert self.runner.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            if len(self.ranks) < 2 and (children := psutil.Process(self.runner.pid).children()):
+                self.launcher = children[0]
+                self.ranks = self.launcher.children()
+            time.sleep(0.005)
+
+    def end(self) -> int:
+        """Waits until no process of the run is left; the exit code of the `deepspeed` command."""
+        start = time.monotonic()
+        code = self.runner.wait(END_S)
+        _, alive = psutil.wait_procs([self.launcher, *self.ranks], timeout=END_S - (time.monotonic() - start))
+        assert not alive, f"{alive} outlived the run by {END_S} s: {self.log.read_text()}"
+        return code
+
+    def kill(self, whom: str) -> None:
+        """kill -9 of one rank, of the launcher (both of its processes), or of everything."""
+        victims = {"rank": self.ranks[1:], "launcher": [psutil.Process(self.runner.pid), self.launcher]}
+        victims["all"] = victims["launcher"] + self.ranks
+        for process in victims[whom]:
+            process.kill()
+        code = self.end()
+        assert code != 0, self.log.read_text()
+        if whom == "rank":
+            assert re.search(r"error \(rank 0\): another rank is gone|return code = -9", self.log.read_text()), self.log.read_text()
+        newest = list_checkpoints(self.folder)[-1]
+        assert find_fault(newest) is None and self.newest_row() - int(newest.name) <= 1  # one iteration at most is repeated
+
+
+def rows(folder: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if not TIMES.search(key)} for row in read_metrics(folder)]
+
+
+def same_run(folder: Path, expected: Path) -> None:
+    assert rows(folder) == rows(expected)
+    whole, parts = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (expected, folder))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+def test_kills_at_random_moments_then_resume_is_the_uninterrupted_run(options, tmp_path):
+    done = deepspeed(2, "ddpo_fast/train.py", options("whole"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    moments, argv = random.Random(0), options("killed")
+    for whom in ("rank", "launcher", "all"):
+        with Run(argv) as run:
+            time.sleep(moments.uniform(0, 0.5))
+            run.kill(whom)
+        argv = [f"--run.dir={tmp_path / 'killed'}", "--resume"]
+    done = deepspeed(2, "ddpo_fast/train.py", argv)
+    assert done.returncode == 0, done.stdout + done.stderr
+    same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_twenty_kills(options, tmp_path):
+    """Five each in rollout, reward, update and save, of a rank, the launcher or everything."""
+    extra = ("--run.iterations=45", "--zero.stage=2", "--sample.num_steps=8")
+    done = deepspeed(2, "ddpo_fast/train.py", options("whole", *extra))
+    assert done.returncode == 0, done.stdout + done.stderr
+    moments, argv, scoring = random.Random(1), options("killed", *extra), tmp_path / "scoring"
+    for number in range(20):
+        stage, whom = ("rollout", "reward", "update", "save")[number % 4], moments.choice(("rank", "launcher", "all"))
+        with Run(argv) as run:
+            if stage == "save":
+                run.wait_for(lambda: list((run.folder / "checkpoints").glob(".*.partial")))  # noqa: B023
+            else:
+                row = run.newest_row()
+                run.wait_for(lambda: run.newest_row() > row)  # noqa: B023
+                if stage != "rollout":
+                    scoring.unlink(missing_ok=True)
+                    run.wait_for(scoring.exists)
+                    time.sleep(0.2 * (stage == "update"))
+                time.sleep(moments.uniform(0, 0.1))
+            print(f"kill {number + 1}: {whom} in {stage} after row {run.newest_row()}", flush=True)
+            run.kill(whom)
+        argv = [f"--run.dir={tmp_path / 'killed'}", "--resume"]
+    done = deepspeed(2, "ddpo_fast/train.py", argv)
+    assert done.returncode == 0, done.stdout + done.stderr
+    same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "whom, code",
+    [
+        ("rank", 0),
+        ("runner", -signal.SIGTERM),  # `deepspeed` itself passes nothing on; the ranks see that it is gone
+        pytest.param("launcher", 1, marks=pytest.mark.slow),  # launch.py passes it on and exits with 1 whatever its ranks do
+        pytest.param("terminal", None, marks=pytest.mark.slow),  # Ctrl-C: SIGINT to all of them at once
+    ],
+)
+def test_sigterm_saves_and_stops(options, tmp_path, whom, code):
+    with Run(options("stopped", "--run.checkpoint_every=100", "--run.iterations=500")) as run:
+        if whom == "terminal":
+            for process in (psutil.Process(run.runner.pid), run.launcher, *run.ranks):
+                process.send_signal(signal.SIGINT)
+        else:
+            {"rank": run.ranks[1], "runner": psutil.Process(run.runner.pid), "launcher": run.launcher}[whom].terminate()
+        ended = run.end()
+    log, last = run.log.read_text(), run.newest_row()
+    assert code is None or ended == code, log
+    assert f"stopped after iteration {last}; --run.dir=" in log and "Traceback" not in log.split("stopped after")[1], log
+    assert list_checkpoints(run.folder)[-1].name == str(last) and find_fault(list_checkpoints(run.folder)[-1]) is None
+    if whom == "rank":
+        assert log.count("SIGTERM: saving a checkpoint after this iteration, then stopping") == 1
+        more = ("--run.checkpoint_every=100", f"--run.iterations={last + 1}")
+        done = deepspeed(2, "ddpo_fast/train.py", [f"--run.dir={run.folder}", "--resume", more[1]])
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert deepspeed(2, "ddpo_fast/train.py", options("whole", *more)).returncode == 0
+        same_run(run.folder, tmp_path / "whole")
+
+
+def test_a_second_signal_ends_the_run_at_once(options, tmp_path):
+    trainer = [sys.executable, "ddpo_fast/train.py", *options("stopped", "--run.iterations=500")]
+    alone = subprocess.Popen(trainer, cwd=ROOT, env=ENVIRONMENT | {"SCORING_S": "30"}, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "scoring").exists():
+        assert alone.poll() is None
+        time.sleep(0.05)
+    alone.send_signal(signal.SIGINT)
+    time.sleep(2.5)
+    assert alone.poll() is None
+    alone.send_signal(signal.SIGTERM)
+    _, error = alone.communicate(timeout=5)
+    assert alone.returncode == 128 + signal.SIGTERM and "SIGINT: saving a checkpoint" in error and "Traceback" not in error
+
+
+def test_a_loss_that_is_nan_on_one_rank_is_skipped_on_all(options, tmp_path):
+    done = deepspeed(2, ROOT / "tests" / "nan_on_one_rank.py", options("run", "--run.iterations=1"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in (0, 1, 2):
+        row = read_metrics(tmp_path / f"run-{stage}")[1]
+        assert row["skipped_updates"] == 1 and row["grad_norm"] > 0, stage
+        weights = load_file(tmp_path / f"run-{stage}" / "lora" / "pytorch_lora_weights.safetensors")
+        assert all(tensor.isfinite().all() for tensor in weights.values()), stage
+
+
+def test_exit_codes(options, tmp_path):
+    (tmp_path / "broken.py").write_text("def f(images, prompts):\n    raise KeyError\n")
+    for extra, code in (("--run.iterations=1", 0), (f"--reward.name={tmp_path}/broken.py:f", 1), ("--sample.eta=0", 2)):
+        command = [sys.executable, "ddpo_fast/train.py", *options(f"run{code}", extra)]
+        assert subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=120).returncode == code
+    assert os.listdir(tmp_path / "run0" / "checkpoints")
