@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import warnings
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +17,8 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ddpo_fast import deepspeed_options
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -87,8 +90,23 @@ class Engine:
     SCALE_GROWTH_UPDATES = 500
     """Updates in a row without overflow after which the loss scale is doubled."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, zero_stage: int, max_grad_norm: float, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        zero_stage: int,
+        max_grad_norm: float,
+        dtype: torch.dtype,
+        offload: str = "none",
+        options: dict | None = None,
+    ):
+        """offload: "none", "optimizer" (with its gradients, from stage 1 on) or "all" (the weights too, at stage 3) on the host.
+
+        options: more of DeepSpeed's own, over those derived here, see `deepspeed_options.read`.
+        """
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.num_trainable = sum(p.numel() for p in self.parameters)
         self.zero_stage, self.dtype = zero_stage, dtype
         self.unfinished = False
         """Whether there have been `backward`s since the last `step`."""
@@ -96,15 +114,13 @@ class Engine:
         if dtype == torch.float16:
             for parameter in self.parameters:
                 parameter.register_hook(lambda grad: grad / self.loss_scale)
-        config = {
-            # a micro-batch here is a set of transitions and their number varies, so DeepSpeed is not told: the loss is already a mean
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": max_grad_norm,
-            # the bucket is allocated whole, by default 2 GB, however few parameters are trained
-            "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in self.parameters))},
-            "zero_allow_untested_optimizer": True,
-        }
+        # the bucket is allocated whole, by default 2 GB, however few parameters are trained
+        zero = {"reduce_bucket_size": min(deepspeed_options.BUCKET_ELEMENTS, self.num_trainable)}
+        if zero_stage == 3:
+            zero |= dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), deepspeed_options.LIVE_ELEMENTS)
+            zero |= {"stage3_param_persistence_threshold": deepspeed_options.PERSISTENT_ELEMENTS}
+        config = deepspeed_options.stated(zero_stage, offload, max_grad_norm)
+        config = deepspeed_options.merge(deepspeed_options.merge(config, {"zero_optimization": zero}), options or {})
         self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._tell_change()  # they are rank 0's now
 
@@ -151,6 +167,10 @@ class Engine:
                 raise FloatingPointError("fp16 gradients overflow even without loss scaling; try model.dtype=fp32 or bf16")
         elif self.good_updates % self.SCALE_GROWTH_UPDATES == 0:
             self.loss_scale *= 2
+
+    def gathered(self) -> AbstractContextManager:
+        """Inside, the trainable weights are whole on every rank, all of which have to enter; only ZeRO 3 has anything to do for it."""
+        return deepspeed.zero.GatheredParameters(self.parameters, enabled=self.zero_stage == 3)
 
     def save(self, folder: Path) -> None:
         """Writes trainable weights, optimizer state and loss scale, every rank its own part."""
