@@ -55,7 +55,7 @@ class LoraConfig:
     forward: Literal["auto", "merged", "separate"] = "auto"
     """merged: a layer computes with W + s B A, formed once an update; the gradient is the same, and a forward pass as fast
     as without LoRA, for a second copy of these layers' weights. separate: W, A and B each on its own. auto: merged in fp32;
-    fp16 and bf16 would round a small update away, so separate."""
+    fp16 and bf16 would round a small update away, so separate, and so at zero.stage=3, which partitions W."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,9 @@ class TrainConfig:
     """Transitions (sample, step) per forward and backward on one rank. Speed and memory only: the gradient does not
     depend on it. auto: as many as --plan finds to fit. Should memory run out all the same, it is halved and the run goes on (with
     ZeRO it ends: an update of which a part has been sent cannot begin anew)."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the UNet's blocks for the backward pass, which then computes what is inside of them again: less
+    memory for an update about a third slower. The gradient is the same."""
     learning_rate: float = 4e-3
     """AdamW's; constant. About 3e-4 for LoRA on SD, 1e-5 for its full UNet."""
     clip_range: float = 3e-4
@@ -153,9 +156,9 @@ class BaselineConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit: bitsandbytes' AdamW with its state in 8 bits, block by block; tensors of less than 4,096 elements keep
-    32."""
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """adamw_8bit: bitsandbytes' AdamW with its state in 8 bits, block by block; biases, norms and tensors of less than 4,096
+    elements keep 32, since a block has one scale. paged_adamw_8bit: on a GPU, that state moves to the host when memory is short."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Decay rates of the gradient's mean and square."""
     eps: float = 1e-8
@@ -166,9 +169,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    stage: Literal[0, 1, 2] = 0
-    """DeepSpeed ZeRO stage: 1 shards the optimizer state over the ranks, 2 the gradients too. For LoRA there is
-    nothing to shard: 0."""
+    stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: 1 shards the optimizer state over the ranks, 2 the gradients too, 3 the UNet's weights as well,
+    which are then gathered for every call; memory that runs out then ends the run, in sampling too, since the ranks call together.
+    LoRA has next to nothing to shard below 3. See docs/distribution.md."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What is kept in host memory: optimizer (its state, its step and the gradients that it takes; zero.stage 1 to 3), all
+    (the UNet's weights too; zero.stage=3). With optimizer.name=adamw."""
+
+
+@dataclass(frozen=True)
+class DeepspeedConfig:
+    config: Optional[str] = None
+    """Your own DeepSpeed JSON, merged over what these options derive; what contradicts them is refused."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +204,8 @@ class AttentionConfig:
 class CacheConfig:
     mode: Literal["auto", "on", "off"] = "auto"
     """Keep what the UNet's frozen layers before the first trained one compute in the rollout, so that the update does not compute
-    it again. Needs a lora.scope that leaves such layers, such as mid_up. auto: on where they are at least 3 % of the UNet."""
+    it again. Needs a lora.scope that leaves such layers, such as mid_up, and zero.stage below 3. auto: on where they are at least 3 %
+    of the UNet."""
     device_mib: Optional[float] = None
     """Memory of each device for it, in MiB. Default: half of what is free at the start."""
     host_mib: Optional[float] = None
@@ -239,6 +253,7 @@ class Config:
     baseline: BaselineConfig = BaselineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     zero: ZeroConfig = ZeroConfig()
+    deepspeed: DeepspeedConfig = DeepspeedConfig()
     kernels: KernelsConfig = KernelsConfig()
     attention: AttentionConfig = AttentionConfig()
     cache: CacheConfig = CacheConfig()
@@ -321,6 +336,7 @@ _RULES = [
         lambda v, c: v in ("all", "mid_up", "none") or bool(_SCOPE.fullmatch(v)),
     ),
     ("lora.forward", "auto or separate, when lora.scope is none", lambda v, c: v != "merged" or c.lora.scope != "none"),
+    ("lora.forward", "auto or separate, with zero.stage=3, which partitions the weights", lambda v, c: v != "merged" or c.zero.stage < 3),
     ("lora.targets", "at least one of attention, feed_forward, convolution, projection", lambda v, c: len(v) > 0),
     ("prompts.file", "a text file with at least one line", lambda v, c: v is None or _has_lines(v)),
     ("prompts.name", "simple_animals, unless prompts.file is given", lambda v, c: v is not None or c.prompts.file is not None),
@@ -350,6 +366,32 @@ _RULES = [
         "ppo, when lora.scope is none: a gradient of the whole UNet for every sample would not fit",
         lambda v, c: v == "ppo" or c.lora.scope != "none",
     ),
+    (
+        "train.estimator",
+        "ppo, with zero.stage=3: a sample's gradient is taken from whole weights",
+        lambda v, c: v == "ppo" or c.zero.stage < 3,
+    ),
+    ("model.compile", "false, with zero.stage=3, which gathers weights between the UNet's layers", lambda v, c: not v or c.zero.stage < 3),
+    (
+        "train.gradient_checkpointing",
+        "false, with model.compile=true, which decides itself what to keep for backward",
+        lambda v, c: not v or not c.model.compile,
+    ),
+    (
+        "train.gradient_checkpointing",
+        "false, with train.estimator=score_accumulation",
+        lambda v, c: not v or c.train.estimator == "ppo",
+    ),
+    (
+        "zero.offload",
+        "none, optimizer with zero.stage 1 to 3, or all with zero.stage=3",
+        lambda v, c: c.zero.stage >= {"none": 0, "optimizer": 1, "all": 3}[v],
+    ),
+    (
+        "zero.offload",
+        "none, unless optimizer.name=adamw; paged_adamw_8bit moves its state to the host by itself",
+        lambda v, c: v == "none" or c.optimizer.name == "adamw",
+    ),
     ("train.timestep_fraction", "0 < fraction <= 1", _number(0, 1, open_low=True)),
     ("reward.max_bad_fraction", "0 <= fraction <= 1", _number(0, 1)),
     ("baseline.buffer_size", "a whole number >= baseline.min_count", lambda v, c: v >= c.baseline.min_count),
@@ -364,6 +406,7 @@ _RULES = [
         "auto or off, with train.estimator=score_accumulation: no transition is visited twice",
         lambda v, c: v != "on" or c.train.estimator == "ppo",
     ),
+    ("cache.mode", "auto or off, with zero.stage=3, which gathers weights for whole calls", lambda v, c: v != "on" or c.zero.stage < 3),
     ("cache.mode", "auto or off, when lora.scope is none: nothing is frozen", lambda v, c: v != "on" or c.lora.scope != "none"),
     ("eval.prompts", "a list with at least one prompt, or null", lambda v, c: v is None or len(v) > 0),
     ("run.seed", "a whole number in [0, 2^63)", _number(0, 2**63 - 1)),
@@ -440,8 +483,8 @@ def parse(argv: list[str]) -> Config:
 
 
 _FREE_ON_RESUME = {
-    "sample.batch_size", "sample.decode_batch", "train.micro_batch", "model.offload_text_encoder", "reward.timeout_s", "reward.isolate",
-    "reward.max_bad_fraction", "eval.every",
+    "sample.batch_size", "sample.decode_batch", "train.micro_batch", "train.gradient_checkpointing", "model.offload_text_encoder",
+    "reward.timeout_s", "reward.isolate", "reward.max_bad_fraction", "eval.every",
     *(f"cache.{option.name}" for option in dataclasses.fields(CacheConfig)),
     *(f"run.{option.name}" for option in dataclasses.fields(RunConfig) if option.name != "seed"),
 }  # fmt: skip

@@ -25,7 +25,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ddpo_fast.deepspeed_options import LIVE_ELEMENTS, PERSISTENT_ELEMENTS
 from ddpo_fast.fused_unet import fuse
+from ddpo_fast.gradient_checkpointing import checkpoint_gradients
 from ddpo_fast.kernels import Ops, reference
 from ddpo_fast.lora import set_trainable
 from ddpo_fast.merged_lora import merge
@@ -220,8 +222,10 @@ class ModelCounts:
 
     weight_bytes: dict[str, int]
     """Frozen weights of unet, vae and text_encoder, and the copies that LoRA is merged into."""
-    trained_sizes: tuple[int, ...]
-    """Elements of each trained tensor; they are fp32."""
+    trained_shapes: tuple[tuple[int, ...], ...]
+    """Of each trained tensor; they are fp32."""
+    gathered_bytes: float
+    """UNet weights that are whole on a rank of ZeRO 3 at a time, at most."""
     num_latents: int
     """Elements of a sample's latents."""
     embed_bytes: int
@@ -245,16 +249,25 @@ class ModelCounts:
 
     @property
     def num_trainable(self) -> int:
-        return sum(self.trained_sizes)
+        return sum(map(math.prod, self.trained_shapes))
 
 
 def count_model(
-    arch: dict[str, dict], dtype: torch.dtype, lora, *, on_gpu: bool, fused: bool, merged: bool = False, shared: bool = False
+    arch: dict[str, dict],
+    dtype: torch.dtype,
+    lora,
+    *,
+    on_gpu: bool,
+    fused: bool,
+    merged: bool = False,
+    shared: bool = False,
+    checkpointing: bool = False,
 ) -> ModelCounts:
     """Counts a pipeline with the trained weights that `lora` (scope, targets, rank, alpha) asks for, computing in `dtype`.
 
     on_gpu: autocast's rules are a GPU's. fused: GroupNorm, SiLU and GEGLU are the Triton kernels. merged: LoRA computes with merged
-    weights. shared: the branches of guidance share what precedes the first cross-attention. Raises as `set_trainable` does.
+    weights. shared: the branches of guidance share what precedes the first cross-attention. checkpointing: the UNet's blocks are run
+    again in backward. Raises as `set_trainable` does.
     """
     text = CLIPTextConfig(**arch.get("text_encoder", {}))
     with torch.device("meta"):
@@ -269,6 +282,8 @@ def count_model(
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     norms = _CudaNorms() if on_gpu and dtype != torch.float32 else nullcontext()
 
+    guidance = nullcontext()
+
     def forward(num_rows: int) -> Tensor:
         x, embeds = torch.empty(num_rows, *latent_shape, dtype=dtype), torch.empty(num_rows, *embed_shape, dtype=dtype)
         added = None
@@ -276,7 +291,7 @@ def count_model(
             pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
             added = {"text_embeds": torch.empty(num_rows, pooled, dtype=dtype), "time_ids": torch.empty(num_rows, 6, dtype=dtype)}
         timesteps = torch.empty(num_rows, dtype=torch.int64)
-        with autocast, norms:
+        with autocast, norms, guidance:
             return unet(x, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
 
     def decode(num_rows: int) -> Tensor:
@@ -293,7 +308,9 @@ def count_model(
             saving = [lambda x, *rest, op=op: _SavesInput.apply(op, x, *rest) for op in (reference.group_norm_silu, reference.geglu)]
             fuse(unet, Ops("counted", reference.ddim_step, reference.ppo_loss, *saving))
         if shared:  # all calls are of both branches
-            SharedGuidance(unet, partial(forward, 2)).active = True
+            guidance = SharedGuidance(unet, partial(forward, 2))
+        if checkpointing:
+            checkpoint_gradients(unet, lambda: guidance)
         with torch.no_grad():
             calls = {"forward": count(forward), "decode": count(decode)}
             image_bytes = decode(1).nbytes
@@ -319,10 +336,14 @@ def count_model(
                     backward(num_rows)
 
             calls["cached_update"] = count(replay)
+    unet_bytes = sum(p.nbytes for p in unet.parameters())
+    live = unet_bytes * LIVE_ELEMENTS / sum(p.numel() for p in unet.parameters())
+    persistent = sum(p.nbytes for p in unet.parameters() if p.numel() <= PERSISTENT_ELEMENTS)
     return ModelCounts(
         weight_bytes={name: sum(p.nbytes for p in part.parameters() if not p.requires_grad) for name, part in parts.items()}
         | {"merged": sum(layer.merged_weight.nbytes for layer in copies)},
-        trained_sizes=tuple(parameter.numel() for parameter in trained),
+        trained_shapes=tuple(tuple(parameter.shape) for parameter in trained),
+        gathered_bytes=min(unet_bytes, live + persistent),
         num_latents=math.prod(latent_shape),
         embed_bytes=math.prod(embed_shape) * dtype.itemsize,
         image_bytes=image_bytes,

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import warnings
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +21,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ddpo_fast import deepspeed_options
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -99,9 +102,24 @@ class Engine:
     SCALE_GROWTH_UPDATES = 500
     """Updates in a row without overflow after which the loss scale is doubled."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, zero_stage: int, max_grad_norm: float, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        zero_stage: int,
+        max_grad_norm: float,
+        dtype: torch.dtype,
+        offload: str = "none",
+        options: dict | None = None,
+    ):
+        """offload: "none", "optimizer" (with its gradients, from stage 1 on) or "all" (the weights too, at stage 3) on the host.
+
+        options: more of DeepSpeed's own, over those derived here, see `deepspeed_options.read`.
+        """
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.num_trainable = sum(p.numel() for p in self.parameters)
         self.optimizer, self.zero_stage, self.dtype = optimizer, zero_stage, dtype
         self.unfinished = False
         """Whether there have been `backward`s since the last `step`."""
@@ -109,15 +127,13 @@ class Engine:
         if dtype == torch.float16:
             for parameter in self.parameters:
                 parameter.register_hook(lambda grad: grad / self.loss_scale)
-        config = {
-            # a micro-batch here is a set of transitions and their number varies, so DeepSpeed is not told: the loss is already a mean
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": max_grad_norm,
-            # the bucket is allocated whole, by default 2 GB, however few parameters are trained
-            "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in self.parameters))},
-            "zero_allow_untested_optimizer": True,
-        }
+        # the bucket is allocated whole, by default 2 GB, however few parameters are trained
+        zero = {"reduce_bucket_size": min(deepspeed_options.BUCKET_ELEMENTS, self.num_trainable)}
+        if zero_stage == 3:
+            zero |= dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), deepspeed_options.LIVE_ELEMENTS)
+            zero |= {"stage3_param_persistence_threshold": deepspeed_options.PERSISTENT_ELEMENTS}
+        config = deepspeed_options.stated(zero_stage, offload, max_grad_norm)
+        config = deepspeed_options.merge(deepspeed_options.merge(config, {"zero_optimization": zero}), options or {})
         self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._tell_change()  # they are rank 0's now
 
@@ -165,14 +181,22 @@ class Engine:
         elif self.good_updates % self.SCALE_GROWTH_UPDATES == 0:
             self.loss_scale *= 2
 
+    def gathered(self, change: bool = False) -> AbstractContextManager:
+        """Inside, the trainable weights are whole on every rank, all of which have to enter; only ZeRO 3 has anything to do for it.
+
+        change: what rank 0 writes into them stays.
+        """
+        return deepspeed.zero.GatheredParameters(self.parameters, modifier_rank=0 if change else None, enabled=self.zero_stage == 3)
+
     def save(self, folder: Path) -> None:
         """Writes weights.safetensors, the trainable weights by name, and optimizer-<rank>.safetensors, a rank's shard of its state.
 
         Not DeepSpeed's own files: they are pickles. Below ZeRO 1 every rank has all of the state and rank 0 writes it.
         """
-        if dist.get_rank() == 0:
-            scaling = {"loss_scale": self.loss_scale, "good_updates": self.good_updates}
-            _save(folder / "weights.safetensors", self.weights, scaling)
+        with self.gathered():
+            if dist.get_rank() == 0:
+                scaling = {"loss_scale": self.loss_scale, "good_updates": self.good_updates}
+                _save(folder / "weights.safetensors", self.weights, scaling)
         if dist.get_rank() == 0 or self.zero_stage > 0:
             state = {
                 f"{index}.{key}": value for index, parameter in self._shards() for key, value in self.optimizer.state[parameter].items()
@@ -184,8 +208,8 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote, bit for bit, on any number of ranks."""
         weights, scaling = _load(folder / "weights.safetensors")
-        for name, parameter in self.weights.items():
-            with torch.no_grad():
+        with self.gathered(change=True), torch.no_grad():
+            for name, parameter in self.weights.items():
                 parameter.copy_(weights[name])
         if self.zero_stage > 0:
             self.module.optimizer.refresh_fp32_params()
@@ -205,10 +229,17 @@ class Engine:
         for key, value in mine.items():
             index, name = key.split(".")
             state.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        if self.zero_stage < 3:
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+            return
+        for index, shard in self._shards():  # between steps ZeRO 3 leaves the optimizer's groups empty
+            values = state[index].items()
+            self.optimizer.state[shard] = {k: v.to(shard.device) if isinstance(v, Tensor) and v.dim() else v for k, v in values}
 
     def _shards(self):
-        """What the optimizer updates on this rank, numbered: the weights themselves, or ZeRO's flat shard of them."""
+        """What the optimizer updates on this rank, numbered: the weights themselves, or ZeRO's flat shards of them."""
+        if self.zero_stage == 3:
+            return enumerate(self.module.optimizer.fp32_partitioned_groups_flat)
         return enumerate(parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
     def _my_shard(self, parts: list):

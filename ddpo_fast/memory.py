@@ -19,21 +19,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Room:
     """How many rows of a kind were found to fit into memory."""
 
-    def __init__(self):
+    def __init__(self, retry: bool = True):
+        """retry: whether a call may be made again; not where other ranks wait for each of its parts, as ZeRO 3's do."""
+        self.retry = retry
         self.largest: dict[str, int] = {}
         """By option; those that have not run out of memory are not there."""
 
     def attempt(self, option: str, size: int, work: Callable[[int], Result]) -> Result:
         """`work(n)` for an option of value `size`: with half as many rows each time that memory runs out, and never more again.
 
-        `work` must begin anew when it is called again. Raises the allocator's error where a single row does not fit.
+        `work` must begin anew when it is called again. Raises the allocator's error where a single row does not fit, or without `retry`.
         """
         size = min(size, self.largest.get(option, size))
         while True:
             try:
                 return work(size)
             except (RuntimeError, MemoryError) as error:
-                if size == 1 or not is_out_of_memory(error):
+                if size == 1 or not self.retry or not is_out_of_memory(error):
                     raise
             size //= 2
             self.largest[option] = size

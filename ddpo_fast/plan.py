@@ -7,24 +7,23 @@ import bisect
 import math
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
 from ddpo_fast.counts import MIB, ModelCounts, architecture, count_model
+from ddpo_fast.deepspeed_options import BUCKET_ELEMENTS
 from ddpo_fast.gpus import GPUS, HERE, parse_devices
 from ddpo_fast.lora import merges
+from ddpo_fast.optimizer import state_bytes
 
 USABLE = 0.9
 """Share of a device's memory that is planned for; its context, workspaces and the allocator's gaps get the rest. An estimate."""
 FRACTIONS = {"cuda": (0.35, 0.30), "cpu": (0.55, 0.48)}
 """Share of the matrix product's speed that sampling and the update reach: on a GPU an estimate, on a CPU bench.throughput's."""
-BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed reduces gradients in buckets of at most so many."""
 WORTH = 0.03
 """The share of a UNet call before its first trained layer from which on cache.mode=auto keeps that part."""
-RESIDENT = ("frozen weights", "trained weights", "optimizer state", "rollout", "activation cache", "sample gradients")
+RESIDENT = ("frozen weights", "trained weights", "gathered weights", "optimizer state", "rollout", "activation cache", "sample gradients")
 """Kinds of memory that every phase holds."""
 
 
@@ -49,6 +48,7 @@ class Work:
     """Transitions of a rank in the activation cache, on the device and on the host."""
     score_accumulation: bool = False
     """Whether sampling does the update's UNet calls: train.estimator."""
+    offload: str = "none"
 
     @classmethod
     def of(cls, config) -> "Work":
@@ -58,6 +58,7 @@ class Work:
             sample.num_samples, sample.batch_size, sample.num_steps, 1 if sample.guidance_scale == 1 else 2,
             train.num_minibatches, train.inner_epochs, train.micro_batch, max(1, round(train.timestep_fraction * sample.num_steps)),
             config.optimizer.name, config.zero.stage, sample.decode_batch, score_accumulation=train.estimator == "score_accumulation",
+            offload=config.zero.offload,
         )  # fmt: skip
 
     def share(self, num_devices: int) -> int:
@@ -106,29 +107,21 @@ class Plan:
         return 3600 * self.work.num_samples / sum(self.seconds.values())
 
 
-def state_bytes(optimizer: str, sizes: Iterable[int]) -> int:
-    """Optimizer state of tensors of so many elements: two moments, fp32, or in 8 bits, with an fp32 scale for every 256 elements.
-
-    bitsandbytes leaves tensors of less than 4,096 elements in fp32.
-    """
-    if optimizer not in ("adamw", "adamw_8bit"):
-        raise ValueError(f"optimizer.name={optimizer}: valid is adamw or adamw_8bit")
-    return sum(8 * size if optimizer == "adamw" or size < 4096 else 2 * (size + 4 * math.ceil(size / 256)) for size in sizes)
-
-
 def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, float]:
     """Memory of one rank by kind, in MiB: `RESIDENT`, the update's gradients, and what sampling, decoding and the update add.
 
-    ZeRO 1 and 2 shard the optimizer state, and an fp32 copy of the trained weights, over the ranks; 2 the gradients too. Score
+    ZeRO 1 to 3 shard the optimizer state, and an fp32 copy of the trained weights, over the ranks; 2 and 3 the gradients too; 3 the
+    UNet's weights, of which a part is whole at a time. What is offloaded takes no memory here, see `host_mib`. Score
     accumulation holds a gradient for each of the rank's samples, trajectories of one batch, and the update's activations in sampling;
     where a step trains on a part of a batch, its samples' gradients apart. Its update has the combined gradient alone.
     """
     trained, samples = 4 * counts.num_trainable, work.share(num_devices)
-    sizes, copy, gradients = counts.trained_sizes, 0, trained
-    if work.zero_stage > 0:
-        sizes, copy = [math.ceil(counts.num_trainable / num_devices)], trained / num_devices  # a shard is one flat tensor
-    if work.zero_stage == 2:
-        gradients /= num_devices
+    weights, frozen, gathered, gradients = trained, dict(counts.weight_bytes), 0, trained
+    if work.zero_stage == 3:
+        kept = 0 if work.offload == "all" else 1 / num_devices
+        weights, frozen["unet"], gathered = kept * trained, kept * frozen["unet"], counts.gathered_bytes
+    if work.zero_stage >= 2:
+        gradients *= 1 / num_devices if work.offload == "none" else 0
     if work.zero_stage > 0 or num_devices > 1:
         gradients += min(trained, 4 * BUCKET_ELEMENTS)
     trajectory = 4 * counts.num_latents * (work.num_steps + 1) + 4 * work.num_steps + counts.embed_bytes
@@ -140,9 +133,10 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
         parts = batch * trained if work.trained_steps < work.num_steps else 0
         rollout, sampling, update = batch * trajectory / MIB, counts.update.mib(work.rows * batch) + parts / MIB, trained / MIB
     return {
-        "frozen weights": sum(counts.weight_bytes.values()) / MIB,
-        "trained weights": trained / MIB,
-        "optimizer state": (state_bytes(work.optimizer, sizes) + copy) / MIB,
+        "frozen weights": sum(frozen.values()) / MIB,
+        "trained weights": weights / MIB,
+        "gathered weights": gathered / MIB,
+        "optimizer state": optimizer_mib(counts, work, num_devices) if work.offload == "none" else 0.0,
         "rollout": rollout,
         "activation cache": work.held[0] * work.rows * counts.kept_row_bytes / MIB,
         "sample gradients": work.score_accumulation * samples * trained / MIB,
@@ -151,6 +145,22 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
         "decode": counts.decode.mib(min(batch, work.decode_batch)) + 2 * (batch > work.decode_batch) * batch * counts.image_bytes / MIB,
         "update": update,
     }
+
+
+def optimizer_mib(counts: ModelCounts, work: Work, num_devices: int) -> float:
+    """The optimizer's state on one rank, and ZeRO's fp32 copy of the weights that it steps."""
+    if work.zero_stage == 0:
+        return state_bytes(work.optimizer, counts.trained_shapes) / MIB
+    return (state_bytes(work.optimizer, counts.trained_shapes, num_devices) + 4 * counts.num_trainable / num_devices) / MIB
+
+
+def host_mib(counts: ModelCounts, work: Work, num_devices: int) -> float:
+    """Host memory of what one rank offloads: state, copy and gradients of its shard, and at "all" its weights."""
+    if work.offload == "none":
+        return 0.0
+    trained = 4 * counts.num_trainable
+    weights = (counts.weight_bytes["unet"] + trained) / num_devices if work.offload == "all" else 0
+    return optimizer_mib(counts, work, num_devices) + (trained / num_devices + weights) / MIB
 
 
 def update_mib(counts: ModelCounts, work: Work, num_rows: int) -> float:
@@ -289,8 +299,9 @@ def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
         config.lora,
         on_gpu=on_gpu,
         fused=config.kernels.backend == "triton" or (config.kernels.backend == "auto" and on_gpu),
-        merged=merges(config.lora.forward, config.lora.scope, dtype),
+        merged=merges(config.lora.forward, config.lora.scope, dtype, config.zero.stage),
         shared=config.model.share_guidance and config.sample.guidance_scale != 1,
+        checkpointing=config.train.gradient_checkpointing,
     )
     if on_gpu and config.model.offload_text_encoder:
         return replace(counts, weight_bytes={part: size for part, size in counts.weight_bytes.items() if part != "text_encoder"})
@@ -335,7 +346,7 @@ def with_cache(work: Work, cache, counts: ModelCounts, device_mib: float, num_de
     A device without a budget is given half of what weights and optimizer leave; a host without one is not counted on.
     """
     wanted = cache.mode == "on" or cache.mode == "auto" and counts.prefix_flop >= WORTH * counts.forward.row_flop
-    if not wanted or work.score_accumulation or not counts.prefix_flop:
+    if not wanted or work.score_accumulation or work.zero_stage == 3 or not counts.prefix_flop:
         return work
     memory, budgets = memory_mib(counts, work, num_devices), [cache.device_mib, cache.host_mib or 0.0]
     if budgets[0] is None:
@@ -357,6 +368,7 @@ def plan_text(plan: Plan) -> str:
     notes = {
         "frozen weights": weights,
         "trained weights": f"{counts.num_trainable:,} in fp32",
+        "gathered weights": "only with zero.stage=3",
         "optimizer state": f"{work.optimizer}, ZeRO {work.zero_stage}",
         "rollout": f"{samples} samples x {work.num_steps} steps",
         "activation cache": f"{work.held[0]:,} transitions, {work.held[1]:,} on the host, {kept - sum(work.held):,} recomputed"
@@ -368,6 +380,10 @@ def plan_text(plan: Plan) -> str:
         "decode": f"batches of {min(batch, work.decode_batch)}",
         "update": f"{rows} UNet rows, {saved}",
     }
+    if work.zero_stage == 3:
+        notes["gathered weights"] = "of the UNet at a time, at most"
+    if work.offload != "none":
+        notes["optimizer state"] += f", {host_mib(counts, work, plan.num_devices):,.0f} of what is offloaded on the host"
     if work.score_accumulation:
         notes |= {
             "rollout": f"{batch} samples x {work.num_steps} steps, a batch at a time",

@@ -18,6 +18,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ddpo_fast.files import new_folder
+from ddpo_fast.gradient_checkpointing import checkpoint_gradients
 from ddpo_fast.lora import set_trainable
 from ddpo_fast.merged_lora import merge
 from ddpo_fast.shared_guidance import SharedGuidance
@@ -63,19 +64,24 @@ class Policy:
         self._prompt_embeds: dict[str, Tensor] = {}
         self.uncond_embeds = self.encode_prompts([""])
 
-    def attach(self, forward: nn.Module) -> None:
+    def attach(self, forward: nn.Module, partitioned: bool = False) -> None:
         """Runs the UNet through `forward`, an engine's wrapper of it, from now on, frozen convolutions in channels_last layout.
 
-        That layout takes 5 % off an iteration of the embedded model on a CPU (bench.waterfall). DeepSpeed's start wants the ordinary one.
+        That layout takes 5 % off an iteration of the embedded model on a CPU (bench.waterfall). DeepSpeed's start wants the ordinary one,
+        and so do weights that are partitioned, which are gathered anew for every call.
         """
         self.forward = forward
         for parameter in self.unet.parameters():
-            if parameter.dim() == 4 and not parameter.requires_grad:
+            if parameter.dim() == 4 and not parameter.requires_grad and not partitioned:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def merge_lora(self) -> None:
         """Makes the UNet compute with LoRA's update merged into a copy of its weights, see `merged_lora.merge`, from now on."""
         self.merged_layers = merge(self.unet)
+
+    def checkpoint_gradients(self) -> None:
+        """Makes the UNet keep only the inputs of its residual blocks and transformers for backward, which computes them again."""
+        checkpoint_gradients(self.unet, lambda: self.guidance)
 
     def share_guidance(self) -> None:
         """Makes `predict_noise`, which must be given both branches from now on, compute once what they have in common.

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpo_fast import activation_cache, attention_backends, checkpoint, kernels
+from ddpo_fast import activation_cache, attention_backends, checkpoint, deepspeed_options, kernels
 from ddpo_fast.activation_cache import NO_CACHE, ActivationCache, Cache
 from ddpo_fast.advantages import PromptBaseline
 from ddpo_fast.config import Config, parse_or_exit, user_error
@@ -48,6 +48,7 @@ from ddpo_fast.lora import merges
 from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
 from ddpo_fast.memory import Room
 from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
+from ddpo_fast.optimizer import check_optimizer, make_optimizer
 from ddpo_fast.plan import make_plan, plan_text, resolve_sizes
 from ddpo_fast.policy import Policy, check_model_class
 from ddpo_fast.preemption import StopRequest
@@ -87,6 +88,8 @@ class Setup:
     """What has been found to fit into memory."""
     checkpoint: Path | None
     """What to continue from; None for a new run."""
+    deepspeed: dict
+    """The user's own DeepSpeed options."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,6 +124,11 @@ def prepare(config: Config) -> Setup:
     """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault."""
     check_model_class(config.model.path)
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit)
+    check_optimizer(config.optimizer.name)
+    deepspeed = {}
+    if config.deepspeed.config is not None:
+        ours = deepspeed_options.stated(config.zero.stage, config.zero.offload, config.train.max_grad_norm)
+        deepspeed = deepspeed_options.read(config.deepspeed.config, ours)
     num_calls = config.sample.num_samples if config.sample.batch_size == "auto" else config.sample.num_samples // config.sample.batch_size
     rank, world_size, device = init_distributed(timeout_s=1800 + config.reward.timeout_s * (1 + num_calls))
     ops = kernels.select(config.kernels.backend, device)
@@ -129,10 +137,12 @@ def prepare(config: Config) -> Setup:
         if config[option] % multiple:
             raise ValueError(f"{option}={config[option]}: valid is a multiple of {multiple} with {world_size} ranks")
     resumed = checkpoint.find(Path(config.run.dir), rank) if config.run.resume else None
-    if resumed and config.zero.stage > 0 and config.optimizer.name == "adamw_8bit":
+    if resumed and (config.zero.stage == 3 or config.zero.stage > 0 and config.optimizer.name != "adamw"):
         before = checkpoint.read_state(resumed)["world_size"]
         if world_size != before:
-            raise ValueError(f"zero.stage={config.zero.stage}: blocks of 8 bits are sharded over {before} ranks; --resume wants as many")
+            raise ValueError(
+                f"zero.stage={config.zero.stage}: the optimizer's state is sharded over {before} ranks; --resume wants as many"
+            )
     if config.model.dtype == "auto":
         config = config.replace(model__dtype="fp16" if device.type == "cuda" else "fp32")
     config = resolve_sizes(config, device, world_size)
@@ -153,8 +163,10 @@ def prepare(config: Config) -> Setup:
     config = config.replace(attention__backend=backend)
     if ops.backend == "triton":
         fuse(policy.unet, ops)
-    if merges(lora.forward, lora.scope, policy.dtype):
+    if merges(lora.forward, lora.scope, policy.dtype, config.zero.stage):
         policy.merge_lora()
+    if config.train.gradient_checkpointing:
+        policy.checkpoint_gradients()
     schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
     clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
     scores = None
@@ -165,9 +177,11 @@ def prepare(config: Config) -> Setup:
             policy.share_guidance()
         except ValueError as error:
             raise ValueError(f"model.share_guidance=true: {error}; valid is false") from None
-    split = activation_cache.split(config.cache.mode, policy) if scores is None else None
+    split = activation_cache.split(config.cache.mode, policy) if scores is None and config.zero.stage < 3 else None
+    room = Room(retry=config.zero.stage < 3)
     return Setup(
-        config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, ops, split, clip_range, scores, Room(), resumed
+        config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, ops, split, clip_range, scores, room, resumed,
+        deepspeed,
     )  # fmt: skip
 
 
@@ -184,7 +198,7 @@ def train(setup: Setup, stop: StopRequest) -> None:
     if setup.checkpoint is not None:
         state = checkpoint.load(setup.checkpoint, engine)
         baseline.load_state_dict(state["baseline"])
-    writer = _open_run(setup, cache, state["iteration"]) if rank == 0 else None
+    writer = _open_run(setup, engine, cache, state["iteration"]) if rank == 0 else None
     last = config.run.iterations
     bar = tqdm(total=last, initial=max(state["iteration"], 0), desc="iterations", unit="it", disable=rank != 0, dynamic_ncols=True)
 
@@ -220,8 +234,8 @@ def train(setup: Setup, stop: StopRequest) -> None:
         with timer("save"):
             if iteration % config.run.checkpoint_every == 0 or iteration == last or stopping:
                 _save(setup, engine, baseline, state)
-                if rank == 0 and iteration < last:
-                    _publish(setup)
+                if iteration < last:
+                    _publish(setup, engine)
         state["device_hours"] += timer.seconds["save"] * setup.world_size / 3600
         bar.update(iteration > 0)
         if stopping and iteration < last:
@@ -230,8 +244,8 @@ def train(setup: Setup, stop: StopRequest) -> None:
             bar.close()
             return
     bar.close()
+    _publish(setup, engine)
     if rank == 0:
-        _publish(setup)
         _print_result(setup, state)
 
 
@@ -464,20 +478,14 @@ def _block(count: int, rank: int, world_size: int) -> slice:
 
 def make_engine(setup: Setup) -> Engine:
     """The engine of a run's optimizer, through which the policy's UNet runs from now on."""
-    config, policy = setup.config, setup.policy
-    if config.optimizer.name == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit as optimizer_class  # only who asks for it needs a build of it that fits the GPU
-    else:
-        optimizer_class = torch.optim.AdamW
-    optimizer = optimizer_class(
-        policy.trainable_parameters(),
-        lr=config.train.learning_rate,
-        betas=tuple(config.optimizer.betas),
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-    )
-    engine = Engine(policy.unet, optimizer, zero_stage=config.zero.stage, max_grad_norm=config.train.max_grad_norm, dtype=policy.dtype)
-    policy.attach(engine.module if setup.scores is None else policy.unet)  # backward in sampling is none of the engine's
+    config, policy, zero = setup.config, setup.policy, setup.config.zero
+    optimizer = make_optimizer(config.optimizer, policy.trainable_parameters(), config.train.learning_rate, on_host=zero.offload != "none")
+    engine = Engine(
+        policy.unet, optimizer, zero_stage=zero.stage, offload=zero.offload, options=setup.deepspeed,
+        max_grad_norm=config.train.max_grad_norm, dtype=policy.dtype,
+    )  # fmt: skip
+    # backward in sampling is none of the engine's
+    policy.attach(engine.module if setup.scores is None else policy.unet, partitioned=zero.stage == 3)
     if config.model.compile:
         (setup.split or policy.unet).compile()
     return engine
@@ -493,16 +501,15 @@ def make_cache(setup: Setup) -> Cache:
     return ActivationCache(setup.split, policy.example_call, num_rows, policy.device, device_mib, host_mib)
 
 
-def _open_run(setup: Setup, cache: Cache, resumed_at: int) -> MetricsWriter:
+def _open_run(setup: Setup, engine: Engine, cache: Cache, resumed_at: int) -> MetricsWriter:
     config, policy = setup.config, setup.policy
     (setup.run_dir / "images").mkdir(parents=True, exist_ok=True)
     write_text(setup.run_dir / "config.yaml", config.replace(run__resume=False).to_yaml())
-    count = sum(parameter.numel() for parameter in policy.trainable_parameters())
     print(
         f"{config.run.dir}: {config.train.algorithm} for {config.reward.name} on {config.model.path}\n"
-        f"{count:,} trainable parameters, {config.model.dtype}, {setup.world_size} x {policy.device.type}, {setup.ops.backend} kernels, "
-        f"{config.sample.num_samples} samples x {config.sample.num_steps} steps an iteration, clip range {setup.clip_range:.3g} "
-        f"at this model's {math.prod(policy.latent_shape):,} latent elements",
+        f"{engine.num_trainable:,} trainable parameters, {config.model.dtype}, {setup.world_size} x {policy.device.type}, "
+        f"{setup.ops.backend} kernels, {config.sample.num_samples} samples x {config.sample.num_steps} steps an iteration, "
+        f"clip range {setup.clip_range:.3g} at this model's {math.prod(policy.latent_shape):,} latent elements",
         flush=True,
     )
     if cache is not NO_CACHE:
@@ -512,10 +519,13 @@ def _open_run(setup: Setup, cache: Cache, resumed_at: int) -> MetricsWriter:
     return MetricsWriter(setup.run_dir, resumed_at)
 
 
-def _publish(setup: Setup) -> None:
-    with unless_disk_full("the weights and the report"):
-        setup.policy.export(setup.run_dir)
-        write_report(setup.run_dir)
+def _publish(setup: Setup, engine: Engine) -> None:
+    with engine.gathered(), unless_disk_full("the weights"):
+        if setup.rank == 0:
+            setup.policy.export(setup.run_dir)
+    if setup.rank == 0:
+        with unless_disk_full("the report"):
+            write_report(setup.run_dir)
 
 
 def _warn_of_ratio_error(setup: Setup, row: dict) -> None:

@@ -35,9 +35,9 @@ def options(tiny_model, tmp_path):
     return make
 
 
-def deepspeed(num_ranks: int, script: Path | str, argv: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def deepspeed(num_ranks: int, script: Path | str, argv: list[str], cwd: Path = ROOT, timeout=300) -> subprocess.CompletedProcess:
     command = [*DEEPSPEED, str(next(_ports)), "--num_gpus", str(num_ranks), str(script), *argv]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
 
 
 def weights(run_dir: Path) -> torch.Tensor:

@@ -88,6 +88,18 @@ def test_what_fewer_rows_do_not_mend_is_raised(error):
     assert sizes == ([5, 2, 1] if isinstance(error, torch.OutOfMemoryError) else [5])
 
 
+def test_where_other_ranks_wait_for_each_call_there_is_no_second_attempt():
+    calls = []
+
+    def work(size):
+        calls.append(size)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Room(retry=False).attempt("sample.batch_size", 8, work)
+    assert calls == [8]
+
+
 ALLOCATOR = """
 import resource, torch
 from ddpo_fast.memory import Room

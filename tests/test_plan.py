@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.optim import AdamW8bit
 from diffusers import DDIMScheduler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,11 +18,13 @@ from ddpo_fast.config import OptimizerConfig, parse
 from ddpo_fast.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, architecture, count_model, flop_counter
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.gpus import GPUS, parse_devices
+from ddpo_fast.optimizer import make_optimizer
 from ddpo_fast.plan import (
     Costs,
     Work,
     advise,
     fit_sizes,
+    host_mib,
     iteration_flop,
     iteration_terms,
     memory_mib,
@@ -46,7 +47,8 @@ COSTS = Costs(
     gradient_bytes=0.0, bandwidth=math.inf, latency_s=0.0, serial_s=0.0,
 )  # fmt: skip
 COUNTS = ModelCounts(
-    weight_bytes={"unet": 100 * MIB}, trained_sizes=(MIB,), num_latents=MIB // 4, embed_bytes=0, image_bytes=MIB,
+    weight_bytes={"unet": 100 * MIB}, trained_shapes=((1024, 1024),), gathered_bytes=20 * MIB, num_latents=MIB // 4, embed_bytes=0,
+    image_bytes=MIB,
     forward=Call(1.0, 0, MIB), update=Call(3.0, 10 * MIB, 20 * MIB), saved_row_bytes=15 * MIB, decode=Call(2.0, 0, 30 * MIB),
     prefix_flop=0.5, kept_row_bytes=MIB // 2, cached_update=Call(2.5, 8 * MIB, 12 * MIB),
 )  # fmt: skip
@@ -87,7 +89,7 @@ def test_full_fine_tuning_trains_fp32_masters(tiny_model):
     counts = count_model(architecture(str(tiny_model)), torch.float16, lora, on_gpu=False, fused=False)
     policy = real(tiny_model, "fp16", "none")
     assert counts.weight_bytes["unet"] == 0
-    assert sorted(counts.trained_sizes) == sorted(p.numel() for p in policy.trainable_parameters())
+    assert sorted(counts.trained_shapes) == sorted(tuple(p.shape) for p in policy.trainable_parameters())
     assert counts.update.fixed_bytes >= 2 * counts.num_trainable * 0.9  # autocast's fp16 copies live from forward to backward
 
 
@@ -179,19 +181,25 @@ def test_a_folder_without_configs_is_one_line(tmp_path):
 
 
 def test_optimizer_state():
-    assert state_bytes("adamw", [1000, 5000]) == 8 * 6000
-    parameters = [torch.nn.Parameter(torch.randn(size)) for size in (1000, 5000)]
-    optimizer = AdamW8bit(parameters)
+    shapes = [(10, 100), (50, 100), (5000,), (70, 3, 5, 5)]
+    assert state_bytes("adamw", shapes) == 8 * (1000 + 5000 + 5000 + 5250)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = make_optimizer(OptimizerConfig(name="adamw_8bit"), parameters, 1e-3, on_host=False)
     sum(p.sum() for p in parameters).backward()
     optimizer.step()
     real_bytes = sum(
         state[name].nbytes for state in optimizer.state.values() for name in ("state1", "state2", "absmax1", "absmax2") if name in state
     )
-    assert state_bytes("adamw_8bit", [1000, 5000]) == real_bytes
+    assert [optimizer.state[p]["state1"].dtype for p in parameters] == [torch.float32, torch.uint8, torch.float32, torch.uint8]
+    assert state_bytes("adamw_8bit", shapes) == real_bytes
     for name in typing.get_args(typing.get_type_hints(OptimizerConfig)["name"]):
-        assert 0 < state_bytes(name, [5000]) <= 40000
+        assert 0 < state_bytes(name, [(50, 100)]) <= 40000
+    for num_shards in (1, 4):  # one flat shard of 8-bit state with a scale of each moment for every 256, one of fp32
+        large = state_bytes("paged_adamw_8bit", [(1000, 2560), (2560,)], num_shards)
+        assert large == (2560 * 8 + 2 * 4 * 10_000) // num_shards
+        assert state_bytes("adamw_8bit", [(1000, 2560), (2560,)], num_shards) == large + 2 * 2_560_000 // num_shards
     with pytest.raises(ValueError, match="optimizer.name=sgd: valid is"):
-        state_bytes("sgd", [1])
+        state_bytes("sgd", [(1,)])
 
 
 def test_memory_of_a_rank_by_hand():
@@ -199,16 +207,23 @@ def test_memory_of_a_rank_by_hand():
     memory = memory_mib(COUNTS, WORK, 1)
     rollout = 64 * (11 + 40 / MIB)
     assert memory == pytest.approx(
-        {"frozen weights": 100, "trained weights": 4, "optimizer state": 8, "rollout": rollout, "activation cache": 0,
-         "sample gradients": 0, "gradients": 4, "sampling": rollout, "decode": 240, "update": 10 + 32 * 20}
+        {"frozen weights": 100, "trained weights": 4, "gathered weights": 0, "optimizer state": 8, "rollout": rollout,
+         "activation cache": 0, "sample gradients": 0, "gradients": 4, "sampling": rollout, "decode": 240, "update": 10 + 32 * 20}
     )  # fmt: skip
     phases = phases_mib(memory)
     assert phases == pytest.approx({"sampling": 112 + 2 * rollout, "decode": 112 + rollout + 240, "update": 112 + rollout + 4 + 650})
     sharded = {
-        stage: memory_mib(COUNTS, dataclasses.replace(WORK, zero_stage=stage), 4) for stage in (0, 1, 2)
+        stage: memory_mib(COUNTS, dataclasses.replace(WORK, zero_stage=stage), 4) for stage in (0, 1, 2, 3)
     }  # with the bucket that gradients are reduced in, and ZeRO's copy of the weights
-    assert [sharded[stage]["optimizer state"] for stage in (0, 1, 2)] == [8, 3, 3]
-    assert [sharded[stage]["gradients"] for stage in (0, 1, 2)] == [8, 8, 5]
+    assert [sharded[stage]["optimizer state"] for stage in (0, 1, 2, 3)] == [8, 3, 3, 3]
+    assert [sharded[stage]["gradients"] for stage in (0, 1, 2, 3)] == [8, 8, 5, 5]
+    weights = ("frozen weights", "trained weights", "gathered weights")
+    assert [[sharded[stage][kind] for kind in weights] for stage in (2, 3)] == [[100, 4, 0], [25, 1, 20]]
+    for stage, offload, on_device, on_host in ((1, "optimizer", 104 + 8, 4), (3, "optimizer", 46 + 4, 4), (3, "all", 20 + 4, 4 + 26)):
+        work = dataclasses.replace(WORK, zero_stage=stage, offload=offload)
+        memory = memory_mib(COUNTS, work, 4)
+        assert sum(memory[kind] for kind in (*weights, "optimizer state", "gradients")) == on_device
+        assert host_mib(COUNTS, work, 4) == on_host
     assert sharded[0]["rollout"] == pytest.approx(rollout / 4)
 
 
@@ -246,6 +261,22 @@ def test_the_cache_by_hand():
     assert memory["activation cache"] == 160
     assert memory["update"] == 8 + 32 * 12 + 3 * 32 * 0.5  # three copies: what is read, as it arrived, and the next micro-batch's
     assert memory_mib(COUNTS, dataclasses.replace(work, held=(160, 0)), 1)["update"] == 8 + 32 * 12 + 32 * 0.5
+
+
+def test_gradient_checkpointing_is_counted_as_it_runs(tiny_model, sd15):
+    """The peak of a real call and of the counted one; of SD 1.5 a row saves its blocks' inputs, and most of the forward is run twice."""
+    policy = real(tiny_model, "fp32", "all")
+    policy.checkpoint_gradients()
+    arch, rows = architecture(str(tiny_model)), 16
+    counts = count_model(arch, torch.float32, ATTENTION, on_gpu=False, fused=False, checkpointing=True)
+    with LiveBytes() as live, flop_counter() as flops:
+        predict_noise(policy, rows).square().mean().backward()
+    assert counts.update.fixed_bytes + rows * counts.update.row_bytes == pytest.approx(live.peak, rel=0.05)
+    assert rows * counts.update.row_flop == pytest.approx(flops.get_total_flops(), rel=1e-3)
+    checkpointed = count_model(architecture(SD15), torch.float32, ATTENTION, on_gpu=False, fused=False, checkpointing=True)
+    assert checkpointed.saved_row_bytes < 0.2 * sd15.saved_row_bytes and checkpointed.update.row_bytes < 0.6 * sd15.update.row_bytes
+    again = (checkpointed.update.row_flop - sd15.update.row_flop) / sd15.forward.row_flop
+    assert 0.8 < again <= 1
 
 
 @pytest.mark.parametrize(
@@ -306,8 +337,9 @@ def test_memory_of_score_accumulation_by_hand():
     work = dataclasses.replace(WORK, num_minibatches=1, score_accumulation=True)
     memory = memory_mib(COUNTS, work, 4)
     assert memory == pytest.approx(
-        {"frozen weights": 100, "trained weights": 4, "optimizer state": 8, "rollout": 8 * (11 + 40 / MIB), "activation cache": 0,
-         "sample gradients": 64, "gradients": 8, "sampling": 10 + 16 * 20, "decode": 240, "update": 4}
+        {"frozen weights": 100, "trained weights": 4, "gathered weights": 0, "optimizer state": 8,
+         "rollout": 8 * (11 + 40 / MIB), "activation cache": 0, "sample gradients": 64,
+         "gradients": 8, "sampling": 10 + 16 * 20, "decode": 240, "update": 4}
     )  # fmt: skip
     phases = phases_mib(memory)
     resident = 176 + memory["rollout"]

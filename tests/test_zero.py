@@ -1,0 +1,289 @@
+"""ZeRO 0-3, offload, 8-bit state and gradient checkpointing against the plain run in one process; the user's own DeepSpeed JSON.
+
+Every rank makes and trains on its own part of an iteration's samples, so that a rank whose gradient was not synchronised would show: the
+plain run trains on their union. Adam divides a gradient by its size, so that a weight whose true gradient is 0 (a bias before a
+GroupNorm) is moved by rounding alone; with optimizer.eps=1e-4, the runs' own eps here, by next to nothing.
+"""
+
+import base64
+import json
+import math
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_launch import ENVIRONMENT, ROOT, _ports, deepspeed
+
+from ddpo_fast import deepspeed_options
+from ddpo_fast import train as trainer
+from ddpo_fast.config import parse
+from ddpo_fast.engine import Engine, init_distributed
+from ddpo_fast.metrics import read_metrics
+from ddpo_fast.policy import Policy
+
+REWARD = """
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+"""
+RANKS = f"""
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})  # this checkout's, whichever is installed
+from ddpo_fast import train
+train.write_report = lambda folder: None
+for argv in json.loads(Path(__file__).with_suffix(".json").read_text()):
+    train.main(argv)
+"""
+TRAINED = {"lora": "mid_up", "full": "none"}
+TOLERANCE = 1e-5
+"""Of every weight after 4 updates by up to 3e-4 each."""
+
+
+@pytest.fixture(scope="module")
+def make(tiny_model, tmp_path_factory):
+    """Command lines of runs of two iterations with two updates each, of some micro-batches, by how they are run."""
+    folder = tmp_path_factory.mktemp("zero")
+    (folder / "reward.py").write_text(REWARD)
+    # by default ZeRO 3 would leave almost all of a model this small whole
+    (folder / "partition.json").write_text(json.dumps({"zero_optimization": {"stage": "auto", "stage3_param_persistence_threshold": 0}}))
+
+    def argv(name: str, trained="lora", optimizer="adamw", stage=0, checkpointing=False, offload="none", **changed) -> list[str]:
+        values = {
+            "model.path": tiny_model, "run.dir": folder / name, "reward.name": f"{folder}/reward.py:redness",
+            "sample.num_samples": 4, "sample.num_steps": 2, "sample.batch_size": 4, "eval.num_samples": 4, "eval.every": 100,
+            "run.iterations": 2, "run.checkpoint_every": 100, "train.num_minibatches": 1, "train.inner_epochs": 2, "train.micro_batch": 2,
+            "train.learning_rate": 3e-4, "optimizer.eps": 1e-4, "lora.targets": '["attention", "convolution"]', "cache.mode": "off",
+            "prompts.limit": 4, "prompts.samples_per_prompt": 1, "baseline.min_count": 8, "baseline.buffer_size": 8,
+            "lora.scope": TRAINED[trained], "optimizer.name": optimizer, "zero.stage": stage, "zero.offload": offload,
+            "train.gradient_checkpointing": str(checkpointing).lower(), "deepspeed.config": folder / "partition.json",
+        }  # fmt: skip
+        values |= {key.replace("__", "."): value for key, value in changed.items()}
+        return [f"--{key}={value}" for key, value in values.items()]
+
+    return argv
+
+
+def weights(argv: list[str]) -> torch.Tensor:
+    """All that the run has trained and exported."""
+    folder = next(Path(a.split("=")[1]) for a in argv if a.startswith("--run.dir="))
+    (file,) = [*folder.glob("lora/*.safetensors"), *folder.glob("unet/*.safetensors")]
+    tensors = load_file(file)
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(trainer, "write_report", lambda folder: None)
+
+
+@pytest.fixture(scope="module")
+def plain(make):
+    """What each of the runs comes to in one process, at stage 0: weights by (trained, optimizer)."""
+    results = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "write_report", lambda folder: None)
+        for trained, optimizer in product(TRAINED, ("adamw", "adamw_8bit")):
+            argv = make(f"plain-{trained}-{optimizer}", trained, optimizer)
+            trainer.main(argv)
+            results[trained, optimizer] = weights(argv)
+    return results
+
+
+def check(plain, cases: dict[tuple, list[str]]) -> None:
+    """Weights of each case, whose key starts (trained, optimizer), are the plain run's.
+
+    8-bit: a shard has other blocks, so other codes. Either run is as far from fp32 AdamW as 8 bits take it, one of them is measured, and
+    by the triangle the two are at most twice that from each other, in norm.
+    """
+    for key, argv in cases.items():
+        expected, exact = plain[key[:2]], plain[key[0], "adamw"]
+        difference = weights(argv) - expected
+        if key[1] == "adamw":
+            assert difference.abs().max() <= TOLERANCE, (key, difference.abs().max().item())
+        else:
+            quantisation = (expected - exact).norm()
+            assert 0 < quantisation and difference.norm() <= 2 * quantisation, (key, difference.norm().item(), quantisation.item())
+
+
+def launch(num_ranks: int, runs: list[list[str]], folder: Path) -> None:
+    """One start of the launcher for all runs."""
+    (folder / "ranks.py").write_text(RANKS)
+    (folder / "ranks.json").write_text(json.dumps(runs))
+    done = deepspeed(num_ranks, folder / "ranks.py", [], timeout=3600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    assert "out of memory" not in done.stdout and "Traceback" not in done.stderr
+
+
+def test_the_plain_runs_move_the_weights_far_more_than_the_tolerance(make, plain, tiny_model):
+    before = Policy(str(tiny_model), "fp32", torch.device("cpu"), "none", [], 1, 1.0).unet.state_dict()
+    before = torch.cat([before[name].flatten() for name in sorted(before)])
+    moved = (plain["full", "adamw"] - before).abs()
+    assert moved.max() > 50 * TOLERANCE and (moved > 5 * TOLERANCE).float().mean() > 0.5
+
+
+def test_two_ranks(make, plain, tmp_path):
+    """A representative part of the matrix below."""
+    parts = [
+        ("lora", "adamw", 3, True, "none"), ("full", "adamw", 3, False, "all"), ("full", "adamw_8bit", 1, True, "none"),
+        ("full", "adamw", 2, False, "optimizer"),
+    ]  # fmt: skip
+    cases = {part: make("two-" + "-".join(map(str, part)), *part) for part in parts}
+    launch(2, list(cases.values()), tmp_path)
+    check(plain, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_whole_matrix(make, plain, tmp_path, num_ranks):
+    """4 stages x {LoRA, full} x {AdamW, 8-bit} x checkpointing, and every way to offload, without checkpointing."""
+    parts = [(*part, "none") for part in product(TRAINED, ("adamw", "adamw_8bit"), range(4), (False, True))]
+    offloads = [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")]
+    parts += [(trained, "adamw", stage, False, offload) for trained in TRAINED for stage, offload in offloads]
+    cases = {part: make(f"matrix{num_ranks}-" + "-".join(map(str, part)), *part) for part in parts}
+    launch(num_ranks, list(cases.values()), tmp_path)
+    check(plain, cases)
+
+
+@pytest.mark.slow
+def test_four_ranks(make, plain, tmp_path):
+    parts = [("full", "adamw", 3, True, "none"), ("lora", "adamw", 2, False, "none"), ("full", "adamw_8bit", 3, False, "none")]
+    cases = {part: make("four-" + "-".join(map(str, part)), *part) for part in parts}
+    launch(4, list(cases.values()), tmp_path)
+    check(plain, cases)
+
+
+@pytest.mark.slow
+def test_two_nodes(make, plain, tmp_path):
+    """What `deepspeed --hostfile` starts on each of two machines, started here twice on this one."""
+    cases = {("full", "adamw", stage): make(f"nodes-{stage}", "full", stage=stage) for stage in (0, 3)}
+    (tmp_path / "ranks.py").write_text(RANKS)
+    (tmp_path / "ranks.json").write_text(json.dumps(list(cases.values())))
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0], "127.0.0.1": [0]}).encode()).decode()
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1",
+        f"--master_port={next(_ports)}",
+    ]  # fmt: skip
+    nodes = [
+        subprocess.Popen(
+            [*command, f"--node_rank={rank}", str(tmp_path / "ranks.py")],
+            cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    printed = [node.communicate(timeout=600)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(printed)[-5000:]
+    assert sum("2 x cpu" in text for text in printed) == 1  # one run, of two ranks
+    check(plain, cases)
+
+
+def test_resume_at_stage_3_is_the_uninterrupted_run(make):
+    whole, parts = (make(name, "full", "adamw_8bit", 3) for name in ("whole", "parts"))
+    trainer.main(whole)
+    trainer.main([*parts, "--run.iterations=1"])
+    trainer.main([*parts, "--run.iterations=2", "--resume"])
+    assert torch.equal(weights(whole), weights(parts))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(model__dtype="bf16"), dict(cache__mode="on"), dict(sample__guidance_scale=1)])
+def test_checkpointing_changes_no_bit(make, options, request):
+    """fp32 with merged LoRA, autocast without it, from the activation cache, with and without guidance's branches sharing layers."""
+    name = request.node.callspec.id
+    runs = [make(f"{name}-{checkpointing}", checkpointing=checkpointing, **options) for checkpointing in (False, True)]
+    for argv in runs:
+        trainer.main(argv)
+    assert torch.equal(*map(weights, runs))
+
+
+def test_half_precision_at_stage_3_has_fp32_masters_and_skips_what_is_not_finite(tiny_model):
+    init_distributed(60)
+    policy = Policy(str(tiny_model), "fp16", torch.device("cpu"), "none", [], 1, 1.0)
+    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=1e-3)
+    engine = Engine(policy.unet, optimizer, zero_stage=3, max_grad_norm=1.0, dtype=torch.float16)
+    policy.attach(engine.module, partitioned=True)
+    assert {p.ds_tensor.dtype for p in engine.parameters} == {torch.float32}
+
+    def step(factor: float) -> tuple[float, torch.Tensor]:
+        latents, embeds = torch.ones(2, *policy.latent_shape).half(), policy.encode_prompts(["a", "b"])
+        noise_pred = policy.predict_noise(latents, torch.full((2,), 5), embeds)
+        engine.backward(noise_pred.float().square().mean() * engine.loss_scale * factor, last=True)
+        norm = engine.step()
+        with engine.gathered():
+            return norm, torch.cat([p.detach().flatten().clone() for p in engine.parameters])
+
+    norm, first = step(1.0)
+    bad_norm, same = step(math.inf)
+    next_norm, other = step(1.0)
+    assert 0 < norm < math.inf and not math.isfinite(bad_norm) and 0 < next_norm < math.inf
+    assert torch.equal(first, same) and not torch.equal(same, other)
+    assert engine.loss_scale == Engine.FP16_LOSS_SCALE / 2
+
+
+@pytest.mark.parametrize(
+    "user, message",
+    [
+        ("{", "cannot be read: "),
+        ("[]", "valid is a JSON object"),
+        ({"train_batch_size": 8}, "train_batch_size is decided by sample.num_samples / train.num_minibatches; leave it out"),
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu is decided by train.micro_batch"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is decided by train.micro_batch"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping is decided by train.max_grad_norm (1.0); leave it out"),
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage is decided by zero.stage (2); leave it out"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "zero_optimization.offload_optimizer.device is decided by"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param.device is decided by zero.offload"),
+        ({"zero_optimization": {"bucket": 1}}, "zero_optimization: 1 validation error"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "zero_optimization: 1 validation error"),
+        ({"zero_optimization": 2}, "zero_optimization=2: valid is an object"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer is decided by optimizer.name, train.learning_rate; leave it out"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler is decided by train.learning_rate"),
+        ({"fp16": {"enabled": True}}, "fp16 is decided by model.dtype; leave it out"),
+        ({"bf16": {"enabled": True}}, "bf16 is decided by model.dtype; leave it out"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "decided by train.gradient_checkpointing; leave it out"),
+        ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer=true: valid is false"),
+        ({"zero_optimisation": {}}, "there is no zero_optimisation; valid is any of zero_optimization, "),
+    ],
+)
+def test_contradictions_are_one_line_before_a_model_loads(tiny_model, tmp_path, capsys, monkeypatch, user, message):
+    monkeypatch.setattr(trainer, "Policy", lambda *a: pytest.fail("the model was loaded"))
+    (tmp_path / "ds.json").write_text(user if isinstance(user, str) else json.dumps(user))
+    with pytest.raises(SystemExit, match="2"):
+        trainer.main([f"--model.path={tiny_model}", f"--deepspeed.config={tmp_path / 'ds.json'}", "--zero.stage=2"])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: deepspeed.config={tmp_path / 'ds.json'}: ") and error.count("\n") == 1 and message in error
+
+
+def test_the_users_json_is_merged_over_ours(make, tmp_path):
+    """What agrees, is switched off or is left to us is fine; the rest reaches DeepSpeed, offload's details included."""
+    ours = deepspeed_options.stated(3, "all", 1.0)
+    user = {
+        "train_batch_size": "auto", "gradient_clipping": 1.0, "fp16": {"enabled": False}, "wall_clock_breakdown": False,
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": 7}, "stage3_prefetch_bucket_size": 1234},
+    }  # fmt: skip
+    (tmp_path / "ds.json").write_text(json.dumps(user))
+    assert deepspeed_options.read(str(tmp_path / "ds.json"), ours) == {
+        "wall_clock_breakdown": False,
+        "zero_optimization": {"offload_param": {"buffer_count": 7}, "stage3_prefetch_bucket_size": 1234},
+    }
+    setup = trainer.prepare(parse(make("merged", "full", stage=3, offload="all", deepspeed__config=tmp_path / "ds.json")))
+    zero = trainer.make_engine(setup).module._config.zero_config
+    assert (zero.offload_param.buffer_count, zero.offload_param.device, zero.prefetch_bucket_size) == (7, "cpu", 1234)
+    assert zero.max_live_parameters == deepspeed_options.LIVE_ELEMENTS and zero.stage == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can run it")
+def test_paged_state_without_a_gpu_says_why(tiny_model, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        trainer.main([f"--model.path={tiny_model}", "--optimizer.name=paged_adamw_8bit"])
+    assert "optimizer.name=paged_adamw_8bit: it pages its state between GPU and host" in capsys.readouterr().err
+
+
+def test_a_run_at_stage_3_says_what_it_trains(make, capsys):
+    argv = make("said", "full", stage=3, run__iterations=1)
+    trainer.main(argv)
+    assert f"{len(weights(argv)):,} trainable parameters" in capsys.readouterr().out
+    rows = read_metrics(next(Path(a.split("=")[1]) for a in argv if a.startswith("--run.dir=")))
+    assert rows[1]["ratio_error"] <= 1e-5 and rows[1]["skipped_updates"] == 0
