@@ -233,7 +233,7 @@ class Engine:
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
             return
         for index, shard in self._shards():  # between steps ZeRO 3 leaves the optimizer's groups empty
-            values = state[index].items()
+            values = state.get(index, {}).items()
             self.optimizer.state[shard] = {k: v.to(shard.device) if isinstance(v, Tensor) and v.dim() else v for k, v in values}
 
     def _shards(self):
