@@ -59,22 +59,30 @@ def raw_server(*answers, pause_s: float = 0.0):
     """Gives each request the next of the answers, byte by byte if there is a pause, and closes. Yields its address and the requests."""
     requests, closing = [], threading.Event()
 
+    def received(connection: socket.socket) -> bytes:
+        if not (part := connection.recv(65536)):
+            raise ConnectionError("the client is gone")
+        return part
+
     def read(connection: socket.socket) -> bytes:
         request = b""
         while b"\r\n\r\n" not in request:
-            request += connection.recv(65536)
+            request += received(connection)
         head, _, body = request.partition(b"\r\n\r\n")
         length = int(re.search(rb"content-length: (\d+)", head, re.I)[1])
         while len(body) < length:
-            body += connection.recv(65536)
+            body += received(connection)
         return head + b"\r\n\r\n" + body
 
     def serve():
         for answer in answers:
-            connection, _ = listener.accept()
+            try:
+                connection, _ = listener.accept()
+            except OSError:  # nobody asks any more
+                return
             with connection:
-                requests.append(read(connection))
                 try:
+                    requests.append(read(connection))
                     for part in [answer] if not pause_s else [answer[i : i + 1] for i in range(len(answer))]:
                         connection.sendall(part)
                         if pause_s and closing.wait(pause_s):
@@ -87,6 +95,8 @@ def raw_server(*answers, pause_s: float = 0.0):
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/score", requests
         closing.set()
+        listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for a client
+        thread.join()
 
 
 def http(body: bytes | str, status: str = "200 OK", *headers: str) -> bytes:

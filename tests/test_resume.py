@@ -143,7 +143,7 @@ def test_a_disk_that_is_full_for_a_while(options, any_file_size, tmp_path, caplo
     (tmp_path / "free.py").write_text(DISK.replace("calls == 3", "False"))
     free = run(options("free", run__iterations=3, eval__every=3, reward__name=f"{tmp_path}/free.py:redness"))
     messages = [record.message for record in caplog.records if "could not be written" in record.message]
-    assert [message.split(" could")[0] for message in messages] == ["the metrics", "checkpoint 2", "the weights and the report"]
+    assert [message.split(" could")[0] for message in messages] == ["the metrics", "checkpoint 2", "the weights", "the report"]
     assert all("\n" not in message for message in messages)
     assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["1", "3"]
     assert untimed(read_metrics(whole)) == untimed(read_metrics(free))

@@ -116,6 +116,7 @@ def same_run(folder: Path, expected: Path) -> None:
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.slow  # a minute and a half
 def test_kills_at_random_moments_then_resume_is_the_uninterrupted_run(options, tmp_path):
     done = deepspeed(2, "ddpo_fast/train.py", options("whole"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -161,7 +162,7 @@ def test_twenty_kills(options, tmp_path):
 @pytest.mark.parametrize(
     "whom, code",
     [
-        ("rank", 0),
+        pytest.param("rank", 0, marks=pytest.mark.slow),
         ("runner", -signal.SIGTERM),  # `deepspeed` itself passes nothing on; the ranks see that it is gone
         pytest.param("launcher", 1, marks=pytest.mark.slow),  # launch.py passes it on and exits with 1 whatever its ranks do
         pytest.param("terminal", None, marks=pytest.mark.slow),  # Ctrl-C: SIGINT to all of them at once

@@ -10,6 +10,7 @@ import hmac
 import json
 import math
 import re
+import signal
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -114,10 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         user_error(" ".join(str(error).split()))
     with server:
         print(f"{options.reward.name} at http://{options.host}:{server.server_port}/", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            sys.exit(130)
+        for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background job begins with it ignored
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        server.serve_forever()
 
 
 if __name__ == "__main__":
