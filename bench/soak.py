@@ -37,7 +37,8 @@ def main() -> None:
         command = [
             sys.executable, "-m", "ddpo_fast.train", f"--model.path={model}", f"--run.dir={run_dir}", f"--run.iterations={iterations}",
             "--reward.name=bench.soak_reward:flaky", f"--reward.kwargs={json.dumps({'log': str(log), 'hang_s': HANG_S})}",
-            f"--reward.timeout_s={TIMEOUT_S}", "--reward.max_bad_fraction=0.9", "--sample.num_samples=16", "--sample.batch_size=2", "--sample.num_steps=2",
+            f"--reward.timeout_s={TIMEOUT_S}", "--reward.max_bad_fraction=0.9",
+            "--sample.num_samples=16", "--sample.batch_size=2", "--sample.num_steps=2",
             "--train.num_minibatches=2", "--lora.rank=2", "--prompts.samples_per_prompt=1", "--eval.num_samples=2",
             '--eval.prompts=["evaluation"]', "--eval.every=50", "--run.checkpoint_every=10",
         ]  # fmt: skip
