@@ -327,12 +327,12 @@ def test_real_runs_killed_and_continued(bench, monkeypatch, tmp_path):
         resumed.append("--resume" in command)
         trainer.main(command[2:]) if len(resumed) > 1 else real(command)
 
-    def killed(setup) -> None:
+    def killed(setup, engine) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(reward, "run_process", run)
     publish = trainer._publish
-    monkeypatch.setattr(trainer, "_publish", lambda setup: killed(setup) if len(resumed) == 3 else publish(setup))
+    monkeypatch.setattr(trainer, "_publish", lambda *args: killed(*args) if len(resumed) == 3 else publish(*args))
     with pytest.raises(KeyboardInterrupt):
         bench(*options)
     assert bench(*options) == 0

@@ -276,7 +276,7 @@ def test_gradient_checkpointing_is_counted_as_it_runs(tiny_model, sd15):
     checkpointed = count_model(architecture(SD15), torch.float32, ATTENTION, on_gpu=False, fused=False, checkpointing=True)
     assert checkpointed.saved_row_bytes < 0.2 * sd15.saved_row_bytes and checkpointed.update.row_bytes < 0.6 * sd15.update.row_bytes
     again = (checkpointed.update.row_flop - sd15.update.row_flop) / sd15.forward.row_flop
-    assert 0.8 < again <= 1
+    assert 0.7 < again <= 1
 
 
 @pytest.mark.parametrize(
@@ -509,7 +509,7 @@ def test_plan_of_a_recipe_without_its_model(nothing_starts, capsys):
     trainer.main(["--config", recipe, "--plan=2xH200"])
     out = capsys.readouterr().out
     assert "memory of one rank of 2 x H200" in out and "128 samples x 50 steps" in out and out.endswith("it fits\n")
-    assert "frozen weights        2,034  unet 1,639, vae 160, text_encoder 235" in out
+    assert "frozen weights        1,799  unet 1,639, vae 160" in out  # the text encoder is there only while prompts are new
 
 
 def test_plan_of_this_machine(nothing_starts, tiny_model, capsys):

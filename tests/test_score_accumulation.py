@@ -189,6 +189,7 @@ def test_compiled_layers_have_the_same_gradients_without_a_break(merged):
 
     def totals():
         scores.begin(np.arange(NUM_SAMPLES), np.zeros(NUM_SAMPLES, int), NUM_SAMPLES, 1, 1.0)
+        scores.begin_batch(0, NUM_SAMPLES)
         for _ in range(2):
             scores.predict_noise(model, 0, x)
             scores.noise_pred.square().sum().backward()
