@@ -22,7 +22,7 @@ demo: .venv/installed  ## reinforcement learning on the embedded model: the rewa
 test: .venv/installed  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
 
-test-slow: .venv/installed  ## the tests that `test` leaves out: two minutes on a quiet machine
+test-slow: .venv/installed  ## the tests that `test` leaves out: 20 minutes on a quiet machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: .venv/installed
