@@ -99,6 +99,7 @@ class ActivationCache:
         """Transitions read from a slot, and all that were read, since `begin`."""
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+        """What has been fetched, by the id of its micro-batch."""
 
     def _store(self, num_slots: int, tier: int = DEVICE) -> Tensor:
         """(slots G, row bytes) uint8."""
@@ -171,6 +172,10 @@ class ActivationCache:
             if next_part is not None:
                 self._fetch(next_part)
             yield
+
+    def forget_fetched(self) -> None:
+        """Gives up what was fetched for micro-batches that will not come: an update begins anew, and ids are used again."""
+        self._ahead.clear()
 
     def _fetch(self, part: MicroBatch) -> None:
         """Starts to copy what a micro-batch needs from host memory to the GPU. Without one there is nothing to do."""
@@ -271,6 +276,9 @@ class NoCache:
         return nullcontext()
 
     def forget(self, rows: slice, bad: Tensor) -> None:
+        pass
+
+    def forget_fetched(self) -> None:
         pass
 
     def reading(self, part: MicroBatch, next_part: MicroBatch | None, run_unet: Callable[[Tensor], object]) -> nullcontext:

@@ -91,9 +91,9 @@ def check(backend: str, shape: Shape, num_rows: int, dtype: torch.dtype, device:
     if not _installed(backend):
         raise RuntimeError(f"the package {PACKAGES[backend]} is not installed")
     queries, keys, heads, channels = shape
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     q, k, v, g = (
-        torch.randn(num_rows, length, heads, channels, generator=generator).to(device, dtype).requires_grad_(number < 3)
+        torch.randn(num_rows, length, heads, channels, generator=generator, device=device).to(dtype).requires_grad_(number < 3)
         for number, length in enumerate((queries, keys, keys, queries))
     )
 

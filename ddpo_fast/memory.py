@@ -11,9 +11,18 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+MESSAGES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""Of allocators and libraries that have no class of error for it."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator raised it: a GPU's, or a CPU's, which has no class of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """Whether it was raised for want of memory, by an allocator or by a library that called one."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in MESSAGES)
 
 
 class Room:

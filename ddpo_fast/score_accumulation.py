@@ -261,6 +261,7 @@ class ScoreAccumulator:
     def begin_batch(self, start: int, size: int) -> None:
         """The next samples are rows `start` to `start + size` of the rollout, of which nothing is kept that was there."""
         self.batch = slice(start, start + size)
+        self.noise_pred = self.parts = None  # a batch that ran out of memory has left its graph, which holds its activations
         for total in self.totals:
             total[self.batch].zero_()
         device, steps = self.figures.device, self.is_trained[self.batch].T

@@ -153,7 +153,8 @@ def prepare(config: Config) -> Setup:
     lora = config.lora
     policy = Policy(config.model.path, config.model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha)
     policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
-    num_rows = config.train.micro_batch * (1 if config.sample.guidance_scale == 1 else 2)
+    transitions = config.sample.num_samples // world_size // config.train.num_minibatches * config.sample.num_steps
+    num_rows = min(32, config.train.micro_batch, transitions) * (1 if config.sample.guidance_scale == 1 else 2)
     call = partial(policy.example_call, 2)
     choice = attention_backends.resolve(config.attention.backend, policy.unet, call, num_rows, policy.dtype, device)
     backend, measured = broadcast(choice)  # times differ from rank to rank
@@ -209,7 +210,8 @@ def train(setup: Setup, stop: StopRequest) -> None:
                 try:
                     row |= improve(setup, engine, cache, baseline, timer, iteration)
                 except BadRewards:  # nothing has been updated: the state is still that after the iteration before
-                    if state["iteration"] % config.run.checkpoint_every:
+                    saved = setup.checkpoint is not None and setup.checkpoint.name == str(state["iteration"])
+                    if state["iteration"] % config.run.checkpoint_every and not saved:
                         _save(setup, engine, baseline, state)
                     raise
             if iteration % config.eval.every == 0 or iteration == last:
@@ -379,6 +381,7 @@ def accumulate_gradient(
     config, policy, schedule, done = setup.config, setup.policy, setup.schedule, []
     guidance_scale, embeds = config.sample.guidance_scale, torch.cat([policy.uncond_embeds, rollout.prompt_embeds])
     engine.forget_gradient()
+    cache.forget_fetched()
     parts = list(micro_batches(*pairs, size, schedule.timesteps.cpu(), guidance_scale != 1, policy.device))
     for part, next_part in zip_longest(parts, parts[1:]):
         inputs = rollout.latents[part.unet_rows, part.unet_steps].to(policy.dtype), part.timesteps, embeds[part.embed_rows]

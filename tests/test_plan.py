@@ -269,12 +269,14 @@ def test_gradient_checkpointing_is_counted_as_it_runs(tiny_model, sd15):
     policy.checkpoint_gradients()
     arch, rows = architecture(str(tiny_model)), 16
     counts = count_model(arch, torch.float32, ATTENTION, on_gpu=False, fused=False, checkpointing=True)
-    with LiveBytes() as live, flop_counter() as flops:
+    with LiveBytes() as live:
+        predict_noise(policy, rows).square().mean().backward()
+    with flop_counter() as flops:
         predict_noise(policy, rows).square().mean().backward()
     assert counts.update.fixed_bytes + rows * counts.update.row_bytes == pytest.approx(live.peak, rel=0.05)
     assert rows * counts.update.row_flop == pytest.approx(flops.get_total_flops(), rel=1e-3)
     checkpointed = count_model(architecture(SD15), torch.float32, ATTENTION, on_gpu=False, fused=False, checkpointing=True)
-    assert checkpointed.saved_row_bytes < 0.2 * sd15.saved_row_bytes and checkpointed.update.row_bytes < 0.6 * sd15.update.row_bytes
+    assert checkpointed.saved_row_bytes < 0.2 * sd15.saved_row_bytes and checkpointed.update.row_bytes < 0.3 * sd15.update.row_bytes
     again = (checkpointed.update.row_flop - sd15.update.row_flop) / sd15.forward.row_flop
     assert 0.7 < again <= 1
 
