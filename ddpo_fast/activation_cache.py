@@ -4,21 +4,19 @@ Filled by the rollout at no extra UNet call, in the dtype that it computes in, s
 this rank, S denoising steps, G UNet rows a transition (2 with guidance), M transitions of a micro-batch.
 """
 
-import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from ddpo_fast.counts import MIB, flop_counter
+from ddpo_fast.memory import free_host_mib, free_mib, local_ranks
 from ddpo_fast.plan import FRACTIONS, WORTH, matmul_flops
 from ddpo_fast.policy import Policy
 from ddpo_fast.rollout import MicroBatch, Pairs
@@ -26,8 +24,6 @@ from ddpo_fast.split_unet import SplitUNet, stored_bytes
 
 DEVICE, HOST = 0, 1
 """The tiers."""
-CGROUP = Path("/sys/fs/cgroup")
-"""Where a container's limits are."""
 
 
 @dataclass(frozen=True)
@@ -317,20 +313,8 @@ def split(mode: str, policy: Policy) -> SplitUNet | None:
 
 def budgets_mib(device_mib: float | None, host_mib: float | None, device: torch.device) -> tuple[float, float]:
     """What the cache may take of a rank's device and host: as given, or half of what is free now, shared by this machine's ranks."""
-    num_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    free_mib = free_host_mib() / num_ranks
-    on_gpu = device.type == "cuda"
     if device_mib is None:
-        device_mib = (torch.cuda.mem_get_info(device)[0] / MIB if on_gpu else free_mib) / 2
+        device_mib = free_mib(device, local_ranks()) / 2
     if host_mib is None:
-        host_mib = free_mib / 2 if on_gpu else 0.0
+        host_mib = free_host_mib() / local_ranks() / 2 if device.type == "cuda" else 0.0
     return device_mib, host_mib
-
-
-def free_host_mib() -> float:
-    """Memory that this machine, or the container that the process is in, has left."""
-    free = psutil.virtual_memory().available
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, max(0, int(text) - int(used.read_text())))
-    return free / MIB

@@ -53,14 +53,22 @@ def set_attention(unet: nn.Module, backend: str) -> None:
     """
     if backend == "sdpa":
         return
-    layers = {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
-    for name, attn in layers.items():
-        extras = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k, attn.added_kv_proj_dim)
-        plain = type(attn.processor) is AttnProcessor2_0 and not attn.residual_connection and attn.rescale_output_factor == 1
-        if not plain or any(extra for extra in extras):
-            raise ValueError(f"attention.backend={backend}: {name} is no plain attention; valid is sdpa")
-    for attn in layers.values():
-        attn.processor = DispatchedAttention(backend)
+    if special := not_plain(unet):
+        raise ValueError(f"attention.backend={backend}: {special} is no plain attention; valid is sdpa")
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.processor = DispatchedAttention(backend)
+
+
+def not_plain(unet: nn.Module) -> str | None:
+    """The name of an attention layer that does more than project, attend and project; None if none does."""
+    for name, attn in unet.named_modules():
+        if isinstance(attn, Attention):
+            extras = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k, attn.added_kv_proj_dim)
+            plain = type(attn.processor) is AttnProcessor2_0 and not attn.residual_connection and attn.rescale_output_factor == 1
+            if not plain or any(extras):
+                return name
+    return None
 
 
 def attention_shapes(unet: nn.Module, call: Callable[[], object]) -> Counter[Shape]:
@@ -140,14 +148,17 @@ def resolve(
 ) -> tuple[str, str]:
     """What attention.backend names, tried at the shapes that `call` of the UNet has: the back end, and for auto a line about the choice.
 
-    auto on a CPU is sdpa: there is nothing else that is faster. Raises ValueError for a back end that cannot run here, with the reason.
+    auto is sdpa on a CPU, where nothing else is faster, and where another cannot be put in. Raises ValueError for a back end that cannot
+    run here, with the reason.
     """
-    if backend == "sdpa" or (backend == "auto" and device.type == "cpu"):
+    if backend == "sdpa" or (backend == "auto" and (device.type == "cpu" or not_plain(unet))):
         return "sdpa", ""
     shapes = attention_shapes(unet, call)
     if backend == "auto":
         candidates = [name for name in BACKENDS if name not in ("math", "flex") and _installed(name)]
-        return choose(candidates, shapes, num_rows, dtype, device)
+        choice = choose(candidates, shapes, num_rows, dtype, device)
+        torch.cuda.empty_cache()  # what the trials took
+        return choice
     for shape in shapes:
         try:
             check(backend, shape, 1, dtype, device)

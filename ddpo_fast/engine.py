@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddpo_fast import deepspeed_options
+from ddpo_fast.optimizer import settle_state
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -231,10 +232,11 @@ class Engine:
             state.setdefault(int(index), {})[name] = value
         if self.zero_stage < 3:
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-            return
-        for index, shard in self._shards():  # between steps ZeRO 3 leaves the optimizer's groups empty
-            values = state.get(index, {}).items()
-            self.optimizer.state[shard] = {k: v.to(shard.device) if isinstance(v, Tensor) and v.dim() else v for k, v in values}
+        for index, shard in self._shards():
+            if self.zero_stage == 3:  # between steps it leaves the optimizer's groups empty
+                values = state.get(index, {}).items()
+                self.optimizer.state[shard] = {k: v.to(shard.device) if isinstance(v, Tensor) and v.dim() else v for k, v in values}
+            settle_state(self.optimizer, shard)
 
     def _shards(self):
         """What the optimizer updates on this rank, numbered: the weights themselves, or ZeRO's flat shards of them."""

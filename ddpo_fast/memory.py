@@ -1,14 +1,41 @@
-"""Running out of memory costs the call that it happens in, not the run."""
+"""How much memory is left, and that running out of it costs the call that it happens in, not the run."""
 
 import gc
 import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
+
+from ddpo_fast.counts import MIB
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container's limits are."""
+
+
+def local_ranks() -> int:
+    """Ranks on this machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def free_mib(device: torch.device, num_ranks: int) -> float:
+    """MiB that one of this machine's `num_ranks` ranks may still take: of its GPU, or its part of the host's."""
+    return torch.cuda.mem_get_info(device)[0] / MIB if device.type == "cuda" else free_host_mib() / num_ranks
+
+
+def free_host_mib() -> float:
+    """Memory that this machine, or the container that the process is in, has left."""
+    free = psutil.virtual_memory().available
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free / MIB
 
 
 MESSAGES = (
@@ -23,6 +50,13 @@ MESSAGES = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it was raised for want of memory, by an allocator or by a library that called one."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in MESSAGES)
+
+
+def release_memory() -> None:
+    """Gives back what nothing holds any more, after memory ran out."""
+    gc.collect()  # a traceback may have held tensors
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Room:
@@ -49,6 +83,4 @@ class Room:
             size //= 2
             self.largest[option] = size
             logger.warning("out of memory: %s=%d from here on; samples and gradients stay the same", option, size)
-            gc.collect()  # a traceback may have held tensors
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release_memory()

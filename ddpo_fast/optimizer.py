@@ -58,6 +58,14 @@ def make_optimizer(options, parameters: list[nn.Parameter], learning_rate: float
     return AdamW8bit(groups, **adam, optim_bits=8, is_paged=options.name == "paged_adamw_8bit")
 
 
+def settle_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Moves state that was loaded for a parameter into a buffer as the optimizer makes them: paged, if it pages."""
+    state = optimizer.state[parameter]
+    for key in ("state1", "state2"):
+        if key in state:
+            state[key] = optimizer.get_state_buffer(parameter, dtype=state[key].dtype).copy_(state[key])
+
+
 def state_bytes(optimizer: str, shapes: Iterable[tuple[int, ...]], num_shards: int = 1) -> int:
     """Bytes of a device that the optimizer state of tensors of these shapes takes, or that of one of `num_shards` ZeRO shards.
 

@@ -15,6 +15,7 @@ from ddpo_fast.counts import MIB, ModelCounts, architecture, count_model
 from ddpo_fast.deepspeed_options import BUCKET_ELEMENTS
 from ddpo_fast.gpus import GPUS, HERE, parse_devices
 from ddpo_fast.lora import merges
+from ddpo_fast.memory import free_mib
 from ddpo_fast.optimizer import state_bytes
 
 USABLE = 0.9
@@ -225,15 +226,8 @@ def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 * repeats / min(seconds(repeats) for _ in range(4))
 
 
-def memory_of(device: torch.device, num_devices: int) -> float:
-    """MiB of this machine's device; a CPU's memory is divided among its ranks."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / MIB
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB / num_devices
-
-
 def find_device(name: str, dtype: torch.dtype, num_devices: int) -> Device:
-    """A GPU of the table by its specification, or this machine's device, measured."""
+    """A GPU of the table by its specification, or this machine's device, measured, with the memory that is free on it."""
     if name != HERE:
         gpu = GPUS[name]
         tflops = gpu.fp32_tflops if dtype == torch.float32 else gpu.fp16_tflops
@@ -248,7 +242,7 @@ def find_device(name: str, dtype: torch.dtype, num_devices: int) -> Device:
         properties, device = torch.cuda.get_device_properties(0), torch.device("cuda", 0)
         return Device(
             properties.name,
-            memory_of(device, num_devices),
+            free_mib(device, num_devices),
             matmul_flops(dtype, device),
             FRACTIONS["cuda"],
             "measured; the shares are estimates, no GPU has been measured yet",
@@ -256,7 +250,7 @@ def find_device(name: str, dtype: torch.dtype, num_devices: int) -> Device:
     device = torch.device("cpu")
     return Device(
         f"CPU ({torch.get_num_threads()} threads)",
-        memory_of(device, num_devices),
+        free_mib(device, num_devices),
         matmul_flops(dtype, device),
         FRACTIONS["cpu"],
         "measured; the shares are the embedded model's",
@@ -273,8 +267,8 @@ def make_plan(config) -> Plan:
     Work.of(config).share(num_devices)
     counts = count_run(config, dtype, on_gpu)
     device = find_device(name, dtype, num_devices)
-    work = Work.of(fit_sizes(config, counts, device.memory_mib, num_devices))
-    work = with_cache(work, config.cache, counts, device.memory_mib, num_devices)
+    work = Work.of(fit_sizes(config, counts, device.memory_mib, num_devices, on_gpu))
+    work = with_cache(work, config.cache, counts, device.memory_mib, num_devices, on_gpu)
     flop = iteration_flop(counts, work, num_devices)
     sampling, update = (num_devices * device.matmul_flops * fraction for fraction in device.fractions)
     as_update = ("sampling", "update") if work.score_accumulation else ("update",)
@@ -312,11 +306,11 @@ AUTO_SIZES = {("sample", "batch_size"): ("sampling", "decode"), ("train", "micro
 """Options that may be auto, and the phases whose memory they decide."""
 
 
-def fit_sizes(config, counts: ModelCounts, device_mib: float, num_devices: int):
+def fit_sizes(config, counts: ModelCounts, device_mib: float, num_devices: int, on_gpu: bool):
     """The config with the largest sample.batch_size and train.micro_batch that fit, where they are auto; 1 where nothing does."""
     auto = {key: phases for key, phases in AUTO_SIZES.items() if config[".".join(key)] == "auto"}
     config = config.replace(**{"__".join(key): 1 for key in auto})
-    work = with_cache(Work.of(config), config.cache, counts, device_mib, num_devices)
+    work = with_cache(Work.of(config), config.cache, counts, device_mib, num_devices, on_gpu)
     for (section, option), phases in auto.items():
         most = work.share(num_devices)
         if option == "micro_batch":
@@ -331,30 +325,32 @@ def fit_sizes(config, counts: ModelCounts, device_mib: float, num_devices: int):
     return config
 
 
-def resolve_sizes(config, device: torch.device, num_devices: int):
-    """`fit_sizes` for this machine's devices, which takes some seconds if anything is auto."""
+def resolve_sizes(config, device_mib: float, num_devices: int, on_gpu: bool):
+    """`fit_sizes` for ranks of which each has `device_mib` free; it takes some seconds if anything is auto.
+
+    All ranks must be told the same, since they split the work alike.
+    """
     if all(config[".".join(option)] != "auto" for option in AUTO_SIZES):
         return config
-    on_gpu = device.type == "cuda"
     counts = count_run(config, compute_dtype(config.model.dtype, on_gpu), on_gpu)
-    return fit_sizes(config, counts, memory_of(device, num_devices), num_devices)
+    return fit_sizes(config, counts, device_mib, num_devices, on_gpu)
 
 
-def with_cache(work: Work, cache, counts: ModelCounts, device_mib: float, num_devices: int) -> Work:
+def with_cache(work: Work, cache, counts: ModelCounts, device_mib: float, num_devices: int, on_gpu: bool) -> Work:
     """The work with the transitions that the activation cache holds, if `cache` (mode, device_mib, host_mib) wants one.
 
-    A device without a budget is given half of what weights and optimizer leave; a host without one is not counted on.
+    A device without a budget is given half of what weights and optimizer leave; a GPU's host without one, all that the GPU leaves.
     """
     wanted = cache.mode == "on" or cache.mode == "auto" and counts.prefix_flop >= WORTH * counts.forward.row_flop
     if not wanted or work.score_accumulation or work.zero_stage == 3 or not counts.prefix_flop:
         return work
-    memory, budgets = memory_mib(counts, work, num_devices), [cache.device_mib, cache.host_mib or 0.0]
-    if budgets[0] is None:
-        budgets[0] = (device_mib - memory["frozen weights"] - memory["trained weights"] - memory["optimizer state"]) / 2
-    on_device, on_host = (int(mib * MIB) // (work.rows * counts.kept_row_bytes) for mib in budgets)
-    needed = work.trained_transitions(num_devices)
-    on_device = min(needed, on_device)
-    return replace(work, held=(on_device, min(needed - on_device, on_host)))
+    memory, budget_mib, left = memory_mib(counts, work, num_devices), cache.device_mib, work.trained_transitions(num_devices)
+    if budget_mib is None:
+        budget_mib = (device_mib - memory["frozen weights"] - memory["trained weights"] - memory["optimizer state"]) / 2
+    slots = [int(mib * MIB) // (work.rows * counts.kept_row_bytes) for mib in (budget_mib, cache.host_mib or 0.0)]
+    on_device = min(left, slots[0])
+    left -= on_device
+    return replace(work, held=(on_device, left if on_gpu and cache.host_mib is None else min(left, slots[1])))
 
 
 def plan_text(plan: Plan) -> str:

@@ -46,7 +46,7 @@ from ddpo_fast.fused_unet import fuse
 from ddpo_fast.kernels import Ops
 from ddpo_fast.lora import merges
 from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
-from ddpo_fast.memory import Room
+from ddpo_fast.memory import Room, free_mib, local_ranks
 from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
 from ddpo_fast.optimizer import check_optimizer, make_optimizer
 from ddpo_fast.plan import make_plan, plan_text, resolve_sizes
@@ -55,6 +55,7 @@ from ddpo_fast.preemption import StopRequest
 from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.report import write_report
 from ddpo_fast.rewards import Reward, Scorer, open_reward
+from ddpo_fast.rewards.isolated import START_TIMEOUT_S
 from ddpo_fast.rollout import MicroBatch, Pairs, Rollout, generate, micro_batches, passes
 from ddpo_fast.score_accumulation import ScoreAccumulator
 from ddpo_fast.split_unet import SplitUNet
@@ -130,7 +131,8 @@ def prepare(config: Config) -> Setup:
         ours = deepspeed_options.stated(config.zero.stage, config.zero.offload, config.train.max_grad_norm)
         deepspeed = deepspeed_options.read(config.deepspeed.config, ours)
     num_calls = config.sample.num_samples if config.sample.batch_size == "auto" else config.sample.num_samples // config.sample.batch_size
-    rank, world_size, device = init_distributed(timeout_s=1800 + config.reward.timeout_s * (1 + num_calls))
+    call_s = config.reward.timeout_s + config.reward.isolate * max(START_TIMEOUT_S, config.reward.timeout_s)
+    rank, world_size, device = init_distributed(timeout_s=1800 + call_s * (1 + num_calls))
     ops = kernels.select(config.kernels.backend, device)
     reward = open_reward(config.reward.name, config.reward.kwargs, config.reward.timeout_s, config.reward.isolate)
     for option, multiple in (("sample.num_samples", world_size * config.train.num_minibatches), ("eval.num_samples", world_size)):
@@ -145,7 +147,8 @@ def prepare(config: Config) -> Setup:
             )
     if config.model.dtype == "auto":
         config = config.replace(model__dtype="fp16" if device.type == "cuda" else "fp32")
-    config = resolve_sizes(config, device, world_size)
+    free = all_gather(torch.tensor([free_mib(device, local_ranks())])).min().item()
+    config = resolve_sizes(config, free, world_size, device.type == "cuda")
     reward_name = re.sub(r"[^\w.-]+", "-", Path(config.reward.name).name)
     run_dir = config.run.dir or f"runs/{reward_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.replace(run__dir=broadcast(run_dir))
@@ -276,7 +279,7 @@ def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline
     if bad_rewards > config.reward.max_bad_fraction * num_samples or not len(good):
         raise BadRewards(
             f"iteration {iteration}: {bad_rewards} of {num_samples} samples got no finite reward, and "
-            f"reward.max_bad_fraction={config.reward.max_bad_fraction}; mend the reward, then --resume: checkpoint {iteration - 1} is saved"
+            f"reward.max_bad_fraction={config.reward.max_bad_fraction}; mend the reward, then --resume continues from the newest checkpoint"
         )
     limit = config.train.advantage_clip
     advantages = baseline.update(prompts, rewards)[mine].clamp(-limit, limit).float().to(setup.policy.device)
@@ -329,7 +332,7 @@ def sample(
 
         while start < len(prompts):
             with timer("sample"):
-                rollout, images = setup.room.attempt("sample.batch_size", config.sample.batch_size, denoise)
+                rollout, images = setup.room.attempt("sample.batch_size", min(config.sample.batch_size, len(prompts) - start), denoise)
                 rows = slice(start, start + len(images))
                 if scores is None:
                     cache.forget(rows, ~rollout.good)
@@ -357,7 +360,7 @@ def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, i
     bar.total = options.inner_epochs * len(advantages) * max(1, round(options.timestep_fraction * num_steps))
     for epoch, index, pairs in updates(setup, iteration):
         gradient = partial(accumulate_gradient, setup, engine, rollout, advantages, cache, pairs, bar.update)
-        for part, figures in setup.room.attempt("train.micro_batch", options.micro_batch, gradient):
+        for part, figures in setup.room.attempt("train.micro_batch", min(options.micro_batch, len(pairs[0])), gradient):
             statistics.add(part.rows, part.steps, figures, first_minibatch=epoch == index == 0)
         grad_norms.append(engine.step())
     bar.close()

@@ -22,7 +22,7 @@ from test_launch import deepspeed
 from test_train import run, untimed, weights
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ddpo_fast import activation_cache
+from ddpo_fast import activation_cache, memory
 from ddpo_fast import train as trainer
 from ddpo_fast.activation_cache import DEVICE, HOST, ActivationCache, budgets_mib
 from ddpo_fast.checkpoint import list_checkpoints
@@ -378,7 +378,7 @@ def test_auto_leaves_out_what_is_not_worth_it(options, mode, scope, splits):
 
 def test_budgets_that_are_not_given_are_half_of_what_is_free(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * MIB))
-    monkeypatch.setattr(activation_cache, "CGROUP", Path("nowhere"))
+    monkeypatch.setattr(memory, "CGROUP", Path("nowhere"))
     for variable in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
     assert budgets_mib(None, None, CPU) == (500, 0)
@@ -390,10 +390,10 @@ def test_budgets_that_are_not_given_are_half_of_what_is_free(monkeypatch):
 @pytest.mark.parametrize("limit, free", [("max", 1000), (str(700 * MIB), 600), (str(50 * MIB), 0), (str(9000 * MIB), 1000)])
 def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path, limit, free):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * MIB))
-    monkeypatch.setattr(activation_cache, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text(f"{100 * MIB}\n")
-    assert activation_cache.free_host_mib() == free
+    assert memory.free_host_mib() == free
 
 
 class Recorded:

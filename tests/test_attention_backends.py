@@ -117,6 +117,7 @@ def test_an_attention_that_does_more_is_refused(policy):
     attn.residual_connection = True
     with pytest.raises(ValueError, match="attention.backend=math: .*attn1 is no plain attention; valid is sdpa"):
         set_attention(policy.unet, "math")
+    assert resolve("auto", policy.unet, lambda: policy.example_call(2), 4, torch.float32, torch.device("cuda")) == ("sdpa", "")
 
 
 def test_a_run_uses_it_and_keeps_it(options):  # noqa: F811

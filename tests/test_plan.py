@@ -244,12 +244,13 @@ def test_operations_of_an_iteration():
 def test_the_cache_by_hand():
     """A transition is two rows of half a MiB: the 640 of a rank take as many MiB."""
 
-    def held(counts=COUNTS, mode="on", **budgets):
+    def held(counts=COUNTS, mode="on", on_gpu=False, **budgets):
         cache = SimpleNamespace(mode=mode, **{"device_mib": None, "host_mib": None} | budgets)
-        return with_cache(WORK, cache, counts, 1000, 1).held
+        return with_cache(WORK, cache, counts, 1000, 1, on_gpu).held
 
     assert held() == ((1000 - 112) // 2, 0)
-    assert held(device_mib=100.5, host_mib=300) == (100, 300)
+    assert held(on_gpu=True) == ((1000 - 112) // 2, 640 - (1000 - 112) // 2)  # its host takes what it leaves
+    assert held(device_mib=100.5, host_mib=300) == held(device_mib=100.5, host_mib=300, on_gpu=True) == (100, 300)
     assert held(device_mib=600, host_mib=300) == (600, 40)
     assert held(device_mib=0.9, host_mib=None) == (0, 0)
     assert held(dataclasses.replace(COUNTS, prefix_flop=0.0)) == held(mode="off") == (0, 0)
@@ -297,10 +298,10 @@ def test_the_largest_sizes_that_fit(changes, memory, expected):
     """They fit, one more would not, and a given number stays."""
     sizes = "--sample.batch_size=auto --train.micro_batch=auto --train.num_minibatches=2 --sample.num_samples=64 --sample.decode_batch=128"
     options = f"{sizes} --cache.mode=off"
-    config = fit_sizes(parse(options.split()).replace(**changes), COUNTS, memory, 1)
+    config = fit_sizes(parse(options.split()).replace(**changes), COUNTS, memory, 1, on_gpu=False)
     assert (config.sample.batch_size, config.train.micro_batch) == expected
     if memory == 3000:
-        work = with_cache(Work.of(config), config.cache, COUNTS, memory, 1)
+        work = with_cache(Work.of(config), config.cache, COUNTS, memory, 1, on_gpu=False)
         assert advise(COUNTS, work, 1, 0.9 * memory) == []
         assert advise(COUNTS, dataclasses.replace(work, batch_size=expected[0] + 1), 1, 0.9 * memory)
         assert advise(COUNTS, dataclasses.replace(work, micro_batch=expected[1] + 1), 1, 0.9 * memory) or expected[1] == 3

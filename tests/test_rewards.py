@@ -369,3 +369,23 @@ def test_batches_are_scored_behind_the_callers_back_in_order_and_one_at_a_time(c
     rewards = scorer.rewards()
     assert rewards[:3].tolist() == [1] * 3 and rewards[3:6].isnan().all() and rewards[6:].tolist() == [3] * 3
     assert caplog.text.count("samples are left out") == 1
+
+
+@pytest.mark.parametrize("failures, bad", [(1, 0), (2, 3)])
+def test_a_batch_that_ran_out_of_memory_is_scored_once_more_when_the_caller_waits(caplog, failures, bad):
+    calls = []
+
+    def reward(images, prompts):
+        calls.append(prompts[0])
+        if prompts[0] == "2" and calls.count("2") <= failures:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return [float(prompts[0])] * 3
+
+    scorer = Scorer(partial(score, reward, kwargs={}, timeout_s=10))
+    for number in "123":
+        scorer.add(IMAGES, [number] * 3)
+    rewards = scorer.rewards()
+    assert calls == ["1", "2", "3", "2"] and int(rewards.isnan().sum()) == bad
+    assert rewards[rewards.isfinite()].tolist() == [1.0] * 3 + [2.0] * (3 - bad) + [3.0] * 3
+    assert "the reward ran out of memory beside the denoising" in caplog.text
+    assert ("its 3 samples are left out" in caplog.text) == bool(bad)

@@ -343,7 +343,7 @@ def test_too_many_bad_rewards_stop_the_run_where_it_can_go_on(options, rewards_f
         run(options("parts", **argv))
     assert stopped.value.code == (
         "error: iteration 3: 5 of 8 samples got no finite reward, and reward.max_bad_fraction=0.6; "
-        "mend the reward, then --resume: checkpoint 2 is saved"
+        "mend the reward, then --resume continues from the newest checkpoint"
     )
     parts = tmp_path / "parts"
     assert [path.name for path in list_checkpoints(parts)] == ["0", "2"] and len(read_metrics(parts)) == 3

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ddpo_fast.rewards.function import RewardError, in_background, load_reward, score
+from ddpo_fast.memory import release_memory
+from ddpo_fast.rewards.function import RewardError, RewardMemoryError, in_background, load_reward, score
 from ddpo_fast.rewards.isolated import IsolatedReward
 from ddpo_fast.rewards.remote import RemoteReward
 
@@ -34,11 +35,16 @@ def open_reward(name: str, kwargs: dict, timeout_s: float, isolate: bool) -> Rew
     return partial(score, load_reward(name, kwargs), kwargs=kwargs, timeout_s=timeout_s)
 
 
-def score_or_nan(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    """A batch's rewards. A call that fails is logged and gives NaN, which leaves its samples out of the update."""
+def score_or_nan(reward: Reward, images: Tensor, prompts: list[str], last: bool = True) -> Tensor:
+    """A batch's rewards. A call that fails is logged and gives NaN, which leaves its samples out of the update.
+
+    Raises RewardMemoryError for want of memory, unless it is the `last` attempt.
+    """
     try:
         rewards = reward(images, prompts)
     except RewardError as error:
+        if isinstance(error, RewardMemoryError) and not last:
+            raise
         logger.warning("%s; its %d samples are left out", error, len(prompts), exc_info=error.__cause__)
         return torch.full((len(prompts),), torch.nan, dtype=torch.float64)
     if bad := int((~rewards.isfinite()).sum()):
@@ -47,17 +53,31 @@ def score_or_nan(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
 
 
 class Scorer:
-    """Scores batches of pictures in order, one at a time, while the caller goes on."""
+    """Scores batches of pictures in order, one at a time, while the caller goes on.
+
+    A batch for which there is no memory meanwhile is scored when the caller waits.
+    """
 
     def __init__(self, reward: Reward):
         self.reward = reward
-        self.scored: list[Future] = []
+        self.scored: list[Future[Tensor | tuple[Tensor, list[str]]]] = []
+        """Rewards, or the batch that there was no memory for."""
 
     def add(self, images: Tensor, prompts: list[str]) -> None:
         """Begins to score a batch, once the batch before is done: a reward need not be thread-safe, nor pictures pile up."""
         wait(self.scored[-1:])
-        self.scored.append(in_background("scorer", score_or_nan, self.reward, images, prompts))
+        self.scored.append(in_background("scorer", self._score, images, prompts))
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor | tuple[Tensor, list[str]]:
+        try:
+            return score_or_nan(self.reward, images, prompts, last=False)
+        except RewardMemoryError:
+            return images, prompts
 
     def rewards(self) -> Tensor:
         """All batches' rewards in the order they were added in, when the last is done: (B,) fp64, on the CPU."""
-        return torch.cat([rewards.result() for rewards in self.scored])
+        results = [rewards.result() for rewards in self.scored]
+        if any(isinstance(result, tuple) for result in results):
+            logger.warning("the reward ran out of memory beside the denoising: a smaller sample.batch_size saves scoring again")
+            release_memory()
+        return torch.cat([score_or_nan(self.reward, *result) if isinstance(result, tuple) else result for result in results])

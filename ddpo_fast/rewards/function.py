@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ddpo_fast.memory import is_out_of_memory
+
 REWARDS = {
     "jpeg_compressibility": "ddpo_fast.rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "ddpo_fast.rewards.jpeg:jpeg_incompressibility",
@@ -63,10 +65,15 @@ class RewardError(RuntimeError):
     """A call of a reward that failed; the message says how."""
 
 
+class RewardMemoryError(RewardError):
+    """A call that ran out of memory; it may do better when nothing is denoised beside it."""
+
+
 def call(reward: Callable, images: Tensor, prompts: list[str], kwargs: dict) -> Tensor:
     """Calls a reward on the images' device, without gradient, and checks its answer. Returns (B,) fp64 on the CPU.
 
-    What fp32 cannot hold becomes infinite. Raises RewardError, caused by what the function raised, sys.exit() included.
+    What fp32 cannot hold becomes infinite. Raises RewardError, caused by what the function raised, sys.exit() included; that is a
+    RewardMemoryError if memory ran out.
     """
     if images.is_cuda:
         torch.cuda.set_device(images.device)  # the current device is a thread's own
@@ -76,7 +83,8 @@ def call(reward: Callable, images: Tensor, prompts: list[str], kwargs: dict) -> 
     except RewardError:
         raise
     except BaseException as error:
-        raise RewardError(f"the reward function raised {type(error).__name__}: {error}") from error
+        kind = RewardMemoryError if is_out_of_memory(error) else RewardError
+        raise kind(f"the reward function raised {type(error).__name__}: {error}") from error
     try:
         rewards = torch.as_tensor(answer).detach()
         if rewards.is_complex():
