@@ -79,9 +79,10 @@ class Run:
         deadline = time.monotonic() + 300
         while not condition():
             assert self.runner.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            if len(self.ranks) < 2 and (children := psutil.Process(self.runner.pid).children()):
-                self.launcher = children[0]
-                self.ranks = self.launcher.children()
+            if len(self.ranks) < 2:
+                with suppress(psutil.NoSuchProcess, IndexError):  # not started yet, or a helper that is over already
+                    self.launcher = psutil.Process(self.runner.pid).children()[0]
+                    self.ranks = self.launcher.children()
             time.sleep(0.005)
 
     def end(self) -> int:
