@@ -7,6 +7,7 @@ other file. Nothing in it can run code when it is loaded. The manifest finds dam
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ddpo_fast.engine import Engine, any_rank, broadcast
+from ddpo_fast.engine import Engine, WrongCheckpoint, any_rank, broadcast
 from ddpo_fast.files import new_folder
 
 logger = logging.getLogger("ddpo_fast")
@@ -105,16 +106,27 @@ def find_fault(folder: Path) -> str | None:
             if name.endswith(".safetensors"):
                 safe_open(path, "pt")
         name = STATE_FILE
-        if read_state(folder)["iteration"] != int(folder.name):
+        state = read_state(folder)
+        if state["iteration"] != int(folder.name):
             return f"{name} is not that of iteration {folder.name}"
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
+        for key in ("device_hours", "bad_rewards", "world_size"):
+            float(state[key])
+        if not all(math.isfinite(reward) for rewards in state["baseline"].values() for reward in rewards):
+            return f"{name} has rewards that are not finite"
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"{name} cannot be read: {type(error).__name__}: {error}"
     return None
 
 
 def load(folder: Path, engine: Engine) -> dict:
-    """Restores a checkpoint into the engine and returns the `state` it was saved with."""
-    engine.load(folder)
+    """Restores a checkpoint into the engine and returns the `state` it was saved with.
+
+    Raises WrongCheckpoint when it is whole and still not one of this run.
+    """
+    try:
+        engine.load(folder)
+    except WrongCheckpoint as error:
+        raise WrongCheckpoint(f"run.dir={folder.parents[1]}: checkpoint {folder.name} is not this run's: {error}") from None
     return read_state(folder)
 
 

@@ -5,10 +5,11 @@ The defaults are the embedded compressibility run, so that no option at all is a
 
 import dataclasses
 import difflib
-import math
 import os
 import re
 import sys
+import typing
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, Optional, Union
@@ -262,9 +263,17 @@ class Config:
 
     def check(self) -> None:
         """Raises ValueError, naming the option, its value and what is valid, for what the types do not rule out."""
+        for section in dataclasses.fields(self):
+            for option in dataclasses.fields(section.type):  # the parser lets a recipe's null pass everywhere
+                if getattr(getattr(self, section.name), option.name) is None and type(None) not in typing.get_args(option.type):
+                    raise ValueError(_mismatch(f"{section.name}.{option.name}", str(option.type), "None"))
         for option, valid, ok in _RULES:
             value = self[option]
-            if not ok(value, self):
+            try:
+                good = ok(value, self)
+            except (OSError, ValueError):  # a path that is too long, or has a null byte in it
+                good = False
+            if not good:
                 raise ValueError(f"{option}={value}: valid is {valid}")
 
     def __getitem__(self, option: str):
@@ -283,16 +292,17 @@ class Config:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-def _number(low, high=math.inf, open_low=False):
-    """A check that a number is finite and in [low, high], or (low, high]."""
-    return lambda value, _: math.isfinite(value) and (value > low if open_low else value >= low) and value <= high
+def _number(low, high=sys.float_info.max, open_low=False):
+    """A check that a number is in [low, high], or (low, high]: neither NaN nor infinite."""
+    return lambda value, _: (value > low if open_low else value >= low) and value <= high
 
 
 def _updates_per_iteration(config: Config) -> int:
     return config.train.num_minibatches * config.train.inner_epochs
 
 
-_positive = _number(1), "a whole number >= 1"
+_LARGEST = 2**63 - 1
+_positive = _number(1, _LARGEST), "a whole number >= 1 and < 2^63"
 _SCOPE = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)(,(down_blocks\.\d+|mid_block|up_blocks\.\d+))*")
 _RULES = [
     *(
@@ -326,7 +336,7 @@ _RULES = [
         )
     ),
     *(
-        (option, "auto, or a whole number >= 1", lambda value, _: value == "auto" or value >= 1)
+        (option, f"auto, or {_positive[1]}", lambda value, _: value == "auto" or _positive[0](value, _))
         for option in ("sample.batch_size", "train.micro_batch")
     ),
     ("model.path", "a folder with model_index.json, or a hub id such as org/name", lambda v, c: _is_model(v)),
@@ -338,9 +348,9 @@ _RULES = [
     ("lora.forward", "auto or separate, when lora.scope is none", lambda v, c: v != "merged" or c.lora.scope != "none"),
     ("lora.forward", "auto or separate, with zero.stage=3, which partitions the weights", lambda v, c: v != "merged" or c.zero.stage < 3),
     ("lora.targets", "at least one of attention, feed_forward, convolution, projection", lambda v, c: len(v) > 0),
-    ("prompts.file", "a text file with at least one line", lambda v, c: v is None or _has_lines(v)),
+    ("prompts.file", "a text file with at least one line, of at most 10,000 characters each", lambda v, c: v is None or _has_lines(v)),
     ("prompts.name", "simple_animals, unless prompts.file is given", lambda v, c: v is not None or c.prompts.file is not None),
-    ("prompts.limit", "a whole number >= 1", lambda v, c: v is None or v >= 1),
+    ("prompts.limit", _positive[1], lambda v, c: v is None or _positive[0](v, c)),
     ("prompts.samples_per_prompt", "a divisor of sample.num_samples", lambda v, c: c.sample.num_samples % v == 0),
     ("sample.guidance_scale", "a finite number >= 1; 1 is no guidance", _number(1)),
     (
@@ -382,6 +392,7 @@ _RULES = [
         "false, with train.estimator=score_accumulation",
         lambda v, c: not v or c.train.estimator == "ppo",
     ),
+    ("zero.stage", "0, 1, 2 or 3", lambda v, c: type(v) is int),  # true is in a Literal that has 1
     (
         "zero.offload",
         "none, optimizer with zero.stage 1 to 3, or all with zero.stage=3",
@@ -394,13 +405,10 @@ _RULES = [
     ),
     ("train.timestep_fraction", "0 < fraction <= 1", _number(0, 1, open_low=True)),
     ("reward.max_bad_fraction", "0 <= fraction <= 1", _number(0, 1)),
-    ("baseline.buffer_size", "a whole number >= baseline.min_count", lambda v, c: v >= c.baseline.min_count),
+    ("baseline.buffer_size", "a whole number >= baseline.min_count and < 2^63", lambda v, c: c.baseline.min_count <= v <= _LARGEST),
     ("optimizer.betas", "two numbers in [0, 1)", lambda v, c: len(v) == 2 and all(0 <= b < 1 for b in v)),
     ("optimizer.weight_decay", "a finite number >= 0", _number(0)),
-    *(
-        (option, "a number of MiB >= 0", lambda v, c: v is None or (math.isfinite(v) and v >= 0))
-        for option in ("cache.device_mib", "cache.host_mib")
-    ),
+    *((option, "a number of MiB >= 0", lambda v, c: v is None or _number(0)(v, c)) for option in ("cache.device_mib", "cache.host_mib")),
     (
         "cache.mode",
         "auto or off, with train.estimator=score_accumulation: no transition is visited twice",
@@ -409,8 +417,8 @@ _RULES = [
     ("cache.mode", "auto or off, with zero.stage=3, which gathers weights for whole calls", lambda v, c: v != "on" or c.zero.stage < 3),
     ("cache.mode", "auto or off, when lora.scope is none: nothing is frozen", lambda v, c: v != "on" or c.lora.scope != "none"),
     ("eval.prompts", "a list with at least one prompt, or null", lambda v, c: v is None or len(v) > 0),
-    ("run.seed", "a whole number in [0, 2^63)", _number(0, 2**63 - 1)),
-    ("run.dir", "a folder, not a file", lambda v, c: v is None or not Path(v).is_file()),
+    ("run.seed", "a whole number in [0, 2^63)", _number(0, _LARGEST)),
+    ("run.dir", "a folder, not a file, or the name of one that can be made", lambda v, c: v is None or _can_be_folder(v)),
     (
         "run.dir",
         "the directory of a run with a checkpoint, when run.resume is set",
@@ -440,10 +448,17 @@ def _is_model(path: str) -> bool:
 
 
 def _has_lines(path: str) -> bool:
-    try:
-        return any(line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n"))
-    except (OSError, UnicodeDecodeError):
+    if not Path(path).is_file():  # nor a device or a pipe, which may never end
         return False
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    return any(line.strip() for line in lines) and max(map(len, lines)) <= 10_000 and not any("\0" in line for line in lines)
+
+
+def _can_be_folder(path: str) -> bool:
+    with suppress(FileNotFoundError):
+        os.lstat(path)  # raises OSError for a name that is too long, or behind a file
+    there = next(folder for folder in (Path(path), *Path(path).absolute().parents) if os.path.lexists(folder))
+    return bool(path.strip()) and path.isprintable() and there.is_dir() and os.access(there, os.W_OK)
 
 
 def _parser() -> jsonargparse.ArgumentParser:
@@ -467,11 +482,13 @@ def parse(argv: list[str]) -> Config:
     argv = [short.get(arg, arg) for arg in argv if not arg.startswith("--local_rank")]
     argv = [f"--run.{arg[2:]}" if arg.startswith("--plan=") else arg for arg in argv]
     parser = _parser()
-    _check_recipes(argv)
+    _check_values(argv)
     try:
         options = parser.parse_args(argv)
-        if options.run.resume and options.run.dir and Path(options.run.dir, "config.yaml").exists():
-            options = parser.parse_args(["--config", str(Path(options.run.dir, "config.yaml")), *argv])
+        if options.run.resume and options.run.dir and os.path.exists(began := os.path.join(options.run.dir, "config.yaml")):
+            argv = ["--config", began, *argv]
+            _check_values(argv)
+            options = parser.parse_args(argv)
         sections = parser.instantiate(options)
         config = Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)})
         config.check()
@@ -497,7 +514,7 @@ _RESOLVED = {("model.dtype", "auto"), ("attention.backend", "auto")}
 def _check_resumed(config: Config) -> None:
     """A resumed run goes on as it began: what shapes it cannot be changed halfway."""
     path = Path(config.run.dir, "config.yaml")
-    began = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    began = yaml.load(path.read_text(encoding="utf-8"), _Loader) if path.exists() else None
     if not isinstance(began, dict):
         raise ValueError(f"run.dir={config.run.dir}: its config.yaml is missing or damaged, so --resume cannot know how the run began")
     for section, values in dataclasses.asdict(config).items():
@@ -512,20 +529,62 @@ def _mismatch(option: str, expected: str, value: str) -> str:
     return " ".join(f"{option}={value}: expected {expected}".split())
 
 
-def _check_recipes(argv: list[str]) -> None:
-    for option, path in zip(argv, [*argv[1:], ""]):
-        if option.startswith("--config="):
-            path = option.removeprefix("--config=")
-        elif option != "--config":
+class _Refused(yaml.MarkedYAMLError):
+    """YAML that may be valid and still is nothing that an option means."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what grows beyond its text or means something else than it seems: aliases, keys given twice, endless numbers."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            raise _Refused(problem="there are no aliases here", problem_mark=mark)
+        self.depth += 1
+        if self.depth > 50:
+            raise _Refused(problem="nested too deeply", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise _Refused(problem=f"{twice} is given twice", problem_mark=mark)
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > 100:
+            raise _Refused(problem="a number of too many digits", problem_mark=mark)
+        return node
+
+
+def _check_values(argv: list[str]) -> None:
+    """Raises ValueError, naming the option, for values that the parser below would take too far, and for recipes that are none."""
+    for option, value in zip(argv, [*argv[1:], ""]):
+        if "=" in option:
+            option, value = option.split("=", 1)
+        if option == "--config":
+            _check_recipe(value)
             continue
         try:
-            sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config {path}: cannot be read: {getattr(error, 'strerror', error)}") from None
-        except yaml.YAMLError as error:
-            raise ValueError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(sections, dict) or not all(isinstance(values, dict) for values in sections.values()):
-            raise ValueError(f"--config {path}: valid is a mapping of sections, each a mapping of options, as --print_config shows")
+            yaml.compose(value, _Loader)
+        except _Refused as error:
+            shown = " ".join(value[:40].split()) + "..." * (len(value) > 40)
+            raise ValueError(f"{option.removeprefix('--')}={shown}: {error.problem}") from None
+        except yaml.YAMLError:
+            pass  # a string
+
+
+def _check_recipe(path: str) -> None:
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(0, "not a file")  # a device or a pipe may never end
+        sections = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config {path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    nested = isinstance(sections, dict) and all(isinstance(values, dict) for values in sections.values())
+    if not nested or not all(isinstance(key, str) for keys in (sections, *sections.values()) for key in keys):
+        raise ValueError(f"--config {path}: valid is a mapping of sections, each a mapping of options, as --print_config shows")
 
 
 def _one_line(message: str, parser) -> str:
@@ -560,5 +619,6 @@ def parse_or_exit(argv: list[str]) -> Config:
 def user_error(error: Exception) -> NoReturn:
     """Ends the program for a user's mistake: one line on standard error, exit code 2."""
     rank = os.environ.get("RANK", "0")
-    print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
+    text = " ".join(str(error).splitlines())  # some of it is a file's, or another program's
+    print(f"error{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -77,7 +77,7 @@ def read(path: str, ours: dict) -> dict:
 
     try:
         user = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         refuse(f"cannot be read: {error}")
     if not isinstance(user, dict):
         refuse("valid is a JSON object")

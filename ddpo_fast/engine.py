@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddpo_fast import deepspeed_options
-from ddpo_fast.optimizer import settle_state
+from ddpo_fast.optimizer import MOMENTS, settle_state
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -207,8 +207,10 @@ class Engine:
             _save(folder / f"optimizer-{dist.get_rank()}.safetensors", tensors, numbers)
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, bit for bit, on any number of ranks."""
+        """Restores what `save` wrote, bit for bit, on any number of ranks. Raises WrongCheckpoint for what it did not write."""
         weights, scaling = _load(folder / "weights.safetensors")
+        with self.gathered():
+            _check(weights, self.weights)
         with self.gathered(change=True), torch.no_grad():
             for name, parameter in self.weights.items():
                 parameter.copy_(weights[name])
@@ -226,13 +228,18 @@ class Engine:
             mine = parts[dist.get_rank()]
         else:
             mine = {key: self._my_shard([part[key] for part in parts]) for key in parts[0]}
-        state = {}
+        shards, state = list(self._shards()), {}
         for key, value in mine.items():
-            index, name = key.split(".")
+            index, _, name = key.partition(".")
+            if not index.isdecimal() or int(index) >= len(shards):
+                raise WrongCheckpoint(f"the optimizer has no {key}")
+            size, expected = value.numel() if isinstance(value, Tensor) else 1, shards[int(index)][1].numel()
+            if name in MOMENTS and size != expected:
+                raise WrongCheckpoint(f"{key} has {size} elements, not {expected}")
             state.setdefault(int(index), {})[name] = value
         if self.zero_stage < 3:
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-        for index, shard in self._shards():
+        for index, shard in shards:
             if self.zero_stage == 3:  # between steps it leaves the optimizer's groups empty
                 values = state.get(index, {}).items()
                 self.optimizer.state[shard] = {k: v.to(shard.device) if isinstance(v, Tensor) and v.dim() else v for k, v in values}
@@ -254,6 +261,20 @@ class Engine:
         return whole[shard.numel() * dist.get_rank() :][: shard.numel()].clone()
 
 
+class WrongCheckpoint(ValueError):
+    """A checkpoint whose tensors are not those of the run."""
+
+
+def _check(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raises WrongCheckpoint, naming the first tensor that is missing, too many or not of its shape and dtype."""
+    if different := sorted(given.keys() ^ expected.keys()):
+        raise WrongCheckpoint(f"{different[0]} is {'not a weight of this run' if different[0] in given else 'missing'}")
+    for name, tensor in expected.items():
+        (wrong, right) = ((tuple(t.shape), t.dtype) for t in (given[name], tensor))
+        if wrong != right:
+            raise WrongCheckpoint(f"{name} is {wrong[0]} {wrong[1]}, not {right[0]} {right[1]}")
+
+
 def _save(path: Path, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
     tensors = {name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(tensors, path, metadata={"numbers": json.dumps(numbers)})
@@ -261,4 +282,8 @@ def _save(path: Path, tensors: dict[str, Tensor], numbers: dict[str, float]) -> 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["numbers"])
+        try:
+            numbers = json.loads(file.metadata()["numbers"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise WrongCheckpoint(f"{path.name} has no numbers in its header: {type(error).__name__}") from None
+        return {name: file.get_tensor(name) for name in file.keys()}, numbers

@@ -14,6 +14,9 @@ BLOCK_ELEMENTS = 256
 MIN_PAGED_ELEMENTS = 100_000
 """bitsandbytes keeps the state of smaller tensors in the device's memory."""
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
+"""Names of the two moments in a parameter's state: torch's, then bitsandbytes's."""
+
 
 def keeps_fp32_state(shape: Iterable[int]) -> bool:
     """Whether an 8-bit optimizer keeps a trained tensor's state in fp32: biases, norms and what has less than 4,096 elements.
@@ -61,7 +64,7 @@ def make_optimizer(options, parameters: list[nn.Parameter], learning_rate: float
 def settle_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
     """Moves state that was loaded for a parameter into a buffer as the optimizer makes them: paged, if it pages."""
     state = optimizer.state[parameter]
-    for key in ("state1", "state2"):
+    for key in MOMENTS[2:]:
         if key in state:
             state[key] = optimizer.get_state_buffer(parameter, dtype=state[key].dtype).copy_(state[key])
 

@@ -44,8 +44,11 @@ class Policy:
             self.pipe = StableDiffusionPipeline.from_pretrained(
                 path, dtype=self.dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
             )
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"model.path={path}: {' '.join(str(error).split())}") from error
+        except Exception as error:  # whatever a damaged folder brings about in the libraries that read it
+            raise ValueError(f"model.path={path}: it cannot be loaded: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
+        for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
+            if missing := next((name for name, tensor in part.state_dict().items() if tensor.is_meta), None):
+                raise ValueError(f"model.path={path}: the weights of its {type(part).__name__} lack {missing}")
         unet = self.pipe.unet.config
         if unet.addition_embed_type is not None or unet.in_channels != self.pipe.vae.config.latent_channels:
             raise ValueError(f"model.path={path}: its UNet takes more than latents, time and text; valid is SD 1.x or 2.x text-to-image")
@@ -147,14 +150,24 @@ class Policy:
             )
 
 
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+"""What the parts of a pipeline may come from; anything else would be code that a folder brings, or a module that it picks."""
+
+
 def check_model_class(path: str) -> None:
-    """Raises ValueError for a local folder that is not a Stable Diffusion 1.x or 2.x pipeline."""
+    """Raises ValueError for a local folder that is not a Stable Diffusion 1.x or 2.x pipeline, or wants code of its own to be run."""
     index = Path(path, "model_index.json")
     if not index.is_file():
         return  # a hub id: from_pretrained will tell
     try:
-        name = json.loads(index.read_text()).get("_class_name")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+        name = parts.get("_class_name")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"model.path={path}: model_index.json cannot be read: {error}") from None
     if name != "StableDiffusionPipeline":
         raise ValueError(f"model.path={path}: it holds a {name}; valid is a StableDiffusionPipeline (SD 1.x or 2.x)")
+    for part, origin in parts.items():
+        if isinstance(origin, list) and not (part.isidentifier() and (origin == [None, None] or origin[:1] and origin[0] in LIBRARIES)):
+            raise ValueError(f"model.path={path}: model_index.json has {part}={origin}; valid are classes of {', '.join(LIBRARIES[:2])}")
+    if parts.get("unet") != ["diffusers", "UNet2DConditionModel"]:
+        raise ValueError(f"model.path={path}: model_index.json has unet={parts.get('unet')}; valid is UNet2DConditionModel of diffusers")

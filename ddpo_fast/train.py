@@ -40,7 +40,7 @@ from ddpo_fast.activation_cache import NO_CACHE, ActivationCache, Cache
 from ddpo_fast.advantages import PromptBaseline
 from ddpo_fast.config import Config, parse_or_exit, user_error
 from ddpo_fast.ddim import DDIMSchedule
-from ddpo_fast.engine import Engine, all_gather, all_reduce, any_rank, broadcast, init_distributed, is_lost_rank
+from ddpo_fast.engine import Engine, WrongCheckpoint, all_gather, all_reduce, any_rank, broadcast, init_distributed, is_lost_rank
 from ddpo_fast.files import unless_disk_full, write_text
 from ddpo_fast.fused_unet import fuse
 from ddpo_fast.kernels import Ops
@@ -109,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with StopRequest() as stop:
             train(setup, stop)
+    except WrongCheckpoint as error:
+        user_error(error)
     except BadRewards as error:
         sys.exit(f"error: {error}" if setup.rank == 0 else 1)
     except RuntimeError as error:
@@ -149,7 +151,7 @@ def prepare(config: Config) -> Setup:
         config = config.replace(model__dtype="fp16" if device.type == "cuda" else "fp32")
     free = all_gather(torch.tensor([free_mib(device, local_ranks())])).min().item()
     config = resolve_sizes(config, free, world_size, device.type == "cuda")
-    reward_name = re.sub(r"[^\w.-]+", "-", Path(config.reward.name).name)
+    reward_name = re.sub(r"[^\w.-]+", "-", Path(config.reward.name).name)[:100]
     run_dir = config.run.dir or f"runs/{reward_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.replace(run__dir=broadcast(run_dir))
     torch.manual_seed(config.run.seed)  # LoRA's initial weights

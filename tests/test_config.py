@@ -1,14 +1,20 @@
-"""The command line: recipes, overrides, and 60 ways to get it wrong, each answered in one line before a model is loaded."""
+"""The command line: recipes, overrides, and hundreds of ways to get it wrong, each answered in one line before a model is loaded."""
 
 import dataclasses
+import functools
 import json
+import math
+import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from ddpo_fast import config as config_module
 from ddpo_fast import train as trainer
-from ddpo_fast.config import Config, parse
+from ddpo_fast.config import Config, parse, parse_or_exit
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -114,26 +120,130 @@ BAD = [  # arguments, what the line must say
     ("--config {unknown_section}", "trainer.learning_rate: no such option"),
     ("--config {scalar_section}", "scalar_section: valid is a mapping of sections"),
     ("--config {list_config}", "list_config: valid is a mapping of sections"),
+    ("--config {empty}", "empty: cannot be read: not a file"),
+    ("--config /dev/zero", "--config /dev/zero: cannot be read: not a file"),
+    ("--config {binary}", "binary: cannot be read: 'utf-8' codec can't decode"),
+    ("--config {null_byte}", "null_byte: not valid YAML: unacceptable character"),
+    ("--config {python_tag}", "python_tag: not valid YAML: could not determine a constructor for the tag"),
+    ("--config {python_name}", "python_name: not valid YAML: could not determine a constructor for the tag"),
+    ("--config {duplicate_key}", "duplicate_key: not valid YAML: rank is given twice"),
+    ("--config {duplicate_section}", "duplicate_section: not valid YAML: lora is given twice"),
+    ("--config {unknown_of_two}", "lora.rnak: no such option; did you mean lora.rank"),
+    ("--config {laughs}", "laughs: not valid YAML: there are no aliases here"),
+    ("--config {cycle}", "cycle: not valid YAML: there are no aliases here"),
+    ("--config {deep}", "deep: not valid YAML: nested too deeply"),
+    ("--config {endless_number}", "endless_number: not valid YAML: a number of too many digits"),
+    ("--config {no_day}", "no_day: cannot be read: month must be in 1..12"),
+    ("--config {two_documents}", "two_documents: not valid YAML: expected a single document"),
+    ("--config {number_key}", "number_key: valid is a mapping of sections"),
+    ("--config {scalar}", "scalar: valid is a mapping of sections"),
+    ("--config {empty_file}", "empty_file: valid is a mapping of sections"),
+    ("--prompts.file {empty}", "empty: valid is a text file with at least one line"),
+    ("--prompts.file {file}", "file: valid is a text file with at least one line"),
+    ("--prompts.file {blank_lines}", "blank_lines: valid is a text file with at least one line"),
+    ("--prompts.file {binary}", "binary: valid is a text file with at least one line"),
+    ("--prompts.file {null_byte}", "null_byte: valid is a text file with at least one line"),
+    ("--prompts.file {enormous_line}", "enormous_line: valid is a text file with at least one line, of at most 10,000 characters each"),
+    ("--prompts.file /dev/zero", "prompts.file=/dev/zero: valid is a text file"),
+    ("--run.dir=", "run.dir=: valid is a folder"),
+    ("--run.dir {file}/inside", "file/inside: valid is a folder, not a file"),
+    ("--run.dir {long_name}", "valid is a folder, not a file, or the name of one that can be made"),
+    ("--run.dir bell\a", "valid is a folder, not a file, or the name of one that can be made"),
+    ("--model.path {long_name}", "valid is a folder with model_index.json, or a hub id"),
+    ("--model.path ../../etc", "model.path=../../etc: valid is a folder with model_index.json"),
+    ("--model.path {file}", "file: valid is a folder with model_index.json"),
+    ("--model.path {deep_pipeline}", "model_index.json cannot be read: maximum recursion depth"),
+    ("--model.path {binary_pipeline}", "model_index.json cannot be read: 'utf-8' codec can't decode"),
+    ("--model.path {list_pipeline}", "model_index.json cannot be read: 'list' object has no attribute"),
+    ("--model.path {custom_class}", "it holds a ['pipeline', 'MyPipeline']; valid is a StableDiffusionPipeline"),
+    ("--model.path {custom_module}", "model_index.json has unet=['own_unet', 'Unet']; valid are classes of diffusers, transformers"),
+    ("--model.path {installed_module}", "model_index.json has vae=['os', 'system']; valid are classes of diffusers, transformers"),
+    ("--model.path {number_module}", "model_index.json has vae=[7, 7]; valid are classes of diffusers, transformers"),
+    ("--model.path {path_part}", "model_index.json has ../../x=['diffusers', 'AutoencoderKL']; valid are classes of"),
+    ("--model.path {path_module}", "model_index.json has vae=['../../x', 'AutoencoderKL']; valid are classes of"),
+    ("--model.path {other_unet}", "model_index.json has unet=['diffusers', 'UNet3DConditionModel']; valid is UNet2DConditionModel"),
+    ("--model.path {no_unet}", "model_index.json has unet=None; valid is UNet2DConditionModel of diffusers"),
+    ("--reward.name ..x:f", "importing ..x failed: TypeError"),
+    ("--reward.name ../../../x.py:f", "reward.name=../../../x.py:f: there is no file ../../../x.py"),
+    ("--reward.name {long_name}.py:f", "there is no file {long_name}.py"),
+    ("--reward.name {raising_reward}:f", "ValueError: first second"),
+    ("--reward.name {empty_reward}:f", "has no function f; it has: none"),
+    ("--reward.name {empty_reward}:__file__", "has no function __file__"),
+    ("--reward.name os:system", "reward.kwargs={{}}: system(images, prompts, **kwargs) does not take them"),
+    ("--reward.kwargs {{a:1,a:2}}", "reward.kwargs"),
+    ("--deepspeed.config {empty}", "empty: cannot be read: "),
+    ("--deepspeed.config {deep}", "deep: cannot be read: "),
+    ("--deepspeed.config {binary}", "binary: cannot be read: "),
+    ("--deepspeed.config {long_name}", "cannot be read: "),
+    ("--run.plan 0xH200", "run.plan=0xH200: valid is here, or one of"),
+    ("--run.plan H2000", "run.plan=H2000: valid is here, or one of"),
+    ("--resume --run.dir {no_config}", "its config.yaml is missing or damaged"),
+    ("--resume --run.dir {list_run}", "list_run/config.yaml: valid is a mapping of sections"),
+    ("--resume --run.dir {tag_run}", "tag_run/config.yaml: not valid YAML: could not determine a constructor"),
+    ("--resume --run.dir {binary_run}", "binary_run/config.yaml: cannot be read"),
+    ("--resume --run.dir {laughs_run}", "laughs_run/config.yaml: not valid YAML: there are no aliases here"),
+    ("--resume --run.dir {unknown_run}", "lora.rnak: no such option; did you mean lora.rank"),
+    ("--resume --run.dir {wrong_run}", "lora.rank=0: valid is a whole number >= 1"),
+    ("--resume --run.dir {other_run}", "run began with"),
 ]
+LAUGHS = "a: &a [lol]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghijkl", "bcdefghijklm"))
+BINARY = bytes(range(256)) * 4
+
+
+def index(**changed) -> str:
+    """A model_index.json of a Stable Diffusion pipeline with parts changed, or, with None, left out."""
+    parts = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    return json.dumps({name: value for name, value in (parts | changed).items() if value is not None})
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory, tiny_model) -> dict[str, Path]:
+def one_parser():
+    """Building the parser is nearly all of the time that a command line takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_module, "_parser", functools.cache(config_module._parser))
+        yield
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, tiny_model) -> Iterator[dict[str, Path]]:
     folder = tmp_path_factory.mktemp("bad")
+    explode = f"import os\nos.mkdir({str(folder / 'exploded')!r})\n"
+    runs = {
+        "list_run": "[1]", "tag_run": "lora: !!python/object/apply:os.system ['false']", "binary_run": BINARY, "laughs_run": LAUGHS,
+        "unknown_run": "lora: {rnak: 2}", "wrong_run": "lora: {rank: 0}", "other_run": "lora: {rank: 99}\nmodel: {path: a/b}",
+    }  # fmt: skip
     files = {
         "file": "", "other_pipeline/model_index.json": json.dumps({"_class_name": "FluxPipeline"}), "broken_pipeline/model_index.json": "{",
         "finished/checkpoints/3": "", "broken_reward.py": "def f(:", "not_yaml": "train: {", "unknown_key": "train: {rate: 1}",
         "unknown_section": "trainer: {learning_rate: 1}", "scalar_section": "train: 3", "list_config": "[1, 2]",
+        "binary": BINARY, "null_byte": "a\0b", "python_tag": f"lora: {{rank: !!python/object/apply:os.system ['touch {folder}/exploded']}}",
+        "python_name": "reward: {name: !!python/name:os.system }", "duplicate_key": "lora: {rank: 1, rank: 2}",
+        "duplicate_section": "lora: {rank: 1}\nlora: {alpha: 2}", "unknown_of_two": "lora: {rank: 1, rnak: 2}", "laughs": LAUGHS,
+        "cycle": "lora: &a {rank: *a}", "deep": "[" * 100_000, "endless_number": f"lora: {{rank: 1{'0' * 5000}}}",
+        "no_day": "run: {dir: 2026-99-99}", "two_documents": "lora: {rank: 1}\n---\nlora: {rank: 2}", "number_key": "lora: {1: 2}",
+        "scalar": "3", "empty_file": "", "blank_lines": "\n \n\t\n", "enormous_line": "cat\n" + "dog " * 1_000_000,
+        "deep_pipeline/model_index.json": '{"a":' * 100_000, "binary_pipeline/model_index.json": BINARY,
+        "list_pipeline/model_index.json": "[]", "custom_class/model_index.json": index(_class_name=["pipeline", "MyPipeline"]),
+        "custom_class/pipeline.py": explode, "custom_module/model_index.json": index(unet=["own_unet", "Unet"]),
+        "custom_module/unet/own_unet.py": explode, "installed_module/model_index.json": index(vae=["os", "system"]),
+        "number_module/model_index.json": index(vae=[7, 7]), "path_module/model_index.json": index(vae=["../../x", "AutoencoderKL"]),
+        "path_part/model_index.json": index(**{"../../x": ["diffusers", "AutoencoderKL"]}), "no_unet/model_index.json": index(unet=None),
+        "other_unet/model_index.json": index(unet=["diffusers", "UNet3DConditionModel"]),
+        "raising_reward.py": "raise ValueError('first\\nsecond')", "empty_reward.py": "",
+        **{f"{run}/checkpoints/1/state.json": "{}" for run in ["no_config", *runs]},
+        **{f"{run}/config.yaml": content for run, content in runs.items()},
     }  # fmt: skip
-    for name, text in files.items():
+    for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
-        (folder / name).write_text(text)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     (folder / "empty").mkdir()
-    return {name.split("/")[0].removesuffix(".py"): folder / name.split("/")[0] for name in [*files, "empty"]} | {"tiny": tiny_model}
+    tops = {name.split("/")[0] for name in [*files, "empty"]}
+    yield {top.removesuffix(".py"): folder / top for top in tops} | {"tiny": tiny_model, "long_name": folder / ("x" * 300)}
+    assert not (folder / "exploded").exists()
 
 
 @pytest.mark.parametrize("arguments, message", BAD)
-def test_bad_options_are_one_line_and_exit_2(arguments, message, paths, capsys, monkeypatch):
+def test_bad_options_are_one_line_and_exit_2(arguments, message, paths, one_parser, capsys, monkeypatch):
     monkeypatch.setattr(trainer, "Policy", lambda *a: pytest.fail("the model was loaded"))
     model = [] if "--model.path" in arguments else ["--model.path", str(paths["tiny"])]
     with pytest.raises(SystemExit) as exit_:
@@ -142,6 +252,72 @@ def test_bad_options_are_one_line_and_exit_2(arguments, message, paths, capsys, 
     assert exit_.value.code == 2
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
     assert message.format(**paths) in captured.err
+
+
+OPTIONS = {
+    f"{section.name}.{option}": annotation
+    for section in dataclasses.fields(Config)
+    for option, annotation in typing.get_type_hints(section.type).items()
+}
+VALUES = {
+    "few": "few", ".nan": math.nan, ".inf": math.inf, "-1": -1, "0": 0, "1.5": 1.5, "true": True,
+    "null": None, "''": "", "[]": [], "[1, 2]": [1, 2], "[[x]]": [["x"]], "{a: 1}": {"a": 1},
+    f"1{'0' * 400}": 10**400, f"1{'0' * 5000}": 10**4999, f"[1{'0' * 400}, 0.9]": [10**400, 0.9],
+    "1.0e+400": math.inf, "[" * 500: None, "*a": None, "&a [*a]": None, "{a: 1, a: 2}": None, "!!python/name:os.system ": None,
+}  # fmt: skip
+"""YAML and what it says; None for what is refused whatever the option, and for null."""
+
+
+def takes(annotation, value) -> bool:
+    """Whether a value is of an option's type."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Union:
+        return any(takes(argument, value) for argument in arguments)
+    if origin is typing.Literal:
+        return any(type(value) is type(argument) and value == argument for argument in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(takes(argument, item) for argument in arguments for item in value)
+    return type(value) in ((int, float) if annotation is float else (annotation,))
+
+
+def is_bad(option: str, text: str) -> bool:
+    """Whether YAML is wrong for an option: of another type, no number that a computer has, or one that the rules call too small."""
+    value, texts = VALUES[text], [valid for name, valid, _ in config_module._RULES if name == option]
+    if value is None and text != "null" or not takes(OPTIONS[option], value):
+        return True
+    numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, float | int)]
+    if any(not 0 <= number < 2**63 for number in numbers):
+        return True
+    return value == 0 and type(value) is int and any(re.search(r">= 1|> 0|\b0 < ", valid) for valid in texts)
+
+
+GENERATED = [(option, text) for option in OPTIONS for text in VALUES if is_bad(option, text)]
+
+
+@pytest.mark.parametrize("option, text", GENERATED, ids=lambda value: value if len(value) < 30 else f"{value[:9]}-{len(value)}")
+def test_what_no_option_takes_is_one_line_that_names_it(option, text, one_parser, capsys, tmp_path):
+    """On the command line; in a recipe where an option takes any text, and for null, which the parser lets pass there."""
+    section, key = option.split(".")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{section}:\n  {key}: {text}\n")
+    in_recipe = text == "null" or takes(OPTIONS[option], "any text")
+    with pytest.raises(SystemExit) as exit_:
+        parse_or_exit(["--config", str(recipe)] if in_recipe else [f"--{option}={text}"])
+    captured = capsys.readouterr()
+    assert exit_.value.code == 2 and captured.out == "" and re.fullmatch(r"error: .*\n", captured.err)
+    assert captured.err.startswith((f"error: {option}", f"error: --config {recipe}: not valid YAML: ") if in_recipe else f"error: {option}")
+
+
+def test_enough_is_generated_for_every_option():
+    assert len(GENERATED) > 1000 and {option for option, _ in GENERATED} == set(OPTIONS)
+
+
+def test_what_is_valid_is_not_called_bad(one_parser):
+    """Every default is of its option's type and, said on the command line, the default."""
+    for option, annotation in OPTIONS.items():
+        assert takes(annotation, Config()[option]), option
+        default = Config()[option]
+        assert parse([f"--{option}={default if isinstance(default, str) else json.dumps(default)}"]) == Config()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def load_reward(name: str, kwargs: dict) -> Callable:
     source, _, function_name = REWARDS.get(name, name).rpartition(":")
     if not source or not function_name.isidentifier():
         raise ValueError(f"reward.name={name}: {_VALID}")
-    if source.endswith(".py") and not Path(source).is_file():
+    if source.endswith(".py") and not os.path.isfile(source):
         raise ValueError(f"reward.name={name}: there is no file {source}")
     # where the module's own imports are looked for, after everything else
     sys.path.append(str(Path(source).resolve().parent if source.endswith(".py") else Path.cwd()))
