@@ -284,7 +284,7 @@ def compute_dtype(name: str, on_gpu: bool) -> torch.dtype:
 
 def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
     """The counts of a config's model. Raises ValueError naming the option at fault."""
-    arch = architecture(config.model.path, config.model.vae)
+    arch = architecture(config.model.config or config.model.path, config.model.vae)
     if arch["unet"].get("addition_embed_type") not in (None, "text_time"):
         raise ValueError(f"model.path={config.model.path}: its UNet takes more than latents, time and text; valid is SD 1.x, 2.x or XL")
     counts = count_model(

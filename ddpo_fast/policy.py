@@ -48,9 +48,10 @@ class Policy:
         rank: int,
         alpha: float,
         vae: str | None = None,
+        config: str | None = None,
     ):
         self.device, self.dtype = device, DTYPES[dtype]
-        self.pipe = open_pipeline(path, vae, self.dtype)
+        self.pipe = open_pipeline(path, config, vae, self.dtype)
         self.is_sdxl = isinstance(self.pipe, StableDiffusionXLPipeline)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)

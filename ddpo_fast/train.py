@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if config.run.plan is not None:
             if os.environ.get("RANK", "0") == "0":
-                check_model(config.model.path)
+                check_model(config.model.path, config.model.config, config.model.vae)
                 print(plan_text(make_plan(config)), flush=True)
             return
         setup = prepare(config)
@@ -124,7 +124,7 @@ class BadRewards(RuntimeError):
 
 def prepare(config: Config) -> Setup:
     """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault."""
-    check_model(config.model.path)
+    check_model(config.model.path, config.model.config, config.model.vae)
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit)
     check_optimizer(config.optimizer.name)
     deepspeed = {}
@@ -156,7 +156,7 @@ def prepare(config: Config) -> Setup:
     torch.manual_seed(config.run.seed)  # LoRA's initial weights
     lora = config.lora
     model = config.model
-    policy = Policy(model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae)
+    policy = Policy(model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config)
     policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
     transitions = config.sample.num_samples // world_size // config.train.num_minibatches * config.sample.num_steps
     num_rows = min(32, config.train.micro_batch, transitions) * (1 if config.sample.guidance_scale == 1 else 2)
