@@ -218,13 +218,13 @@ class Ours(Contender):
             train__num_minibatches=1, train__inner_epochs=1, train__timestep_fraction=1.0, sample__num_samples=len(data["latents"])
         )
         setup = replace(self.setup, config=one_update, clip_range=UNCLIPPED)
-        embeds = setup.policy.encode_prompts(data["prompts"])
+        embeds, pooled = setup.policy.encode_prompts(data["prompts"]), setup.policy.pool_prompts(data["prompts"])
         gradient = {}
         engine = SimpleNamespace(loss_scale=self.engine.loss_scale, dtype=self.engine.dtype, backward=self.engine.backward)
         engine.forget_gradient = lambda: None
         engine.step = lambda: gradient.update(self.collect()) or 0.0
         good = torch.ones(len(embeds), dtype=torch.bool, device=self.device)
-        trainer.update(setup, engine, Rollout(embeds, data["latents"], data["log_probs"], good), data["advantages"], 1)
+        trainer.update(setup, engine, Rollout(embeds, pooled, data["latents"], data["log_probs"], good), data["advantages"], 1)
         return gradient
 
 

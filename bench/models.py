@@ -2,8 +2,8 @@
 
 `embedded` is the model that ships with the package. The others have random weights and the architecture that their name says: `sd15` and
 `sdxl` in full, for a GPU, `sd15_small` and `sdxl_small` with the same blocks but fewer channels and smaller pictures, for a CPU;
-`tiny_small`, of two blocks, is for runs whose pictures do not matter. The trainer does not know SDXL's pipeline yet, so `sdxl` is its UNet
-(less the added text and size conditions, under 0.1 % of its work) in a pipeline with one text encoder.
+`tiny_small`, of two blocks, is for runs whose pictures do not matter. The textbook loop knows no SDXL pipeline, so `sdxl` is its UNet (less
+the added text and size conditions, under 0.1 % of its work) in a pipeline with one text encoder.
 """
 
 from dataclasses import dataclass
@@ -136,7 +136,7 @@ def _parts(architecture: dict):
 
 
 def tiny_sdxl(folder: Path) -> Path:
-    """Writes a real SDXL pipeline, two text encoders and added conditions, of toy size: for what refuses SDXL."""
+    """Writes a real SDXL pipeline, two text encoders and added conditions, of toy size: for `bench.limits`."""
     small = _changed(
         SDXL, {"block_out_channels": (32, 64, 64), "sample_size": 8, "attention_head_dim": 4, "cross_attention_dim": 64}, {}, {}
     )

@@ -131,7 +131,8 @@ def _update_costs(setup: trainer.Setup, engine: Engine, rollout: Rollout, larges
             sample__num_samples=samples, train__micro_batch=micro_batch, train__inner_epochs=epochs, train__num_minibatches=1
         )
         pick = torch.arange(samples, device=setup.policy.device) % len(rollout.latents)
-        part = Rollout(*(getattr(rollout, name)[pick] for name in Rollout.__dataclass_fields__))
+        columns = (getattr(rollout, name) for name in Rollout.__dataclass_fields__)
+        part = Rollout(*(None if column is None else column[pick] for column in columns))
         advantages = torch.ones(samples, device=setup.policy.device)
         call = lambda: trainer.update(replace(setup, config=options), engine, part, advantages, 1)  # noqa: B023, E731
         design.append([epochs * math.ceil(samples * steps / micro_batch), epochs * samples * steps * rows, epochs])

@@ -25,16 +25,21 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = str(Path(__file__).resolve().parent / "embedded" / "model")
-    """Folder in diffusers format, or hub id, of a Stable Diffusion 1.x or 2.x pipeline (epsilon or v-prediction).
-    Default: the small model that ships with the package."""
+    """Folder in diffusers format, or hub id, of a Stable Diffusion 1.x, 2.x or XL pipeline (epsilon or v-prediction); or a single
+    .safetensors file, with model.config; see docs/models.md. Default: the small model that ships with the package."""
+    config: Optional[str] = None
+    """With a single file as model.path: folder in diffusers format, or hub id, of a pipeline of the same layout, for its configs and its
+    tokenizer. Its weights are not read."""
+    vae: Optional[str] = None
+    """Folder in diffusers format, or hub id, of a VAE instead of the pipeline's: one of SDXL that does not overflow in fp16, say."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Compute type of the networks; latents, log-probs and trainable weights are fp32 in any case. auto: fp16 on a
     GPU, fp32 on a CPU. bf16's log-prob noise (about 1e-4) is as large as the clip range."""
     share_guidance: bool = True
     """With guidance, compute what the UNet does before its first cross-attention once for both branches instead of twice. Exact but for
-    rounding."""
+    rounding. SDXL's branches have nothing in common: the prompt is in its time embedding, too."""
     offload_text_encoder: bool = True
-    """On a GPU, have the text encoder there only while new prompts are encoded, which each prompt is once."""
+    """On a GPU, have the text encoders there only while new prompts are encoded, which each prompt is once."""
     compile: bool = False
     """Compile the UNet with torch.compile. The first iteration takes a minute or two longer; on a CPU it needs a C++
     compiler."""
@@ -339,7 +344,19 @@ _RULES = [
         (option, f"auto, or {_positive[1]}", lambda value, _: value == "auto" or _positive[0](value, _))
         for option in ("sample.batch_size", "train.micro_batch")
     ),
-    ("model.path", "a folder with model_index.json, or a hub id such as org/name", lambda v, c: _is_model(v)),
+    (
+        "model.path",
+        "a folder with model_index.json, or a hub id such as org/name, or a .safetensors file; not a .ckpt, a pickle, which runs code when "
+        "it is loaded",
+        lambda v, c: _is_model(v) or _is_single_file(v),
+    ),
+    (
+        "model.config",
+        "with model.path=FILE.safetensors a folder with model_index.json, or a hub id such as org/name, of a pipeline of the same layout; "
+        "else null",
+        lambda v, c: (v is not None and _is_model(v)) if _is_single_file(c.model.path) else v is None,
+    ),
+    ("model.vae", "a folder with config.json, or a hub id such as org/name", lambda v, c: v is None or _is_model(v, "config.json")),
     (
         "lora.scope",
         "all, mid_up, none, or block names joined by commas, such as mid_block,up_blocks.2",
@@ -441,10 +458,16 @@ def _has_checkpoint(run_dir: str) -> bool:
     return any(path.name.isdigit() for path in Path(run_dir, "checkpoints").glob("*"))
 
 
-def _is_model(path: str) -> bool:
+def _is_model(path: str, config: str = "model_index.json") -> bool:
     if Path(path).exists():
-        return Path(path, "model_index.json").is_file()
+        return Path(path, config).is_file()
+    if Path(path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        return False
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
+
+
+def _is_single_file(path: str) -> bool:
+    return Path(path).suffix == ".safetensors" and Path(path).is_file()
 
 
 def _has_lines(path: str) -> bool:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ddpo_fast.deepspeed_options import LIVE_ELEMENTS, PERSISTENT_ELEMENTS
 from ddpo_fast.fused_unet import fuse
@@ -79,6 +79,16 @@ _SDXL = {
         "projection_class_embeddings_input_dim": 2816,
     },
     "vae": _SD15["vae"] | {"sample_size": 1024, "scaling_factor": 0.13025},
+    "text_encoder": _SD15["text_encoder"],
+    "text_encoder_2": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "hidden_act": "gelu",
+        "projection_dim": 1280,
+    },
+    "scheduler": _SD15["scheduler"],
 }
 ARCHITECTURES: dict[str, dict[str, dict]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD15,
@@ -87,26 +97,37 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
     "stabilityai/stable-diffusion-xl-base-1.0": _SDXL,
 }
 """Pipelines known without a network, as differences from the defaults of diffusers' and transformers' classes."""
+VAES = {"madebyollin/sdxl-vae-fp16-fix": _SDXL["vae"] | {"force_upcast": False}}
+"""VAEs known without a network."""
 
 
-def architecture(path: str) -> dict[str, dict]:
-    """The configs of a pipeline's unet, vae and text_encoder: of a folder, of `ARCHITECTURES`, or from the hub.
+def architecture(path: str, vae: str | None = None) -> dict[str, dict]:
+    """The configs of a pipeline's unet, vae, text_encoder and, for SDXL, text_encoder_2: of a folder, of `ARCHITECTURES`, or from the hub.
 
-    Raises ValueError where they cannot be read.
+    vae: a VAE instead of the pipeline's, of a folder, of `VAES`, or from the hub. Raises ValueError where they cannot be read.
     """
+    option = f"model.path={path}"
     try:
-        if Path(path).is_dir():
-            return {part: json.loads(Path(path, part, "config.json").read_text()) for part in ("unet", "vae", "text_encoder")}
-        if path in ARCHITECTURES:
-            return ARCHITECTURES[path]
-        text_encoder = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder").to_dict()
-        return {
-            "unet": dict(UNet2DConditionModel.load_config(path, subfolder="unet")),
-            "vae": dict(AutoencoderKL.load_config(path, subfolder="vae")),
-            "text_encoder": text_encoder,
-        }
+        arch = None if Path(path).is_dir() else ARCHITECTURES.get(path)
+        if arch is None:
+            arch = {part: _read_config(path, part) for part in ("unet", "vae", "text_encoder")}
+            if arch["unet"].get("addition_embed_type") is not None:
+                arch["text_encoder_2"] = _read_config(path, "text_encoder_2")
+        if vae is not None:
+            option = f"model.vae={vae}"
+            own = None if Path(vae).is_dir() else VAES.get(vae)
+            arch = arch | {"vae": dict(AutoencoderKL.load_config(vae)) if own is None else own}
+        return arch
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.path={path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{option}: {' '.join(str(error).split())}") from error
+
+
+def _read_config(path: str, part: str) -> dict:
+    if Path(path).is_dir():
+        return json.loads(Path(path, part, "config.json").read_text())
+    if part.startswith("text_encoder"):
+        return CLIPTextConfig.from_pretrained(path, subfolder=part).to_dict()
+    return dict((UNet2DConditionModel if part == "unet" else AutoencoderKL).load_config(path, subfolder=part))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -226,7 +247,7 @@ class ModelCounts:
     """What a pipeline is made of and what its calls cost."""
 
     weight_bytes: dict[str, int]
-    """Frozen weights of unet, vae and text_encoder, and the copies that LoRA is merged into."""
+    """Frozen weights of unet, vae and text encoders, and the copies that LoRA is merged into."""
     trained_shapes: tuple[tuple[int, ...], ...]
     """Of each trained tensor; they are fp32."""
     gathered_bytes: float
@@ -278,10 +299,15 @@ def count_model(
     with torch.device("meta"):
         unet, vae = (kind.from_config(arch[part]) for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
         parts = {"unet": unet, "vae": vae} | ({"text_encoder": CLIPTextModel(text)} if "text_encoder" in arch else {})
+        if "text_encoder_2" in arch:
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**arch["text_encoder_2"]))
+    is_sdxl = unet.config.addition_embed_type == "text_time"
+    vae_dtype = torch.float32 if is_sdxl and vae.config.force_upcast and dtype == torch.float16 else dtype  # as `open_pipeline` has it
     for network in parts.values():
-        nn.Module.to(network, dtype).requires_grad_(False).eval()
+        nn.Module.to(network, vae_dtype if network is vae else dtype).requires_grad_(False).eval()
     set_trainable(unet, lora.scope, lora.targets, lora.rank, lora.alpha)
     copies = _merge(unet) if merged else []
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim if is_sdxl else 0
     embed_shape, size = (text.max_position_embeddings, unet.config.cross_attention_dim), unet.config.sample_size
     latent_shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
@@ -292,15 +318,14 @@ def count_model(
     def forward(num_rows: int) -> Tensor:
         x, embeds = torch.empty(num_rows, *latent_shape, dtype=dtype), torch.empty(num_rows, *embed_shape, dtype=dtype)
         added = None
-        if unet.config.addition_embed_type == "text_time":
-            pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        if is_sdxl:
             added = {"text_embeds": torch.empty(num_rows, pooled, dtype=dtype), "time_ids": torch.empty(num_rows, 6, dtype=dtype)}
         timesteps = torch.empty(num_rows, dtype=torch.int64)
         with autocast, norms, guidance:
             return unet(x, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
 
     def decode(num_rows: int) -> Tensor:
-        images = vae.decode(torch.empty(num_rows, *latent_shape, dtype=dtype), return_dict=False)[0]
+        images = vae.decode(torch.empty(num_rows, *latent_shape, dtype=vae_dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     with FakeTensorMode():
@@ -350,7 +375,7 @@ def count_model(
         trained_shapes=tuple(tuple(parameter.shape) for parameter in trained),
         gathered_bytes=min(unet_bytes, live + persistent),
         num_latents=math.prod(latent_shape),
-        embed_bytes=math.prod(embed_shape) * dtype.itemsize,
+        embed_bytes=(math.prod(embed_shape) + pooled) * dtype.itemsize,
         image_bytes=image_bytes,
         prefix_flop=prefix_flop,
         kept_row_bytes=kept_row_bytes,

@@ -284,9 +284,9 @@ def compute_dtype(name: str, on_gpu: bool) -> torch.dtype:
 
 def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
     """The counts of a config's model. Raises ValueError naming the option at fault."""
-    arch = architecture(config.model.path)
-    if arch["unet"].get("addition_embed_type") is not None:
-        raise ValueError(f"model.path={config.model.path}: its UNet takes more than latents, time and text; valid is SD 1.x or 2.x")
+    arch = architecture(config.model.config or config.model.path, config.model.vae)
+    if arch["unet"].get("addition_embed_type") not in (None, "text_time"):
+        raise ValueError(f"model.path={config.model.path}: its UNet takes more than latents, time and text; valid is SD 1.x, 2.x or XL")
     counts = count_model(
         arch,
         dtype,
@@ -298,7 +298,9 @@ def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
         checkpointing=config.train.gradient_checkpointing,
     )
     if on_gpu and config.model.offload_text_encoder:
-        return replace(counts, weight_bytes={part: size for part, size in counts.weight_bytes.items() if part != "text_encoder"})
+        return replace(
+            counts, weight_bytes={part: size for part, size in counts.weight_bytes.items() if not part.startswith("text_encoder")}
+        )
     return counts
 
 

@@ -1,6 +1,5 @@
 """The diffusion model as a policy: loading, LoRA, text encoding, noise prediction, decoding."""
 
-import json
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ transformers.logging.set_verbosity_error()  # it warns that torchvision is missi
 transformers.logging.disable_progress_bar()
 diffusers.utils.logging.disable_progress_bar()
 
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionXLPipeline
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -21,13 +20,14 @@ from ddpo_fast.files import new_folder
 from ddpo_fast.gradient_checkpointing import checkpoint_gradients
 from ddpo_fast.lora import set_trainable
 from ddpo_fast.merged_lora import merge
+from ddpo_fast.pipelines import open_pipeline
 from ddpo_fast.shared_guidance import SharedGuidance
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Policy:
-    """A Stable Diffusion pipeline whose UNet is trained, by LoRA or whole.
+    """A Stable Diffusion pipeline (1.x, 2.x or XL) whose UNet is trained, by LoRA or whole.
 
     The UNet is called directly until `attach` gives it the engine's wrapper, after which rollout and update both run through
     that. Trainable weights are fp32, frozen ones in the compute dtype; autocast joins them.
@@ -36,25 +36,27 @@ class Policy:
     decode_batch = 16
     """Pictures that the VAE decodes together."""
     offload_text_encoder = False
-    """Whether the text encoder is on the device only while it is needed."""
+    """Whether the text encoders are on the device only while they are needed."""
 
-    def __init__(self, path: str, dtype: str, device: torch.device, scope: str, targets: list[str], rank: int, alpha: float):
+    def __init__(
+        self,
+        path: str,
+        dtype: str,
+        device: torch.device,
+        scope: str,
+        targets: list[str],
+        rank: int,
+        alpha: float,
+        vae: str | None = None,
+        config: str | None = None,
+    ):
         self.device, self.dtype = device, DTYPES[dtype]
-        try:
-            self.pipe = StableDiffusionPipeline.from_pretrained(
-                path, dtype=self.dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
-            )
-        except Exception as error:  # whatever a damaged folder brings about in the libraries that read it
-            raise ValueError(f"model.path={path}: it cannot be loaded: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
-        for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
-            if missing := next((name for name, tensor in part.state_dict().items() if tensor.is_meta), None):
-                raise ValueError(f"model.path={path}: the weights of its {type(part).__name__} lack {missing}")
-        unet = self.pipe.unet.config
-        if unet.addition_embed_type is not None or unet.in_channels != self.pipe.vae.config.latent_channels:
-            raise ValueError(f"model.path={path}: its UNet takes more than latents, time and text; valid is SD 1.x or 2.x text-to-image")
+        self.pipe = open_pipeline(path, config, vae, self.dtype)
+        self.is_sdxl = isinstance(self.pipe, StableDiffusionXLPipeline)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
-        for module in (self.pipe.vae, self.pipe.text_encoder, self.pipe.unet):
+        self.text_encoders = [self.pipe.text_encoder, *([self.pipe.text_encoder_2] if self.is_sdxl else [])]
+        for module in (self.pipe.vae, *self.text_encoders, self.pipe.unet):
             module.requires_grad_(False).eval()
         self.unet, self.forward = self.pipe.unet, self.pipe.unet
         self.full = scope == "none"
@@ -64,8 +66,14 @@ class Policy:
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape = (self.unet.config.in_channels, height, width)
-        self._prompt_embeds: dict[str, Tensor] = {}
-        self.uncond_embeds = self.encode_prompts([""])
+        height, width = (self.pipe.vae_scale_factor * size for size in (height, width))
+        self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=self.dtype)
+        """(1, 6), SDXL's: the size that a picture was made from, its crop's upper left corner, its size."""
+        self._prompt_embeds: dict[str, list[Tensor]] = {}
+        self.uncond_embeds, self.uncond_pooled_embeds = self.encode_prompts([""]), self.pool_prompts([""])
+        if self.is_sdxl and self.pipe.config.force_zeros_for_empty_prompt:
+            self.uncond_embeds.zero_()
+            self.uncond_pooled_embeds.zero_()
 
     def attach(self, forward: nn.Module, partitioned: bool = False) -> None:
         """Runs the UNet through `forward`, an engine's wrapper of it, from now on, frozen convolutions in channels_last layout.
@@ -99,25 +107,40 @@ class Policy:
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Text embeddings (B, L, E) in the compute dtype. Each prompt is encoded once and alone: no batch changes its embedding."""
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompt_embeds]:
-            self.pipe.text_encoder.to(self.device)
-            for prompt in new:
-                self._prompt_embeds[prompt] = self.pipe.encode_prompt(prompt, self.device, 1, False)[0].cpu()
-            if self.offload_text_encoder:
-                self.pipe.text_encoder.to("cpu")
-        return torch.cat([self._prompt_embeds[prompt] for prompt in prompts]).to(self.device)
+        return torch.cat([embeds[0] for embeds in self._encode(prompts)]).to(self.device)
 
-    def predict_noise(self, unet_input: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def pool_prompts(self, prompts: list[str]) -> Tensor | None:
+        """SDXL's pooled text embeddings (B, P) in the compute dtype, made along with those of `encode_prompts`; None for SD 1.x and 2.x."""
+        return torch.cat([embeds[1] for embeds in self._encode(prompts)]).to(self.device) if self.is_sdxl else None
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> list[list[Tensor]]:
+        """Of each prompt, its embeddings (1, L, E) and, for SDXL, the pooled ones (1, P), on the host."""
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompt_embeds]:
+            for encoder in self.text_encoders:
+                encoder.to(self.device)
+            for prompt in new:
+                encoded = self.pipe.encode_prompt(prompt, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+                self._prompt_embeds[prompt] = [encoded[index].cpu() for index in ((0, 2) if self.is_sdxl else (0,))]
+            if self.offload_text_encoder:
+                for encoder in self.text_encoders:
+                    encoder.to("cpu")
+        return [self._prompt_embeds[prompt] for prompt in prompts]
+
+    def predict_noise(self, unet_input: Tensor, timesteps: Tensor, prompt_embeds: Tensor, pooled_embeds: Tensor | None = None) -> Tensor:
         """The UNet's output for every row, in rollout and update alike, before guidance.
 
-        unet_input (R, C, H, W) latents in the compute dtype, timesteps (R,) int64, prompt_embeds (R, L, E). Returns (R, C, H, W) in
-        the compute dtype; what it predicts (noise, v, picture) is the scheduler's prediction_type. With guidance the first half of the
-        rows are unconditional; `ddim_step` and `ppo_loss` combine the halves.
+        unet_input (R, C, H, W) latents in the compute dtype, timesteps (R,) int64, prompt_embeds (R, L, E), of SDXL pooled_embeds (R, P).
+        Returns (R, C, H, W) in the compute dtype; what it predicts (noise, v, picture) is the scheduler's prediction_type. With guidance
+        the first half of the rows are unconditional; `ddim_step` and `ppo_loss` combine the halves.
         """
+        added = None
+        if pooled_embeds is not None:
+            added = {"text_embeds": pooled_embeds, "time_ids": self.time_ids.expand(len(unet_input), -1)}
         for layer in self.merged_layers:
             layer.refresh()  # here, because a compiled UNet cannot
         with self.guidance, torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16)):
-            return self.forward(unet_input, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+            return self.forward(unet_input, timesteps, encoder_hidden_states=prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
 
     @torch.no_grad()
     def example_call(self, num_rows: int) -> Tensor:
@@ -125,15 +148,22 @@ class Policy:
         generator = torch.Generator().manual_seed(0)
         latents = torch.randn(num_rows // 2, *self.latent_shape, generator=generator).repeat(2, 1, 1, 1).to(self.device, self.dtype)
         timesteps = torch.full((num_rows,), 500, device=self.device)
-        embeds = self.uncond_embeds.repeat(num_rows, 1, 1)
-        embeds[num_rows // 2 :].neg_()
-        return self.predict_noise(latents, timesteps, embeds)
+        texts = [self.uncond_embeds.repeat(num_rows, 1, 1)]
+        if self.uncond_pooled_embeds is not None:
+            texts.append(self.uncond_pooled_embeds.repeat(num_rows, 1))
+        for text in texts:
+            text[num_rows // 2 :] += 1  # SDXL's first half may be zeros
+        return self.predict_noise(latents, timesteps, *texts)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) fp32 in [0, 1] of final latents (B, C, h, w)."""
         vae = self.pipe.vae
-        parts = (latents.to(vae.dtype) / vae.config.scaling_factor).split(self.decode_batch)
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor
+        if vae.config.latents_mean is not None and vae.config.latents_std is not None:
+            mean, std = (latents.new_tensor(numbers)[:, None, None] for numbers in (vae.config.latents_mean, vae.config.latents_std))
+            latents = latents * std + mean
+        parts = latents.split(self.decode_batch)
         return torch.cat([(vae.decode(part, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
     def export(self, folder: Path) -> None:
@@ -143,31 +173,8 @@ class Policy:
                 self.unet.save_pretrained(target)
             return
         with new_folder(folder / "lora") as target:
-            StableDiffusionPipeline.save_lora_weights(
+            self.pipe.save_lora_weights(
                 target,
                 unet_lora_layers=get_peft_model_state_dict(self.unet),
                 unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
             )
-
-
-LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-"""What the parts of a pipeline may come from; anything else would be code that a folder brings, or a module that it picks."""
-
-
-def check_model_class(path: str) -> None:
-    """Raises ValueError for a local folder that is not a Stable Diffusion 1.x or 2.x pipeline, or wants code of its own to be run."""
-    index = Path(path, "model_index.json")
-    if not index.is_file():
-        return  # a hub id: from_pretrained will tell
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-        name = parts.get("_class_name")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"model.path={path}: model_index.json cannot be read: {error}") from None
-    if name != "StableDiffusionPipeline":
-        raise ValueError(f"model.path={path}: it holds a {name}; valid is a StableDiffusionPipeline (SD 1.x or 2.x)")
-    for part, origin in parts.items():
-        if isinstance(origin, list) and not (part.isidentifier() and (origin == [None, None] or origin[:1] and origin[0] in LIBRARIES)):
-            raise ValueError(f"model.path={path}: model_index.json has {part}={origin}; valid are classes of {', '.join(LIBRARIES[:2])}")
-    if parts.get("unet") != ["diffusers", "UNet2DConditionModel"]:
-        raise ValueError(f"model.path={path}: model_index.json has unet={parts.get('unet')}; valid is UNet2DConditionModel of diffusers")

@@ -1,6 +1,6 @@
 """Sampling under the current policy, and which transitions each update trains on.
 
-Shape letters: B samples of this rank, S denoising steps, (C, H, W) one sample's latents, L tokens, E embedding width.
+Shape letters: B samples of this rank, S denoising steps, (C, H, W) one sample's latents, L tokens, E and P embedding widths.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,6 +26,8 @@ class Rollout:
 
     prompt_embeds: Tensor
     """(B, L, E) in the compute dtype."""
+    pooled_embeds: Tensor | None
+    """(B, P) in the compute dtype, of SDXL; None for SD 1.x and 2.x."""
     latents: Tensor
     """(B, S + 1, C, H, W) fp32."""
     log_probs: Tensor
@@ -36,7 +38,8 @@ class Rollout:
 
     @classmethod
     def cat(cls, parts: list["Rollout"]) -> "Rollout":
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+        columns = ([getattr(part, name) for part in parts] for name in cls.__dataclass_fields__)
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 @torch.no_grad()
@@ -57,20 +60,22 @@ def generate(
     sample_ids: (B,) int64, which with `seed` fix all noise. `progress(n)` is called with B after every step. The UNet of step k is
     called inside of `filling(k)`. `scores`, whose batch these samples are, takes the gradient of every step as it is made.
     """
-    prompt_embeds = embeds = policy.encode_prompts(prompts)
+    prompt_embeds, pooled_embeds = policy.encode_prompts(prompts), policy.pool_prompts(prompts)
+    texts = [prompt_embeds] if pooled_embeds is None else [prompt_embeds, pooled_embeds]
     latents, log_probs = [schedule.initial_latents(policy.latent_shape, seed, sample_ids)], []
     unet_input = latents[0].to(policy.dtype)
     if guidance_scale != 1:
         unet_input = unet_input.repeat(2, 1, 1, 1)
-        embeds = torch.cat([policy.uncond_embeds.expand_as(embeds), embeds])
+        uncond = policy.uncond_embeds, policy.uncond_pooled_embeds
+        texts = [torch.cat([empty.expand_as(text), text]) for empty, text in zip(uncond, texts)]
     timesteps = schedule.timesteps[:, None].expand(-1, len(unet_input)).unbind()
     every_step = torch.arange(schedule.num_steps, device=policy.device)[:, None].repeat(1, len(prompts)).unbind()
     for k, (steps, t) in enumerate(zip(every_step, timesteps)):
         with filling(k):
             if scores is None:
-                noise_pred = policy.predict_noise(unet_input, t, embeds)
+                noise_pred = policy.predict_noise(unet_input, t, *texts)
             else:
-                noise_pred = scores.predict_noise(policy.predict_noise, k, unet_input, t, embeds)
+                noise_pred = scores.predict_noise(policy.predict_noise, k, unet_input, t, *texts)
         next_latents, log_prob, unet_input = ops.ddim_step(
             noise_pred, latents[-1], schedule.coefficients, steps, seed, sample_ids, guidance_scale, policy.dtype
         )
@@ -82,7 +87,7 @@ def generate(
     latents, log_probs, images = torch.stack(latents, 1), torch.stack(log_probs, 1), policy.decode_latents(latents[-1])
     good = images.flatten(1).isfinite().all(1) & latents.flatten(1).isfinite().all(1)
     latents[~good], log_probs[~good] = 0.0, 0.0
-    return Rollout(prompt_embeds, latents, log_probs, good), images
+    return Rollout(prompt_embeds, pooled_embeds, latents, log_probs, good), images
 
 
 def minibatches(num_samples: int, num_minibatches: int, rank: int, world_size: int, key: tuple[int, ...]) -> list[np.ndarray]:

@@ -72,8 +72,8 @@ class SharedGuidance:
     def __init__(self, unet: nn.Module, call: Callable[[], Tensor]):
         """`call()` runs the UNet on such rows, always the same. Raises ValueError if inside of the context its result is another."""
         self.active = False
-        self.modules = _before_cross_attention(unet, call)
-        """The shared ones; none if the UNet has no cross-attention in its down blocks."""
+        self.modules = _before_cross_attention(unet, call) if unet.config.addition_embed_type is None else []
+        """The shared ones; none if the UNet has no cross-attention in its down blocks, or has the prompt in its time embedding, as SDXL."""
         for module in self.modules:
             module.__class__, module.shared_guidance = _shared_class(type(module)), self
         straight = call()

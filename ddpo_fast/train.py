@@ -49,8 +49,9 @@ from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
 from ddpo_fast.memory import Room, free_mib, local_ranks
 from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
 from ddpo_fast.optimizer import check_optimizer, make_optimizer
+from ddpo_fast.pipelines import check_model
 from ddpo_fast.plan import make_plan, plan_text, resolve_sizes
-from ddpo_fast.policy import Policy, check_model_class
+from ddpo_fast.policy import Policy
 from ddpo_fast.preemption import StopRequest
 from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.report import write_report
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if config.run.plan is not None:
             if os.environ.get("RANK", "0") == "0":
-                check_model_class(config.model.path)
+                check_model(config.model.path, config.model.config, config.model.vae)
                 print(plan_text(make_plan(config)), flush=True)
             return
         setup = prepare(config)
@@ -125,7 +126,7 @@ class BadRewards(RuntimeError):
 
 def prepare(config: Config) -> Setup:
     """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault."""
-    check_model_class(config.model.path)
+    check_model(config.model.path, config.model.config, config.model.vae)
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit)
     check_optimizer(config.optimizer.name)
     deepspeed = {}
@@ -156,7 +157,8 @@ def prepare(config: Config) -> Setup:
     config = config.replace(run__dir=broadcast(run_dir))
     torch.manual_seed(config.run.seed)  # LoRA's initial weights
     lora = config.lora
-    policy = Policy(config.model.path, config.model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha)
+    model = config.model
+    policy = Policy(model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config)
     policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
     transitions = config.sample.num_samples // world_size // config.train.num_minibatches * config.sample.num_steps
     num_rows = min(32, config.train.micro_batch, transitions) * (1 if config.sample.guidance_scale == 1 else 2)
@@ -384,12 +386,15 @@ def accumulate_gradient(
     Returns the micro-batches, each with the statistics (4, B) of its transitions. `progress(n)` is told how many are done.
     """
     config, policy, schedule, done = setup.config, setup.policy, setup.schedule, []
-    guidance_scale, embeds = config.sample.guidance_scale, torch.cat([policy.uncond_embeds, rollout.prompt_embeds])
+    guidance_scale, texts = config.sample.guidance_scale, [torch.cat([policy.uncond_embeds, rollout.prompt_embeds])]
+    if rollout.pooled_embeds is not None:
+        texts.append(torch.cat([policy.uncond_pooled_embeds, rollout.pooled_embeds]))
     engine.forget_gradient()
     cache.forget_fetched()
     parts = list(micro_batches(*pairs, size, schedule.timesteps.cpu(), guidance_scale != 1, policy.device))
     for part, next_part in zip_longest(parts, parts[1:]):
-        inputs = rollout.latents[part.unet_rows, part.unet_steps].to(policy.dtype), part.timesteps, embeds[part.embed_rows]
+        latents = rollout.latents[part.unet_rows, part.unet_steps].to(policy.dtype)
+        inputs = latents, part.timesteps, *(text[part.embed_rows] for text in texts)
         with cache.reading(part, next_part, lambda rows: policy.predict_noise(*(tensor[rows] for tensor in inputs))):  # noqa: B023
             noise_pred = policy.predict_noise(*inputs)
         loss, figures = setup.ops.ppo_loss(

@@ -91,8 +91,8 @@ def test_micro_batches_cover_every_transition_once(size, guided):
 
 
 def test_rollouts_join_along_the_samples():
-    first = Rollout(torch.zeros(2, 3, 4), torch.zeros(2, 6, 4, 1, 1), torch.zeros(2, 5), torch.ones(2, dtype=bool))
-    second = Rollout(torch.ones(1, 3, 4), torch.ones(1, 6, 4, 1, 1), torch.ones(1, 5), torch.ones(1, dtype=bool))
+    first = Rollout(torch.zeros(2, 3, 4), None, torch.zeros(2, 6, 4, 1, 1), torch.zeros(2, 5), torch.ones(2, dtype=bool))
+    second = Rollout(torch.ones(1, 3, 4), None, torch.ones(1, 6, 4, 1, 1), torch.ones(1, 5), torch.ones(1, dtype=bool))
     joined = Rollout.cat([first, second])
     assert joined.prompt_embeds.shape == (3, 3, 4) and joined.latents.shape == (3, 6, 4, 1, 1) and joined.log_probs.shape == (3, 5)
     assert joined.prompt_embeds[:, 0, 0].tolist() == joined.latents[:, 0, 0, 0, 0].tolist() == joined.log_probs[:, 0].tolist() == [0, 0, 1]

@@ -1,0 +1,296 @@
+"""SDXL, on a random tiny pipeline: whole runs, what the UNet is given, the VAE, the plan, the weights in plain diffusers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextModelWithProjection
+
+from ddpo_fast import train as trainer
+from ddpo_fast.config import parse
+from ddpo_fast.counts import architecture, count_model
+from ddpo_fast.fused_unet import fuse
+from ddpo_fast.kernels import select
+from ddpo_fast.metrics import StageTimer, read_metrics
+from ddpo_fast.policy import Policy
+
+CPU = torch.device("cpu")
+PROMPTS = ["a", "b", "c", "a"]
+
+
+def make_sdxl(folder: Path, force_zeros: bool = True) -> Path:
+    """Writes a random SDXL pipeline of 16x16 pictures; its text encoders are 16 and 24 wide, the second one's projection 12."""
+    base = StableDiffusionPipeline.from_pretrained(make_pipeline(folder / "sd"), safety_checker=None, requires_safety_checker=False)
+    torch.manual_seed(1)
+    wider = {"hidden_size": 24, "intermediate_size": 48, "projection_dim": 12, "num_hidden_layers": 2}
+    second = CLIPTextModelWithProjection(type(base.text_encoder.config)(**base.text_encoder.config.to_dict() | wider))
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16 + 24, attention_head_dim=2,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=12 + 6 * 8,
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        vae=base.vae, text_encoder=base.text_encoder, text_encoder_2=second, tokenizer=base.tokenizer, tokenizer_2=base.tokenizer,
+        unet=unet, scheduler=base.scheduler, force_zeros_for_empty_prompt=force_zeros, add_watermarker=False,
+    ).save_pretrained(folder / "sdxl")  # fmt: skip
+    return folder / "sdxl"
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory) -> Path:
+    return make_sdxl(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def options(sdxl, tmp_path):
+    """Command lines of short runs: keyword arguments with __ for the dot."""
+    (tmp_path / "reward.py").write_text("def redness(images, prompts):\n    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))\n")
+
+    def make(name="run", **changed) -> list[str]:
+        values = {
+            "model.path": sdxl, "run.dir": tmp_path / name, "reward.name": f"{tmp_path}/reward.py:redness", "sample.num_samples": 4,
+            "sample.num_steps": 3, "sample.batch_size": 4, "eval.num_samples": 2, "run.iterations": 1, "train.num_minibatches": 1,
+            "lora.rank": 2, "train.learning_rate": 1e-3, "prompts.limit": 4, "prompts.samples_per_prompt": 1,
+        }  # fmt: skip
+        values |= {key.replace("__", "."): value for key, value in changed.items()}
+        return [f"--{key}={value}" for key, value in values.items()]
+
+    return make
+
+
+def run(argv: list[str]) -> Path:
+    trainer.main(argv)
+    return next(Path(a.split("=")[1]) for a in argv if a.startswith("--run.dir="))
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def gradient(argv: list[str]) -> dict[str, torch.Tensor]:
+    """Of the first update, before clipping, at LoRA's weights drawn at random."""
+    setup, found = trainer.prepare(parse(argv)), {}
+    torch.manual_seed(1)
+    for parameter in setup.policy.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    engine, cache = trainer.make_engine(setup), trainer.make_cache(setup)
+    engine.step = lambda: found.update({n: p.grad.clone() for n, p in setup.policy.unet.named_parameters() if p.grad is not None}) or 0.0
+    cache.begin(4, setup.schedule.num_steps, trainer.updates(setup, 1))
+    if setup.scores is not None:
+        trainer.begin_scores(setup, engine, 1)
+    rollout, _, _ = trainer.sample(setup, StageTimer(CPU), 0, PROMPTS, "sample", cache, setup.scores)
+    advantages = torch.tensor([1.0, -2.0, 0.5, 1.5])
+    if setup.scores is None:
+        row = trainer.update(setup, engine, rollout, advantages, 1, cache)
+    else:
+        row = trainer.update_by_scores(setup, engine, advantages, 1)
+    assert row["ratio_error"] <= 1e-5
+    return found
+
+
+def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    a, b = (torch.cat([gradients[name].flatten().double() for name in expected]) for gradients in (found, expected))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def given_to_unet(unet, call) -> dict:
+    """The first call's latents' number, embeddings and added conditions."""
+    calls = []
+
+    def hook(module, args, kwargs):
+        calls.append({"rows": len(args[0]), "text": kwargs["encoder_hidden_states"], **kwargs["added_cond_kwargs"]})
+
+    handle = unet.register_forward_pre_hook(hook, with_kwargs=True)
+    call()
+    handle.remove()
+    return calls[0]
+
+
+def test_a_run(options):
+    folder = run(options(run__iterations=2, train__num_minibatches=2, train__micro_batch=3))
+    rows = read_metrics(folder)
+    assert len(rows) == 3 and all(row["ratio_error"] <= 1e-6 and row["grad_norm"] > 0 for row in rows[1:])
+    assert all(name.startswith("unet.") for name in weights(folder)) and (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize("force_zeros", [True, False])
+def test_the_unet_is_given_what_diffusers_gives_it(options, sdxl, tmp_path, force_zeros):
+    path = sdxl if force_zeros else make_sdxl(tmp_path / "m", force_zeros=False)
+    setup = trainer.prepare(parse(options(model__path=path)))
+    pipe = StableDiffusionXLPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    expected = given_to_unet(pipe.unet, lambda: pipe(PROMPTS, num_inference_steps=1, guidance_scale=3.0, output_type="latent"))
+    rollouts = []
+    ours = given_to_unet(setup.policy.unet, lambda: rollouts.append(trainer.sample(setup, StageTimer(CPU), 0, PROMPTS, "sample")[0]))
+    assert ours["rows"] == expected["rows"] == 8
+    for key in ("text", "text_embeds", "time_ids"):
+        torch.testing.assert_close(ours[key], expected[key], rtol=0, atol=1e-6)
+    assert (ours["text"][:4] == 0).all() == (ours["text_embeds"][:4] == 0).all() == force_zeros
+    assert ours["time_ids"].unique(dim=0).tolist() == [[16, 16, 0, 0, 16, 16]]
+    assert torch.equal(rollouts[0].pooled_embeds, ours["text_embeds"][4:]) and rollouts[0].pooled_embeds.shape == (4, 12)
+
+
+def test_an_empty_prompt_is_encoded(sdxl):
+    """Zeros are the unconditional branch's alone."""
+    policy = Policy(str(sdxl), "fp32", CPU, "all", ["attention"], 2, 2.0)
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl)
+    embeds, _, pooled, _ = pipe.encode_prompt("", do_classifier_free_guidance=False)
+    torch.testing.assert_close(policy.encode_prompts([""]), embeds, rtol=0, atol=1e-6)
+    torch.testing.assert_close(policy.pool_prompts([""]), pooled, rtol=0, atol=1e-6)
+    assert policy.uncond_embeds.abs().max() == policy.uncond_pooled_embeds.abs().max() == 0
+
+
+def test_gradient_is_that_of_the_textbook_loop(options):
+    """Every sample and step on its own, noise and density written out from the cumulative alphas."""
+    found = gradient(options())
+    setup = trainer.prepare(parse(options("again", lora__forward="separate")))
+    torch.manual_seed(1)
+    for parameter in setup.policy.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    rollout, _, _ = trainer.sample(setup, StageTimer(CPU), 0, PROMPTS, "sample")
+    pipe, alphas = setup.policy.pipe, (1 - setup.policy.pipe.scheduler.betas.double()).cumprod(0)
+    for i, (prompt, advantage) in enumerate(zip(PROMPTS, (1.0, -2.0, 0.5, 1.5))):
+        embeds, uncond, pooled, uncond_pooled = pipe.encode_prompt(prompt)
+        for k, t in enumerate(setup.schedule.timesteps.tolist()):
+            x, y = rollout.latents[i : i + 1, k], rollout.latents[i : i + 1, k + 1]
+            e, e_uncond = (
+                pipe.unet(
+                    x, t, encoder_hidden_states=text,
+                    added_cond_kwargs={"text_embeds": vector, "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]])},
+                ).sample.double()
+                for text, vector in ((embeds, pooled), (uncond, uncond_pooled))
+            )  # fmt: skip
+            e = e_uncond + 3 * (e - e_uncond)
+            a_t, a_p = alphas[t], alphas[t - 333] if t >= 333 else alphas[0]
+            s = ((1 - a_p) / (1 - a_t) * (1 - a_t / a_p)).sqrt()
+            mean = a_p.sqrt() * (x - (1 - a_t).sqrt() * e) / a_t.sqrt() + (1 - a_p - s**2).sqrt() * e
+            log_prob = torch.distributions.Normal(mean, s).log_prob(y.double()).mean()
+            assert log_prob.item() == pytest.approx(rollout.log_probs[i, k].item(), abs=1e-4)
+            (-advantage * log_prob / 12).backward()
+    expected = {n: p.grad for n, p in pipe.unet.named_parameters() if p.grad is not None}
+    assert relative_error(found, expected) <= 1e-4
+
+
+def test_every_way_to_compute_has_the_same_gradient(options):
+    expected = gradient(options(model__share_guidance="false", lora__forward="separate"))
+    for name, changed in {
+        "merged": {"lora__forward": "merged"},
+        "checkpointing": {"train__gradient_checkpointing": "true"},
+        "micro-batches": {"train__micro_batch": 5},
+        "scores": {"train__estimator": "score_accumulation"},
+        "math attention": {"attention__backend": "math"},
+    }.items():
+        assert relative_error(gradient(options(name, **changed)), expected) <= 1e-4, name
+
+
+def test_fused_kernels_compute_the_same(sdxl):
+    policy = Policy(str(sdxl), "fp32", CPU, "all", ["attention"], 2, 2.0)
+    for parameter in policy.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    texts = (
+        torch.cat([uncond, text])
+        for uncond, text in zip(
+            (policy.uncond_embeds, policy.uncond_pooled_embeds), (policy.encode_prompts(["a"]), policy.pool_prompts(["a"]))
+        )
+    )
+    inputs = torch.randn(1, *policy.latent_shape).repeat(2, 1, 1, 1), torch.tensor([481, 481]), *texts
+
+    def compute() -> list[torch.Tensor]:
+        policy.unet.zero_grad()
+        y = policy.predict_noise(*inputs)
+        y.square().mean().backward()
+        return [y.detach(), *(parameter.grad.clone() for parameter in policy.trainable_parameters())]
+
+    expected, fused = compute(), fuse(policy.unet, select("triton", CPU))
+    assert fused["geglu"] == 2 + 2 + 2 * 2 and fused["group_norm_silu"] > 0
+    for found, tensor in zip(compute(), expected, strict=True):
+        torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-5 * tensor.abs().max().item())
+
+
+def test_the_cache_changes_nothing(options):
+    with_cache, without = (run(options(mode, lora__scope="mid_up", cache__mode=mode, train__inner_epochs=2)) for mode in ("on", "off"))
+    assert [row["cache_hit_fraction"] for row in read_metrics(with_cache)[1:]] == [1.0]
+    assert all(torch.equal(tensor, weights(without)[name]) for name, tensor in weights(with_cache).items())
+
+
+def test_saved_weights_are_the_policy_in_plain_diffusers(options, sdxl):
+    setup = trainer.prepare(parse(options(lora__alpha=3.0)))
+    policy, t = setup.policy, torch.tensor([481, 21])
+    latents, texts = torch.randn(2, 4, 8, 8), (policy.encode_prompts(["a", "b"]), policy.pool_prompts(["a", "b"]))
+    with torch.no_grad():
+        untrained = policy.predict_noise(latents, t, *texts)  # LoRA starts at 0
+        for parameter in policy.trainable_parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        expected = policy.predict_noise(latents, t, *texts)
+    policy.export(setup.run_dir)
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl)
+    pipe.load_lora_weights(setup.run_dir / "lora")
+    added = {"text_embeds": texts[1], "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)}
+    with torch.no_grad():
+        loaded = pipe.unet(latents, t, encoder_hidden_states=texts[0], added_cond_kwargs=added).sample
+    assert (expected - untrained).abs().max() > 1e-2
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-5)
+
+
+def test_full_fine_tuning(options, sdxl):
+    folder = run(options(lora__scope="none"))
+    trained, base = (UNet2DConditionModel.from_pretrained(path, subfolder="unet") for path in (folder, sdxl))
+    changed = {name for (name, a), b in zip(trained.named_parameters(), base.parameters()) if not torch.equal(a, b)}
+    assert "add_embedding.linear_1.weight" in changed and len(changed) > 0.9 * len(list(base.parameters()))
+
+
+def test_both_text_encoders_are_on_the_device_while_prompts_are_new(sdxl, monkeypatch):
+    policy, moves = Policy(str(sdxl), "fp32", CPU, "all", ["attention"], 2, 2.0), []
+    for name in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(policy.pipe, name)
+        monkeypatch.setattr(encoder, "to", lambda device, name=name: moves.append((name, str(device))))
+    policy.offload_text_encoder = True
+    policy.encode_prompts(["new"])
+    assert policy.pool_prompts(["new"]).shape == (1, 12)
+    assert moves == [("text_encoder", "cpu"), ("text_encoder_2", "cpu")] * 2
+
+
+def test_in_fp16_the_vae_decodes_in_fp32_if_it_says_so(sdxl, tmp_path):
+    """Its own does; another one, for `model.vae`, does not."""
+    policy = Policy(str(sdxl), "fp16", CPU, "all", ["attention"], 2, 2.0)
+    assert policy.pipe.vae.dtype == torch.float32 and policy.pipe.unet.conv_in.weight.dtype == torch.float16
+    latents = torch.randn(2, *policy.latent_shape)
+    own = AutoencoderKL.from_pretrained(sdxl, subfolder="vae")
+    with torch.no_grad():
+        expected = (own.decode(latents / own.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(policy.decode_latents(latents), expected, rtol=0, atol=2e-3)  # its weights are rounded to fp16
+
+    torch.manual_seed(3)
+    mean, std = [0.1, 0.2, -0.3, 0.4], [1.0, 2.0, 3.0, 0.5]
+    other = AutoencoderKL.from_config({**own.config, "force_upcast": False, "latents_mean": mean, "latents_std": std})
+    other.save_pretrained(tmp_path / "vae")
+    policy = Policy(str(sdxl), "fp16", CPU, "all", ["attention"], 2, 2.0, vae=str(tmp_path / "vae"))
+    assert policy.pipe.vae.dtype == torch.float16
+    scaled = latents / other.config.scaling_factor * torch.tensor(std).view(4, 1, 1) + torch.tensor(mean).view(4, 1, 1)
+    with torch.no_grad():
+        expected = (other.decode(scaled).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(policy.decode_latents(latents), expected, rtol=0, atol=2e-2)
+    assert policy.pipe.vae.config.force_upcast is False
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_the_plan_counts_what_is_loaded(options, sdxl, dtype, capsys):
+    argv = options(model__dtype=dtype, lora__targets="[attention]")
+    policy = Policy(str(sdxl), dtype, CPU, "all", ["attention"], 2, 2.0)
+    counts = count_model(architecture(str(sdxl)), policy.dtype, parse(argv).lora, on_gpu=False, fused=False)
+    frozen = {
+        name: sum(p.nbytes for p in getattr(policy.pipe, name).parameters() if not p.requires_grad)
+        for name in ("unet", "vae", "text_encoder", "text_encoder_2")
+    }
+    assert counts.weight_bytes == frozen | {"merged": 0}
+    texts = policy.encode_prompts(["a"]), policy.pool_prompts(["a"])
+    assert counts.embed_bytes == sum(text.nbytes for text in texts)
+    assert counts.trained_shapes == tuple(tuple(p.shape) for p in policy.trainable_parameters())
+    trainer.main([*argv, "--plan=H200"])
+    assert capsys.readouterr().out.endswith("it fits\n")
