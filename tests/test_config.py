@@ -95,7 +95,7 @@ BAD = [  # arguments, what the line must say
     ("--run.dir {empty} --resume", "valid is the directory of a run with a checkpoint"),
     ("--resume", "run.dir=None: valid is the directory of a run with a checkpoint"),
     ("--reward.name beauty", "reward.name=beauty: valid is one of jpeg_compressibility"),
-    ("--reward.name aesthetic", "reward.name=aesthetic: this reward comes in a later version"),
+    ("--reward.name aesthetic", "reward.kwargs.weights=None: valid is the file sac+logos+ava1-l14-linearMSE.pth"),
     ("--reward.name /nowhere.py:f", "reward.name=/nowhere.py:f: there is no file /nowhere.py"),
     ("--reward.name no_such_module:f", "importing no_such_module failed: ModuleNotFoundError"),
     ("--reward.name ddpo_fast.rewards.jpeg:f", "ddpo_fast.rewards.jpeg has no function f; it has: "),

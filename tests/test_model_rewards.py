@@ -1,0 +1,272 @@
+"""Rewards that are networks, on small random checkpoints of the real architectures, each against the same thing step by step."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+from ddpo_fast.rewards import open_reward
+from ddpo_fast.rewards.function import load_reward
+from ddpo_fast.rewards.pretrained import ClipPixels
+from ddpo_fast.rewards.server import RewardServer
+
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = torch.rand(3, 3, 50, 70, generator=GENERATOR)
+PROMPTS = ["cat", "dog", "horse"]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def make_clip(folder: Path, projection_dim: int) -> Path:
+    torch.manual_seed(projection_dim)
+    text = dict(vocab_size=60, max_position_embeddings=12, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = CLIPModel(
+        CLIPConfig(text_config=size | text, vision_config=size | dict(image_size=32, patch_size=8), projection_dim=projection_dim)
+    )
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)  # as initialised, every picture's embedding is nearly the same
+    model.logit_scale.data.fill_(2.5)
+    model.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def as_pil(images: torch.Tensor) -> list[Image.Image]:
+    return [Image.fromarray(np.rint(image * 255).astype(np.uint8).transpose(1, 2, 0)) for image in images.numpy()]
+
+
+# --- pictures as CLIP wants them ---
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (50, 70), (71, 40), (36, 36), (20, 24)], ids=str)
+@pytest.mark.parametrize("old", [False, True])
+def test_pixels_are_those_of_the_processor(tmp_path, shape, old):
+    make_clip(tmp_path, 24)
+    if old:  # as the checkpoints of 2021 have it
+        config = json.loads((tmp_path / "preprocessor_config.json").read_text()) | {"size": 36, "crop_size": 32}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    y, x = torch.meshgrid(torch.linspace(0, 1, shape[0]), torch.linspace(0, 1, shape[1]), indexing="ij")
+    images = torch.stack([torch.rand(3, *shape, generator=GENERATOR), torch.stack([x, y, (9 * x * y).sin() / 2 + 0.5])])
+    expected = CLIPImageProcessorPil.from_pretrained(tmp_path)(as_pil(images), return_tensors="pt")["pixel_values"]
+    pixels = ClipPixels(str(tmp_path), "option")(images)
+    assert pixels.shape == expected.shape == (2, 3, 32, 32)
+    levels = (pixels - expected).abs() * ClipPixels(str(tmp_path), "option").std * 255
+    assert levels.max() < 1.01 and levels.mean() < 0.02  # of 255: Pillow computes in 22-bit integers
+
+
+@pytest.mark.parametrize(
+    "change", [{"resample": 0}, {"do_center_crop": False}, {"size": {"height": 32, "width": 32}}, {"crop_size": 48}, {"image_mean": [0.5]}]
+)
+def test_processor_that_does_something_else_is_refused(tmp_path, change):
+    config = json.loads((make_clip(tmp_path, 24) / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=re.escape(f"option={tmp_path}: its preprocessor_config.json is not that of CLIP")):
+        ClipPixels(str(tmp_path), "option")
+
+
+# --- aesthetic ---
+
+
+@pytest.fixture(scope="module")
+def aesthetic(tmp_path_factory) -> dict[str, str]:
+    """The arguments of the reward: a small CLIP with ViT-L/14's 768 embedding elements, and a predictor of the real shape."""
+    folder = tmp_path_factory.mktemp("aesthetic")
+    make_clip(folder / "clip", 768)
+    widths, generator = (768, 1024, 128, 64, 16, 1), torch.Generator().manual_seed(1)
+    tensors = {}
+    for layer, n_in, n_out in zip((0, 2, 4, 6, 7), widths, widths[1:]):
+        tensors[f"layers.{layer}.weight"] = torch.randn(n_out, n_in, generator=generator) / n_in**0.5 * 2
+        tensors[f"layers.{layer}.bias"] = torch.randn(n_out, generator=generator)
+    torch.save(tensors, folder / "predictor.pth")
+    save_file(tensors, folder / "predictor.safetensors")
+    return {"weights": str(folder / "predictor.pth"), "clip": str(folder / "clip")}
+
+
+def aesthetic_by_hand(arguments: dict[str, str], images: torch.Tensor) -> torch.Tensor:
+    pixels = CLIPImageProcessorPil.from_pretrained(arguments["clip"])(as_pil(images), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        z = CLIPModel.from_pretrained(arguments["clip"]).get_image_features(pixels).pooler_output.double()
+    z = z / (z * z).sum(1, keepdim=True).sqrt()
+    tensors = torch.load(arguments["weights"], weights_only=True)
+    for layer in (0, 2, 4, 6, 7):
+        z = z @ tensors[f"layers.{layer}.weight"].double().T + tensors[f"layers.{layer}.bias"].double()
+    return z[:, 0]
+
+
+def small(images: torch.Tensor) -> torch.Tensor:
+    """The pictures at the size at which the processor resizes nothing, so that both compute with the same pixels."""
+    return torch.nn.functional.interpolate(images, (36, 36))
+
+
+def test_aesthetic_is_the_predictor_of_the_normalised_embedding(aesthetic):
+    reward = open_reward("aesthetic", aesthetic, 60.0, isolate=False)
+    expected = aesthetic_by_hand(aesthetic, small(IMAGES))
+    assert expected.std() > 0.01
+    torch.testing.assert_close(reward(small(IMAGES), PROMPTS), expected, rtol=1e-5, atol=1e-5)
+    resized = aesthetic_by_hand(aesthetic, IMAGES)  # differs by the pixels' rounding
+    assert (reward(IMAGES, PROMPTS) - resized).abs().max() < 0.1 * resized.std()
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 2, "device": "cpu"}, {"weights": ".safetensors"}], ids=str)
+def test_aesthetic_does_not_depend_on_the_batch_or_on_the_kind_of_file(aesthetic, changes):
+    if "weights" in changes:
+        changes = {"weights": aesthetic["weights"].replace(".pth", changes["weights"])}
+    expected = load_reward("aesthetic", aesthetic)(IMAGES, PROMPTS)
+    torch.testing.assert_close(load_reward("aesthetic", aesthetic | changes)(IMAGES, PROMPTS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_aesthetic_in_half_precision_is_close(aesthetic):
+    rewards = load_reward("aesthetic", aesthetic | {"dtype": "bf16"})(IMAGES, PROMPTS)
+    expected = load_reward("aesthetic", aesthetic)(IMAGES, PROMPTS)
+    assert rewards.dtype == torch.float32 and 0 < (rewards - expected).abs().max() < 0.1
+
+
+def test_aesthetic_in_a_process_of_its_own_and_by_a_server(aesthetic):
+    images = (IMAGES * 255).round() / 255
+    here = open_reward("aesthetic", aesthetic, 60.0, isolate=False)
+    expected = here(images, PROMPTS)
+    isolated = open_reward("aesthetic", aesthetic, 60.0, isolate=True)
+    torch.testing.assert_close(isolated(images, PROMPTS), expected, rtol=1e-6, atol=1e-6)
+    with RewardServer(here, "127.0.0.1", 0) as server:
+        assert server.score(images, PROMPTS) == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def without_some_weights(folder: Path, clip: str) -> str:
+    tensors = {key: tensor for key, tensor in load_file(f"{clip}/model.safetensors").items() if "visual_projection" not in key}
+    return copied(folder, clip, tensors)
+
+
+def copied(folder: Path, clip: str, tensors: dict) -> str:
+    folder.mkdir()
+    for name in ("config.json", "preprocessor_config.json"):
+        (folder / name).write_text((Path(clip) / name).read_text())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+WHAT_TO_DOWNLOAD = (
+    "valid is the file sac+logos+ava1-l14-linearMSE.pth, or its tensors as .safetensors: download it from https://github.com/"
+)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "there is no such file"),
+        (b"not weights", "cannot be read (UnpicklingError)"),
+        (b"", "cannot be read (EOFError)"),
+        ("object", "cannot be read (UnpicklingError)"),
+        ({"layers.0.weight": torch.zeros(1024, 512)}, "layers.0.weight has shape (1024, 512), not (1024, 768)"),
+        ({"linear.weight": torch.zeros(3)}, "layers.0.weight has shape None, not (1024, 768)"),
+        (torch.zeros(3), "cannot be read (AttributeError)"),
+    ],
+    ids=["missing", "garbage", "empty", "code", "shape", "other names", "tensor"],
+)
+def test_wrong_predictor_weights_are_one_line_that_says_what_to_download(aesthetic, tmp_path, content, reason):
+    file = tmp_path / "predictor.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(
+            BertModel(BertConfig(vocab_size=60, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+            if content == "object"
+            else content,
+            file,
+        )
+    with pytest.raises(ValueError, match=re.escape(f"reward.kwargs.weights={file}: {reason}; {WHAT_TO_DOWNLOAD}")) as error:
+        load_reward("aesthetic", aesthetic | {"weights": str(file)})
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_safetensors_are_refused(aesthetic, tmp_path):
+    (tmp_path / "predictor.safetensors").write_bytes(b"12345678 not tensors")
+    with pytest.raises(ValueError, match=r"predictor.safetensors: cannot be read \(SafetensorError\); valid is"):
+        load_reward("aesthetic", aesthetic | {"weights": str(tmp_path / "predictor.safetensors")})
+
+
+@pytest.mark.parametrize(
+    "clip, reason",
+    [
+        ("/nowhere/clip", "there is no such folder; valid is a folder or hub id of a CLIP model"),
+        ("nowhere/clip", ".*; valid is a folder or hub id of a CLIP model"),
+        ("narrow", "its embedding has 24 elements; valid is CLIP ViT-L/14, which has 768"),
+        ("headless", "1 weights are missing, visual_projection.weight first; valid is CLIP ViT-L/14: openai/clip-vit-large-patch14"),
+        ("bert", ".*; valid is CLIP ViT-L/14: openai"),
+    ],
+)
+def test_wrong_clip_is_one_line(aesthetic, tmp_path, clip, reason):
+    path = clip
+    if clip == "narrow":
+        path = str(make_clip(tmp_path / "clip", 24))
+    elif clip == "headless":
+        path = without_some_weights(tmp_path / "clip", aesthetic["clip"])
+    elif clip == "bert":
+        path = str(make_clip(tmp_path / "clip", 24))
+        BertModel(
+            BertConfig(vocab_size=60, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        ).save_pretrained(path)
+    with pytest.raises(ValueError, match=f"^reward.kwargs.clip={re.escape(path)}: {reason}.*$"):
+        load_reward("aesthetic", aesthetic | {"clip": path})
+
+
+@pytest.mark.parametrize(
+    "kwargs, reason",
+    [
+        ({"device": "tpu9"}, r"reward.kwargs.device=tpu9: .*; valid is auto, cpu, cuda or cuda:N"),
+        ({"dtype": "int8"}, "reward.kwargs.dtype=int8: valid is fp32, fp16, bf16"),
+        ({"batch_size": 0}, "reward.kwargs.batch_size=0: valid is a whole number >= 1"),
+        ({"model": "x"}, r"reward.kwargs={.*}: Aesthetic\(\*\*kwargs\) does not take them: got an unexpected keyword argument 'model'"),
+    ],
+)
+def test_wrong_arguments_of_aesthetic_are_refused(aesthetic, kwargs, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_reward("aesthetic", aesthetic | kwargs)
+
+
+# --- a class as a reward ---
+
+CLASSES = """
+class Counts:
+    def __init__(self, start=0):
+        self.calls = start
+        if start < 0:
+            raise KeyError("no weights")
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        return [self.calls] * len(prompts)
+
+class NotCallable:
+    pass
+"""
+
+
+def test_a_class_is_made_once_with_the_arguments(tmp_path):
+    (tmp_path / "counts.py").write_text(CLASSES)
+    reward = open_reward(f"{tmp_path}/counts.py:Counts", {"start": 5}, 60.0, isolate=False)
+    assert [reward(IMAGES, PROMPTS).tolist() for _ in range(2)] == [[6] * 3, [7] * 3]
+
+
+@pytest.mark.parametrize(
+    "name, kwargs, reason",
+    [
+        ("Counts", {"stop": 1}, r"reward.kwargs={'stop': 1}: Counts\(\*\*kwargs\) does not take them: .*'stop'"),
+        ("Counts", {"start": -1}, r"reward.name=.*Counts: Counts\(\*\*kwargs\) raised KeyError: 'no weights'"),
+        ("NotCallable", {}, r"reward.name=.*: an instance of NotCallable cannot be called with \(images, prompts\)"),
+        ("Missing", {}, "has no function Missing; it has: Counts, NotCallable"),
+    ],
+)
+def test_a_class_that_does_not_do_is_refused(tmp_path, name, kwargs, reason):
+    (tmp_path / "counts.py").write_text(CLASSES)
+    with pytest.raises(ValueError, match=reason):
+        load_reward(f"{tmp_path}/counts.py:{name}", kwargs)
