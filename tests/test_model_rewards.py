@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from ddpo_fast.rewards import open_reward
+from ddpo_fast.rewards import RewardError, open_reward
 from ddpo_fast.rewards.function import load_reward
+from ddpo_fast.rewards.jpeg import jpeg_kilobytes
 from ddpo_fast.rewards.pretrained import ClipPixels
 from ddpo_fast.rewards.server import RewardServer
 
@@ -38,6 +39,11 @@ def make_clip(folder: Path, projection_dim: int) -> Path:
     model.logit_scale.data.fill_(2.5)
     model.save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = {t: i for i, t in enumerate(["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12).save_pretrained(folder)
     return folder
 
 
@@ -146,9 +152,9 @@ def without_some_weights(folder: Path, clip: str) -> str:
     return copied(folder, clip, tensors)
 
 
-def copied(folder: Path, clip: str, tensors: dict) -> str:
+def copied(folder: Path, clip: str, tensors: dict, files=("config.json", "preprocessor_config.json")) -> str:
     folder.mkdir()
-    for name in ("config.json", "preprocessor_config.json"):
+    for name in files:
         (folder / name).write_text((Path(clip) / name).read_text())
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
@@ -231,6 +237,139 @@ def test_wrong_clip_is_one_line(aesthetic, tmp_path, clip, reason):
 def test_wrong_arguments_of_aesthetic_are_refused(aesthetic, kwargs, reason):
     with pytest.raises(ValueError, match=reason):
         load_reward("aesthetic", aesthetic | kwargs)
+
+
+# --- CLIP score ---
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> str:
+    return str(make_clip(tmp_path_factory.mktemp("clip_score") / "clip", 24))
+
+
+def cosines_by_hand(clip: str, images: torch.Tensor, tokens: list[list[int]]) -> torch.Tensor:
+    """Each picture and prompt alone, unpadded."""
+    model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPImageProcessorPil.from_pretrained(clip)
+    cosines = []
+    for picture, ids in zip(as_pil(images), tokens):
+        with torch.no_grad():
+            a = model.get_image_features(processor(picture, return_tensors="pt")["pixel_values"]).pooler_output[0].double()
+            b = model.get_text_features(torch.tensor([ids])).pooler_output[0].double()
+        cosines.append((a * b).sum() / (a.norm() * b.norm()))
+    return torch.stack(cosines)
+
+
+def ids(word: str) -> list[int]:
+    """Token ids of the small vocabulary: a start, a letter each, the last with its word's end, and an end."""
+    letters = [2 + ord(letter) - ord("a") for letter in word]
+    return [0, *letters[:-1], letters[-1] + 26, 1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_clip_score_is_the_cosine_and_pickscore_its_logit(clip, batch_size):
+    expected = cosines_by_hand(clip, small(IMAGES), [ids(prompt) for prompt in PROMPTS])
+    assert expected.std() > 0.005
+    cosine = load_reward("clip_score", {"model": clip, "batch_size": batch_size})(small(IMAGES), PROMPTS)
+    torch.testing.assert_close(cosine.double(), expected, rtol=1e-4, atol=1e-5)
+    for name, kwargs in (("clip_score", {"scaled": True}), ("pickscore", {})):
+        logit = load_reward(name, {"model": clip, "batch_size": batch_size} | kwargs)(small(IMAGES), PROMPTS)
+        torch.testing.assert_close(logit.double(), expected * np.exp(2.5), rtol=1e-4, atol=1e-4)
+
+
+def test_clip_score_reads_no_more_of_a_prompt_than_clip_does(clip):
+    reward = load_reward("clip_score", {"model": clip})
+    letters = "abcdefghijklmnop"
+    whole = ids(letters)
+    truncated = [*whole[:11], 1]
+    expected = cosines_by_hand(clip, small(IMAGES[:2]), [truncated, ids("cat")])
+    torch.testing.assert_close(reward(small(IMAGES[:2]), [letters, "cat"]).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_processor_of_another_folder(clip, tmp_path):
+    bare = copied(tmp_path / "bare", clip, load_file(f"{clip}/model.safetensors"), ["config.json"])
+    with pytest.raises(ValueError, match=f"^reward.kwargs.model={bare}: .*preprocessor_config.json"):
+        load_reward("clip_score", {"model": bare})
+    with pytest.raises(ValueError, match="^reward.kwargs.processor=/nowhere/clip: there is no such folder"):
+        load_reward("clip_score", {"model": bare, "processor": "/nowhere/clip"})
+    expected = load_reward("clip_score", {"model": clip})(IMAGES, PROMPTS)
+    assert torch.equal(load_reward("clip_score", {"model": bare, "processor": clip})(IMAGES, PROMPTS), expected)
+
+
+@pytest.mark.parametrize(
+    "kwargs, reason",
+    [
+        ({"model": "/nowhere/clip"}, "reward.kwargs.model=/nowhere/clip: there is no such folder; valid is"),
+        ({"scaled": "yes"}, "reward.kwargs.scaled=yes: valid is true or false"),
+        ({"dtype": "int8"}, "reward.kwargs.dtype=int8: valid is"),
+    ],
+)
+def test_wrong_arguments_of_clip_score_are_refused(clip, kwargs, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_reward("clip_score", {"model": clip} | kwargs)
+
+
+# --- weighted sum ---
+
+PARTS = """
+def brightness(images, prompts, scale=1.0):
+    answer = images.mean((1, 2, 3)) * scale
+    images.zero_()
+    return answer
+
+def length(images, prompts):
+    return [len(prompt) if prompt != "dog" else float("nan") for prompt in prompts]
+
+def failing(images, prompts):
+    raise KeyError("wolf")
+"""
+
+
+def test_weighted_sum_of_rewards_with_and_without_arguments(tmp_path, aesthetic):
+    (tmp_path / "parts.py").write_text(PARTS)
+    rewards = {
+        f"{tmp_path}/parts.py:brightness": {"weight": 10, "kwargs": {"scale": 3.0}},
+        "jpeg_compressibility": -0.5,
+        "aesthetic": {"weight": 2.0, "kwargs": aesthetic},
+    }
+    expected = (
+        30 * IMAGES.double().mean((1, 2, 3)) + 0.5 * jpeg_kilobytes(IMAGES) + 2 * load_reward("aesthetic", aesthetic)(IMAGES, PROMPTS)
+    )
+    total = open_reward("weighted_sum", {"rewards": rewards}, 60.0, isolate=False)(IMAGES.clone(), PROMPTS)
+    torch.testing.assert_close(total, expected.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_what_one_reward_has_no_number_for_has_none(tmp_path):
+    (tmp_path / "parts.py").write_text(PARTS)
+    kwargs = {"rewards": {f"{tmp_path}/parts.py:length": 2, f"{tmp_path}/parts.py:brightness": 0.0}}
+    total = open_reward("weighted_sum", kwargs, 60.0, isolate=False)(IMAGES.clone(), PROMPTS)
+    assert total[0] == 6 and total[1].isnan() and total[2] == 10
+
+
+def test_a_part_that_fails_fails_the_sum_with_its_reason(tmp_path):
+    (tmp_path / "parts.py").write_text(PARTS)
+    reward = open_reward("weighted_sum", {"rewards": {"jpeg_compressibility": 1, f"{tmp_path}/parts.py:failing": 1}}, 60.0, isolate=False)
+    with pytest.raises(RewardError, match="the reward function raised KeyError: 'wolf'"):
+        reward(IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "rewards, reason",
+    [
+        ({}, r"reward.kwargs.rewards={}: valid is {name: weight, ...} with at least one reward"),
+        (["jpeg_compressibility"], r"reward.kwargs.rewards=\['jpeg_compressibility'\]: valid is {name: weight"),
+        ({"jpeg_compressibility": "1"}, "reward.kwargs.rewards.jpeg_compressibility=1: valid is a finite weight"),
+        ({"jpeg_compressibility": True}, "reward.kwargs.rewards.jpeg_compressibility=True: valid is a finite weight"),
+        ({"jpeg_compressibility": float("nan")}, "reward.kwargs.rewards.jpeg_compressibility=nan: valid is a finite weight"),
+        ({"jpeg_compressibility": {"kwargs": {}}}, "reward.kwargs.rewards.jpeg_compressibility=.*: valid is a finite weight"),
+        ({"jpeg_compressibility": {"weight": 1, "arguments": {}}}, r"jpeg_compressibility=.*: valid is {weight: ..., kwargs: {...}}"),
+        ({"jpeg_compressibility": 1, "beauty": 1}, "reward.kwargs.rewards.beauty: reward.name=beauty: valid is one of"),
+        ({"aesthetic": 1}, "reward.kwargs.rewards.aesthetic: reward.kwargs.weights=None: valid is the file sac"),
+        ({"jpeg_compressibility": {"weight": 1, "kwargs": {"a": 1}}}, r"rewards.jpeg_compressibility: reward.kwargs={'a': 1}: .*take them"),
+    ],
+)
+def test_wrong_parts_of_a_sum_are_refused(rewards, reason):
+    with pytest.raises(ValueError, match=f"^.*{reason}.*$"):
+        load_reward("weighted_sum", {"rewards": rewards})
 
 
 # --- a class as a reward ---

@@ -20,6 +20,9 @@ REWARDS = {
     "jpeg_incompressibility": "ddpo_fast.rewards.jpeg:jpeg_incompressibility",
     "embedded_alignment": "ddpo_fast.rewards.embedded_alignment:embedded_alignment",
     "aesthetic": "ddpo_fast.rewards.aesthetic:Aesthetic",
+    "clip_score": "ddpo_fast.rewards.clip_score:ClipScore",
+    "pickscore": "ddpo_fast.rewards.clip_score:PickScore",
+    "weighted_sum": "ddpo_fast.rewards.weighted_sum:WeightedSum",
 }
 
 
