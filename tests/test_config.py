@@ -47,8 +47,8 @@ BAD = [  # arguments, what the line must say
     ("--sample.num_samples 0", "sample.num_samples=0: valid is"),
     ("--sample.batch_size -4", "sample.batch_size=-4: valid is"),
     ("--prompts.samples_per_prompt 5", "prompts.samples_per_prompt=5: valid is a divisor of sample.num_samples"),
-    ("--prompts.name animals", "prompts.name=animals: expected Literal['simple_animals'], NoneType"),
-    ("--prompts.name null", "prompts.name=None: valid is simple_animals, unless prompts.file is given"),
+    ("--prompts.name animals", "prompts.name=animals: expected Literal['simple_animals', 'imagenet_animals', "),
+    ("--prompts.name null", "prompts.name=None: valid is a prompt set, unless prompts.file or prompts.list is given"),
     ("--prompts.file /nowhere.txt", "prompts.file=/nowhere.txt: valid is a text file with at least one line"),
     ("--prompts.limit 0", "prompts.limit=0: valid is"),
     ("--model.path /nowhere", "model.path=/nowhere: valid is a folder with model_index.json, or a hub id"),
@@ -86,6 +86,11 @@ BAD = [  # arguments, what the line must say
     ("--train.gradient_checkpointing true --model.compile true", "train.gradient_checkpointing=True: valid is false, with model.compile"),
     ("--deepspeed.config /nowhere.json", "deepspeed.config=/nowhere.json: cannot be read"),
     ("--eval.every 0", "eval.every=0: valid is"),
+    ("--prompts.list []", "prompts.list=[]: valid is at least one prompt"),
+    ('--prompts.list {{"a":0}}', "prompts.list={{'a': 0.0}}: valid is at least one prompt; a weight is a finite number > 0"),
+    ("--prompts.list [a] --prompts.file {some_lines}", "prompts.list=['a']: valid is null, when prompts.file is given"),
+    ("--prompts.file {bad_weight}", "line 1 has weight '0'; valid is a number > 0, a tab, a prompt"),
+    ("--eval.prompts animals", "eval.prompts=animals: expected Literal['simple_animals', "),
     ("--eval.prompts []", "eval.prompts=[]: valid is a list with at least one prompt"),
     ("--run.seed -1", "run.seed=-1: valid is a whole number in [0, 2^63)"),
     ("--run.iterations 0", "run.iterations=0: valid is"),
@@ -124,6 +129,7 @@ def paths(tmp_path_factory, tiny_model) -> dict[str, Path]:
         "file": "", "other_pipeline/model_index.json": json.dumps({"_class_name": "FluxPipeline"}), "broken_pipeline/model_index.json": "{",
         "finished/checkpoints/3": "", "broken_reward.py": "def f(:", "not_yaml": "train: {", "unknown_key": "train: {rate: 1}",
         "unknown_section": "trainer: {learning_rate: 1}", "scalar_section": "train: 3", "list_config": "[1, 2]",
+        "some_lines": "a cat", "bad_weight": "0\ta cat",
     }  # fmt: skip
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
