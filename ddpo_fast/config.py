@@ -86,7 +86,7 @@ class PromptsConfig:
 class RewardConfig:
     name: str = "jpeg_compressibility"
     """jpeg_compressibility | jpeg_incompressibility | embedded_alignment | aesthetic | clip_score | pickscore |
-    weighted_sum, see docs/rewards.md, or your own: path/to/file.py:function or package.module:function.
+    vlm_alignment | vlm_counting | weighted_sum, see docs/rewards.md, or your own: path/to/file.py:function or package.module:function.
     Signature: (images (B,3,H,W) fp32 in [0,1], prompts: list of B str, **kwargs) -> (B,) numbers, higher is better; a class is made
     once, with kwargs, and its instance called. Or a server's address, http://host:port/path or https://."""
     kwargs: dict = field(default_factory=dict)

@@ -1,7 +1,9 @@
 """Rewards that are networks, on small random checkpoints of the real architectures, each against the same thing step by step."""
 
+import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,36 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoProcessor,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    DebertaConfig,
+    DebertaModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from ddpo_fast.rewards import RewardError, open_reward
+from ddpo_fast.rewards.bert_recall import BertRecall
 from ddpo_fast.rewards.function import load_reward
 from ddpo_fast.rewards.jpeg import jpeg_kilobytes
+from ddpo_fast.rewards.pixels import to_pixels
 from ddpo_fast.rewards.pretrained import ClipPixels
 from ddpo_fast.rewards.server import RewardServer
+from ddpo_fast.rewards.vlm import VisionLanguageModel, names_animal, names_number, parse_count, through_jpeg
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.rand(3, 3, 50, 70, generator=GENERATOR)
@@ -370,6 +395,191 @@ def test_a_part_that_fails_fails_the_sum_with_its_reason(tmp_path):
 def test_wrong_parts_of_a_sum_are_refused(rewards, reason):
     with pytest.raises(ValueError, match=f"^.*{reason}.*$"):
         load_reward("weighted_sum", {"rewards": rewards})
+
+
+# --- a vision-language model's answer ---
+
+WORDS = (
+    "USER ASSISTANT : ? , . what is going on in this image Answer concisely How many are there animal What The contains two three four "
+    "five cat dog wolf cats dogs wolves 3 a b c"
+).split()
+TEMPLATE = (
+    "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+SIZE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+
+
+def make_tokenizer(special: dict[str, str], template: str) -> PreTrainedTokenizerFast:
+    words = {word: i for i, word in enumerate([*special.values(), *WORDS])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token=special["unk_token"]))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=list(words.items())[: len(special)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("vlm")
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "image_token": "<image>"}
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32), make_tokenizer(special, "<s> $A"), patch_size=8,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(1)
+    text = LlamaConfig(**SIZE, vocab_size=5 + len(WORDS), pad_token_id=0, bos_token_id=1, eos_token_id=2, num_key_value_heads=2)
+    vision = CLIPVisionConfig(**SIZE, image_size=32, patch_size=8)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=4))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.5)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("bert")
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    make_tokenizer(special, "[CLS] $A [SEP]").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = DebertaConfig(
+        **SIZE, vocab_size=4 + len(WORDS), relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False,
+        type_vocab_size=0, max_position_embeddings=40,
+    )  # fmt: skip
+    DebertaModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def answer_by_hand(vlm: str, image: torch.Tensor, question: str) -> str:
+    """Greedy decoding of one picture, without padding, cache or generate()."""
+    file = io.BytesIO()
+    as_pil(image[None])[0].save(file, "JPEG", quality=80)
+    processor, model = AutoProcessor.from_pretrained(vlm), LlavaForConditionalGeneration.from_pretrained(vlm)
+    inputs = processor(images=Image.open(file), text=f"USER: <image> {question} ASSISTANT:", return_tensors="pt")
+    tokens = inputs["input_ids"]
+    start = tokens.shape[1]
+    while tokens.shape[1] < start + 64 and (tokens.shape[1] == start or tokens[0, -1] != 2):
+        with torch.no_grad():
+            logits = model(input_ids=tokens, pixel_values=inputs["pixel_values"]).logits
+        tokens = torch.cat([tokens, logits[:, -1:].argmax(2)], 1)
+    return processor.decode(tokens[0, start:], skip_special_tokens=True)
+
+
+def recall_by_hand(bert: str, layer: int, candidate: str, reference: str) -> float:
+    model = DebertaModel.from_pretrained(bert)
+    words = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
+
+    def states(sentence: str) -> torch.Tensor:
+        ids = [words.get(word, 3) for word in re.findall(r"\w+|[^\w\s]+", sentence)]
+        ids = [1, *ids[:38], 2]
+        with torch.no_grad():
+            return model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0].double()
+
+    x, y = states(reference), states(candidate)
+    best = [max(float(a @ b / (a.norm() * b.norm())) for b in y) for a in x[1:-1]]
+    return sum(best) / len(best)
+
+
+def test_pictures_go_through_jpeg_as_pillow_writes_and_reads_it():
+    for rgb, picture in zip(to_pixels(IMAGES), as_pil(IMAGES)):
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=80)
+        assert np.array_equal(np.asarray(through_jpeg(rgb)), np.asarray(Image.open(file))) and not np.array_equal(rgb, through_jpeg(rgb))
+
+
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_answers_are_those_of_each_picture_and_question_alone(vlm, batch_size):
+    questions = ["What animal is in this image?", "How many wolves are there in this image, a, b, c?", "is a cat?"]
+    expected = [answer_by_hand(vlm, image, question) for image, question in zip(IMAGES, questions)]
+    assert len(set(expected)) == 3
+    assert VisionLanguageModel(vlm, "auto", "fp32", batch_size).answers(IMAGES, questions) == expected
+
+
+def test_a_template_that_writes_the_beginning_itself_is_not_given_another(vlm, tmp_path):
+    folder = shutil.copytree(vlm, tmp_path / "vlm")
+    (folder / "chat_template.jinja").write_text("<s>" + TEMPLATE)
+    question = ["What animal is in this image?"] * 3
+    expected = VisionLanguageModel(vlm, "auto", "fp32", 16).answers(IMAGES, question)
+    assert VisionLanguageModel(str(folder), "auto", "fp32", 16).answers(IMAGES, question) == expected
+
+
+def test_vlm_alignment_is_the_recall_of_the_prompt_in_the_answer(vlm, bert):
+    reward = open_reward("vlm_alignment", {"vlm": vlm, "bert": bert, "layer": 2, "dtype": "fp32", "batch_size": 2}, 60.0, isolate=False)
+    answers = [answer_by_hand(vlm, image, "Answer concisely: what is going on in this image?") for image in IMAGES]
+    prompts = ["a cat", "dogs", "a wolf and a dog"]
+    expected = [recall_by_hand(bert, 2, answer, f"The image contains {prompt}") for answer, prompt in zip(answers, prompts)]
+    assert np.std(expected) > 0.01
+    assert reward(IMAGES, prompts).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_recall_of_sentences_of_different_length_and_of_none(bert):
+    recall = BertRecall(bert, 3)
+    candidates = ["two dogs", " ".join(60 * ["cat", "wolf"]), "", "The image contains three cats."]
+    references = ["The image contains three cats", "The image contains a", "The image contains a", "The image contains three cats."]
+    with torch.no_grad():
+        result = recall(candidates, references).tolist()
+    assert result[2] == 0 and result[3] == pytest.approx(1, abs=1e-6)
+    assert result[:2] == pytest.approx([recall_by_hand(bert, 3, *pair) for pair in zip(candidates[:2], references[:2])], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "answer, number, animals, expected",
+    [
+        ("There are five wolves.", "five", "wolves", (True, True)),
+        ("5", "five", "wolves", (True, False)),
+        ("Five, I think: a Wolf", "five", "wolves", (True, True)),
+        ("15 werewolves", "five", "wolves", (False, False)),
+        ("fish and sheep", "two", "sheep", (False, True)),
+        ("two polar bears", "two", "polar bears", (True, True)),
+        ("", "two", "cats", (False, False)),
+    ],
+)
+def test_what_an_answer_names(answer, number, animals, expected):
+    assert (names_number(answer, number), names_animal(answer, animals)) == expected
+
+
+def test_vlm_counting_is_the_mean_of_both_answers_matches(vlm):
+    reward = open_reward("vlm_counting", {"vlm": vlm, "dtype": "fp32"}, 60.0, isolate=False)
+    prompts = ["five cats", "three dogs", "two wolves"]
+    expected = []
+    for image, prompt in zip(IMAGES, prompts):
+        number, animals = prompt.split()
+        how_many = answer_by_hand(vlm, image, f"How many {animals} are there in this image?").split()
+        which = answer_by_hand(vlm, image, "What animal is in this image?").split()
+        numerals = {"two": "2", "three": "3", "four": "4", "five": "5"}
+        singular = {"cats": "cat", "dogs": "dog", "wolves": "wolf"}
+        expected.append((bool({number, numerals[number]} & {*how_many}) + bool({animals, singular[animals]} & {*which})) / 2)
+    assert len(set(expected)) > 1
+    assert reward(IMAGES, prompts).tolist() == expected
+
+
+@pytest.mark.parametrize("prompt", ["cat", "nine cats", "two", ""])
+def test_vlm_counting_wants_a_number_and_animals(prompt):
+    with pytest.raises(ValueError, match=re.escape(f"prompt {prompt!r}: vlm_counting's are a number from two to eight and a plural")):
+        parse_count(prompt)
+
+
+@pytest.mark.parametrize(
+    "kwargs, reason",
+    [
+        (
+            {"vlm": "/nowhere"},
+            "reward.kwargs.vlm=/nowhere: there is no such folder; valid is a folder or hub id of a vision-language model",
+        ),
+        ({"vlm": "{clip}"}, "reward.kwargs.vlm={clip}: .*; valid is a folder or hub id of a vision-language model"),
+        ({"vlm": "{silent}"}, "reward.kwargs.vlm={silent}: its processor has no chat template; valid is"),
+        ({"bert": "/nowhere"}, "reward.kwargs.bert=/nowhere: there is no such folder; valid is a folder or hub id of a text encoder"),
+        ({"layer": 4}, "reward.kwargs.layer=4: valid is 1 to 3, the layers of"),
+        ({"layer": "last"}, "reward.kwargs.layer=last: valid is 1 to 3"),
+        ({"dtype": "int8"}, "reward.kwargs.dtype=int8: valid is fp32, fp16, bf16"),
+    ],
+)
+def test_wrong_models_that_answer_are_one_line(vlm, bert, clip, tmp_path, kwargs, reason):
+    silent = shutil.copytree(vlm, tmp_path / "silent")
+    (silent / "chat_template.jinja").unlink()
+    kwargs = {key: value.format(clip=clip, silent=silent) if isinstance(value, str) else value for key, value in kwargs.items()}
+    with pytest.raises(ValueError, match=f"^{reason.format(clip=clip, silent=silent)}.*$"):
+        load_reward("vlm_alignment", {"vlm": vlm, "bert": bert, "layer": 2, "dtype": "fp32"} | kwargs)
 
 
 # --- a class as a reward ---

@@ -23,6 +23,8 @@ REWARDS = {
     "clip_score": "ddpo_fast.rewards.clip_score:ClipScore",
     "pickscore": "ddpo_fast.rewards.clip_score:PickScore",
     "weighted_sum": "ddpo_fast.rewards.weighted_sum:WeightedSum",
+    "vlm_alignment": "ddpo_fast.rewards.vlm:VlmAlignment",
+    "vlm_counting": "ddpo_fast.rewards.vlm:VlmCounting",
 }
 
 

@@ -27,12 +27,15 @@ def load(from_pretrained: Callable, source: str, option: str, valid: str, **kwar
         raise ValueError(f"{option}={source}: {' '.join(str(error).split())}; valid is {valid}") from error
 
 
-def load_model(cls: type, source: str, option: str, valid: str, dtype: str) -> nn.Module:
-    """A frozen network on the CPU, with all of its weights from the checkpoint. Raises ValueError as `load` does."""
+def load_model(cls: type, source: str, option: str, valid: str, dtype: str, unused: tuple[str, ...] = ()) -> nn.Module:
+    """A frozen network on the CPU, with all of its weights from the checkpoint but those whose names begin with what is `unused`.
+
+    Raises ValueError as `load` does.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"reward.kwargs.dtype={dtype}: valid is {', '.join(DTYPES)}")
     model, found = load(cls.from_pretrained, source, option, valid, dtype=DTYPES[dtype], output_loading_info=True)
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(key for key in found["missing_keys"] if not key.startswith(unused)):
         raise ValueError(f"{option}={source}: {len(missing)} weights are missing, {missing[0]} first; valid is {valid}")
     return model.requires_grad_(False).eval()
 
