@@ -7,7 +7,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=["ddpo_fast", "ddpo_fast.kernels", "ddpo_fast.rewards", "ddpo_fast.embedded"],
     package_dir={"ddpo_fast.kernels": "kernels"},  # a top-level `kernels` is another project's name
-    package_data={"ddpo_fast.embedded": ["**/*"]},
+    package_data={"ddpo_fast": ["prompt_sets/*"], "ddpo_fast.embedded": ["**/*"]},
     install_requires=[
         "torch>=2.9,<3",
         "triton>=3.5",

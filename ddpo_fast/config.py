@@ -64,12 +64,23 @@ class LoraConfig:
     fp16 and bf16 would round a small update away, so separate, and so at zero.stage=3, which partitions W."""
 
 
+PromptSet = Literal[
+    "simple_animals", "imagenet_animals", "animal_activities", "counting", "unseen_animals", "unseen_animal_activities", "everyday_objects"
+]
+PromptList = Union[list[str], dict[str, float]]
+
+
 @dataclass(frozen=True)
 class PromptsConfig:
-    name: Optional[Literal["simple_animals"]] = "simple_animals"
-    """A prompt set of the paper. simple_animals: 45 bare nouns."""
+    name: Optional[PromptSet] = "simple_animals"
+    """A prompt set of the paper: simple_animals (45 bare nouns), imagenet_animals (ImageNet's names of its 398 animals),
+    animal_activities (135, as in 'a cat washing the dishes'), counting (315, as in 'two cats'); or one that the paper's runs have not
+    seen: unseen_animals (24), unseen_animal_activities (72), everyday_objects (24)."""
     file: Optional[str] = None
-    """A text file with one prompt a line, instead of a named set."""
+    """A text file with one prompt a line, instead of a named set. A line may begin with a weight and a tab: the prompt is drawn so much
+    more often."""
+    list: Optional[PromptList] = None
+    """The prompts themselves, instead of a named set: ['a cat', 'a dog'], or with weights {'a cat': 2, 'a dog': 1}."""
     limit: Optional[int] = None
     """Use only the first so many prompts of the set."""
     samples_per_prompt: int = 4
@@ -80,11 +91,12 @@ class PromptsConfig:
 @dataclass(frozen=True)
 class RewardConfig:
     name: str = "jpeg_compressibility"
-    """jpeg_compressibility | jpeg_incompressibility | embedded_alignment, or your own: path/to/file.py:function or
-    package.module:function. Signature: (images (B,3,H,W) fp32 in [0,1], prompts: list of B str, **kwargs) -> (B,)
-    numbers, higher is better. Or a server's address, http://host:port/path or https://, see docs/rewards.md."""
+    """jpeg_compressibility | jpeg_incompressibility | embedded_alignment | aesthetic | clip_score | pickscore |
+    vlm_alignment | vlm_counting | weighted_sum, see docs/rewards.md, or your own: path/to/file.py:function or package.module:function.
+    Signature: (images (B,3,H,W) fp32 in [0,1], prompts: list of B str, **kwargs) -> (B,) numbers, higher is better; a class is made
+    once, with kwargs, and its instance called. Or a server's address, http://host:port/path or https://."""
     kwargs: dict = field(default_factory=dict)
-    """Keyword arguments for the reward function."""
+    """Keyword arguments for the reward."""
     timeout_s: float = 600.0
     """A call that takes longer counts as failed: its samples are left out of the update."""
     isolate: bool = False
@@ -225,8 +237,9 @@ class EvalConfig:
     """Evaluate every so many iterations (and before the first and after the last)."""
     num_samples: int = 48
     """Pictures of the fixed evaluation set: same prompts, same noise every time."""
-    prompts: Optional[list[str]] = None
-    """Prompts of the evaluation set, in turn. Default: the training prompts."""
+    prompts: Optional[Union[PromptSet, list[str]]] = None
+    """Prompts of the evaluation set, in turn: a list, or the name of a prompt set, such as unseen_animals, to see what is learnt about
+    others. Default: the training prompts."""
 
 
 @dataclass(frozen=True)
@@ -366,7 +379,13 @@ _RULES = [
     ("lora.forward", "auto or separate, with zero.stage=3, which partitions the weights", lambda v, c: v != "merged" or c.zero.stage < 3),
     ("lora.targets", "at least one of attention, feed_forward, convolution, projection", lambda v, c: len(v) > 0),
     ("prompts.file", "a text file with at least one line, of at most 10,000 characters each", lambda v, c: v is None or _has_lines(v)),
-    ("prompts.name", "simple_animals, unless prompts.file is given", lambda v, c: v is not None or c.prompts.file is not None),
+    ("prompts.list", "null, when prompts.file is given", lambda v, c: v is None or c.prompts.file is None),
+    ("prompts.list", "at least one prompt; a weight is a finite number > 0", lambda v, c: v is None or _is_prompt_list(v)),
+    (
+        "prompts.name",
+        "a prompt set, unless prompts.file or prompts.list is given",
+        lambda v, c: v is not None or c.prompts.file is not None or c.prompts.list is not None,
+    ),
     ("prompts.limit", _positive[1], lambda v, c: v is None or _positive[0](v, c)),
     ("prompts.samples_per_prompt", "a divisor of sample.num_samples", lambda v, c: c.sample.num_samples % v == 0),
     ("sample.guidance_scale", "a finite number >= 1; 1 is no guidance", _number(1)),
@@ -468,6 +487,11 @@ def _is_model(path: str, config: str = "model_index.json") -> bool:
 
 def _is_single_file(path: str) -> bool:
     return Path(path).suffix == ".safetensors" and Path(path).is_file()
+
+
+def _is_prompt_list(prompts: PromptList) -> bool:
+    weights = prompts.values() if isinstance(prompts, dict) else []
+    return len(prompts) > 0 and all(0 < weight <= sys.float_info.max for weight in weights)
 
 
 def _has_lines(path: str) -> bool:

@@ -30,11 +30,11 @@ from ddpo_fast.fused_unet import fuse
 from ddpo_fast.gradient_checkpointing import checkpoint_gradients
 from ddpo_fast.kernels import Ops, reference
 from ddpo_fast.lora import set_trainable
+from ddpo_fast.memory import MIB
 from ddpo_fast.merged_lora import merge
 from ddpo_fast.shared_guidance import SharedGuidance
 from ddpo_fast.split_unet import SplitUNet, stored_bytes
 
-MIB = 2**20
 ROWS = (8, 16)
 """Rows that a call is counted at. With fewer, small tensors of fixed size may decide when the peak is reached."""
 

@@ -10,10 +10,10 @@ from typing import TypeVar
 import psutil
 import torch
 
-from ddpo_fast.counts import MIB
-
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
+MIB = 2**20
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container's limits are."""

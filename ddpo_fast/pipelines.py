@@ -80,7 +80,7 @@ def _checked_class(path: str, config: str | None, vae: str | None) -> type:
     source = config or path
     option = f"model.path={path}" if config is None else f"model.config={config}"
     name = (index := _read_config(option, source, DiffusionPipeline)).get("_class_name")
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise ValueError(f"{option}: it holds a {name}; valid is a StableDiffusionPipeline (SD 1.x or 2.x) or a StableDiffusionXLPipeline")
     for part, origin in index.items():
         if isinstance(origin, list) and not (part.isidentifier() and (origin == [None, None] or _is_class(origin))):

@@ -1,5 +1,6 @@
 """Prompt distributions: which prompts a run trains on and which of them each sample gets."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +12,96 @@ SIMPLE_ANIMALS = (
 ).split()
 """The 45 nouns of the paper's aesthetic experiment (DDPO, arXiv:2305.13301, appendix)."""
 
-PROMPT_SETS = {"simple_animals": SIMPLE_ANIMALS}
+UNSEEN_ANIMALS = (
+    "snail hippopotamus cheetah crocodile lobster octopus elephant giraffe penguin panda koala rhinoceros ostrich flamingo peacock "
+    "walrus otter beaver leopard hamster scorpion jellyfish crab owl"
+).split()
+"""24 animals that are not among the 45, to see what a run has learnt about others, as the paper did (its lists are not public)."""
+
+EVERYDAY_OBJECTS = (
+    "chair table lamp cup bottle book shoe bicycle car clock umbrella backpack teapot guitar camera scissors candle pillow bucket ladder "
+    "kettle toaster telephone suitcase"
+).split()
+"""24 things that are no animals, for the same purpose."""
+
+ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
+"""The paper's, section 5.3."""
+
+NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
+
+_PLURALS = {
+    "sheep": "sheep", "deer": "deer", "fish": "fish", "mouse": "mice", "goose": "geese", "wolf": "wolves", "jellyfish": "jellyfish",
+    "octopus": "octopuses",
+}  # fmt: skip
 
 
-def load_prompts(name: str | None, file: str | None, limit: int | None = None) -> list[str]:
-    """The prompts of `file` (one a line, blank lines left out) or of the named set, at most the first `limit`."""
-    if file is not None:
-        prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    else:
-        prompts = PROMPT_SETS[name]
-    return list(prompts[:limit])
+def plural(noun: str) -> str:
+    """An animal's plural: fox, foxes; butterfly, butterflies; monkey, monkeys; mouse, mice."""
+    if noun in _PLURALS:
+        return _PLURALS[noun]
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 
-def draw_prompts(prompts: list[str], num_samples: int, samples_per_prompt: int, seed: int, iteration: int) -> list[str]:
-    """The prompts of all of an iteration's samples, drawn uniformly, each for `samples_per_prompt` samples in a row.
+def _doing(animals: list[str]) -> list[str]:
+    return [f"{'an' if animal[0] in 'aeiou' else 'a'} {animal} {activity}" for animal in animals for activity in ACTIVITIES]
 
-    A function of (seed, iteration): every rank draws the whole list and takes its part of it.
+
+PROMPT_SETS = {
+    "simple_animals": SIMPLE_ANIMALS,
+    "imagenet_animals": (Path(__file__).resolve().parent / "prompt_sets/imagenet_animals.txt").read_text(encoding="utf-8").splitlines(),
+    "animal_activities": _doing(SIMPLE_ANIMALS),
+    "counting": [f"{number} {plural(animal)}" for number in NUMBERS for animal in SIMPLE_ANIMALS],
+    "unseen_animals": UNSEEN_ANIMALS,
+    "unseen_animal_activities": _doing(UNSEEN_ANIMALS),
+    "everyday_objects": EVERYDAY_OBJECTS,
+}
+"""45, 398, 135, 315, 24, 72 and 24 prompts. imagenet_animals: the names of ImageNet's classes 0 to 397, as in "tench, Tinca tinca"."""
+
+
+def load_prompts(
+    name: str | None, file: str | None, limit: int | None = None, listed: list[str] | dict[str, float] | None = None
+) -> tuple[list[str], list[float] | None]:
+    """At most the first `limit` prompts of `listed` or `file`, or else of the named set, and their weights, None if all are alike.
+
+    In `listed` a mapping has weights; in a file, a line "weight<TAB>prompt" (one without is a prompt of weight 1; blank ones are left
+    out). Raises ValueError, naming file and line, for a weight that is not a finite number > 0.
     """
-    drawn = np.random.default_rng((0, seed, iteration)).integers(len(prompts), size=num_samples // samples_per_prompt)
+    if listed is not None:
+        weighted = [(prompt, listed[prompt] if isinstance(listed, dict) else 1.0) for prompt in listed]
+    elif file is not None:
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+        weighted = [_weighted(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    else:
+        weighted = [(prompt, 1.0) for prompt in PROMPT_SETS[name]]
+    prompts, weights = map(list, zip(*weighted[:limit]))
+    return prompts, weights if len(set(weights)) > 1 else None
+
+
+def _weighted(file: str, number: int, line: str) -> tuple[str, float]:
+    weight, tab, prompt = line.strip().partition("\t")
+    if not tab:
+        return weight, 1.0
+    try:
+        if not 0 < float(weight) < math.inf:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"prompts.file={file}: line {number} has weight {weight!r}; valid is a number > 0, a tab, a prompt") from None
+    return prompt.strip(), float(weight)
+
+
+def draw_prompts(
+    prompts: list[str], num_samples: int, samples_per_prompt: int, seed: int, iteration: int, weights: list[float] | None = None
+) -> list[str]:
+    """The prompts of all of an iteration's samples, each for `samples_per_prompt` samples in a row.
+
+    Drawn with a probability in proportion to its weight, uniformly without weights. A function of (seed, iteration): every rank draws
+    the whole list and takes its part of it.
+    """
+    generator, count = np.random.default_rng((0, seed, iteration)), num_samples // samples_per_prompt
+    if weights is None:
+        drawn = generator.integers(len(prompts), size=count)
+    else:
+        drawn = generator.choice(len(prompts), size=count, p=np.array(weights) / sum(weights))
     return [prompts[i] for i in drawn for _ in range(samples_per_prompt)]

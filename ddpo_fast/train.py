@@ -53,7 +53,7 @@ from ddpo_fast.pipelines import check_model
 from ddpo_fast.plan import make_plan, plan_text, resolve_sizes
 from ddpo_fast.policy import Policy
 from ddpo_fast.preemption import StopRequest
-from ddpo_fast.prompts import draw_prompts, load_prompts
+from ddpo_fast.prompts import PROMPT_SETS, draw_prompts, load_prompts
 from ddpo_fast.report import write_report
 from ddpo_fast.rewards import Reward, Scorer, open_reward
 from ddpo_fast.rewards.isolated import START_TIMEOUT_S
@@ -76,6 +76,8 @@ class Setup:
     rank: int
     world_size: int
     prompts: list[str]
+    prompt_weights: list[float] | None
+    """How often each is drawn, relative to the others; None if all are alike."""
     reward: Reward
     policy: Policy
     schedule: DDIMSchedule
@@ -127,7 +129,7 @@ class BadRewards(RuntimeError):
 def prepare(config: Config) -> Setup:
     """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault."""
     check_model(config.model.path, config.model.config, config.model.vae)
-    prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit)
+    prompts, prompt_weights = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
     check_optimizer(config.optimizer.name)
     deepspeed = {}
     if config.deepspeed.config is not None:
@@ -188,8 +190,8 @@ def prepare(config: Config) -> Setup:
     split = activation_cache.split(config.cache.mode, policy) if scores is None and config.zero.stage < 3 else None
     room = Room(retry=config.zero.stage < 3)
     return Setup(
-        config, Path(config.run.dir), rank, world_size, prompts, reward, policy, schedule, ops, split, clip_range, scores, room, resumed,
-        deepspeed,
+        config, Path(config.run.dir), rank, world_size, prompts, prompt_weights, reward, policy, schedule, ops, split, clip_range, scores,
+        room, resumed, deepspeed,
     )  # fmt: skip
 
 
@@ -269,7 +271,8 @@ def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline
     Raises BadRewards, before anything is updated, when too many samples have no reward.
     """
     config, num_samples = setup.config, setup.config.sample.num_samples
-    prompts = draw_prompts(setup.prompts, num_samples, config.prompts.samples_per_prompt, config.run.seed, iteration)
+    samples_per_prompt = config.prompts.samples_per_prompt
+    prompts = draw_prompts(setup.prompts, num_samples, samples_per_prompt, config.run.seed, iteration, setup.prompt_weights)
     mine = _block(num_samples, setup.rank, setup.world_size)
     first_id = (iteration - 1) * num_samples + mine.start
     cache.begin(len(prompts[mine]), setup.schedule.num_steps, updates(setup, iteration))
@@ -455,6 +458,7 @@ def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -
     """
     config = setup.config
     prompts = config.eval.prompts or setup.prompts
+    prompts = PROMPT_SETS[prompts] if isinstance(prompts, str) else prompts
     prompts = [prompts[i % len(prompts)] for i in range(config.eval.num_samples)]
     mine = _block(len(prompts), setup.rank, setup.world_size)
     _, rewards, images = sample(setup, StageTimer(setup.policy.device), EVAL_SAMPLE_ID + mine.start, prompts[mine], "eval")

@@ -53,8 +53,8 @@ BAD = [  # arguments, what the line must say
     ("--sample.num_samples 0", "sample.num_samples=0: valid is"),
     ("--sample.batch_size -4", "sample.batch_size=-4: valid is"),
     ("--prompts.samples_per_prompt 5", "prompts.samples_per_prompt=5: valid is a divisor of sample.num_samples"),
-    ("--prompts.name animals", "prompts.name=animals: expected Literal['simple_animals'], NoneType"),
-    ("--prompts.name null", "prompts.name=None: valid is simple_animals, unless prompts.file is given"),
+    ("--prompts.name animals", "prompts.name=animals: expected Literal['simple_animals', 'imagenet_animals', "),
+    ("--prompts.name null", "prompts.name=None: valid is a prompt set, unless prompts.file or prompts.list is given"),
     ("--prompts.file /nowhere.txt", "prompts.file=/nowhere.txt: valid is a text file with at least one line"),
     ("--prompts.limit 0", "prompts.limit=0: valid is"),
     ("--model.path /nowhere", "model.path=/nowhere: valid is a folder with model_index.json, or a hub id"),
@@ -92,6 +92,11 @@ BAD = [  # arguments, what the line must say
     ("--train.gradient_checkpointing true --model.compile true", "train.gradient_checkpointing=True: valid is false, with model.compile"),
     ("--deepspeed.config /nowhere.json", "deepspeed.config=/nowhere.json: cannot be read"),
     ("--eval.every 0", "eval.every=0: valid is"),
+    ("--prompts.list []", "prompts.list=[]: valid is at least one prompt"),
+    ('--prompts.list {{"a":0}}', "prompts.list={{'a': 0.0}}: valid is at least one prompt; a weight is a finite number > 0"),
+    ("--prompts.list [a] --prompts.file {some_lines}", "prompts.list=['a']: valid is null, when prompts.file is given"),
+    ("--prompts.file {bad_weight}", "line 1 has weight '0'; valid is a number > 0, a tab, a prompt"),
+    ("--eval.prompts animals", "eval.prompts=animals: expected Literal['simple_animals', "),
     ("--eval.prompts []", "eval.prompts=[]: valid is a list with at least one prompt"),
     ("--run.seed -1", "run.seed=-1: valid is a whole number in [0, 2^63)"),
     ("--run.iterations 0", "run.iterations=0: valid is"),
@@ -101,7 +106,7 @@ BAD = [  # arguments, what the line must say
     ("--run.dir {empty} --resume", "valid is the directory of a run with a checkpoint"),
     ("--resume", "run.dir=None: valid is the directory of a run with a checkpoint"),
     ("--reward.name beauty", "reward.name=beauty: valid is one of jpeg_compressibility"),
-    ("--reward.name aesthetic", "reward.name=aesthetic: this reward comes in a later version"),
+    ("--reward.name aesthetic", "reward.kwargs.weights=None: valid is the file sac+logos+ava1-l14-linearMSE.pth"),
     ("--reward.name /nowhere.py:f", "reward.name=/nowhere.py:f: there is no file /nowhere.py"),
     ("--reward.name no_such_module:f", "importing no_such_module failed: ModuleNotFoundError"),
     ("--reward.name ddpo_fast.rewards.jpeg:f", "ddpo_fast.rewards.jpeg has no function f; it has: "),
@@ -154,7 +159,7 @@ BAD = [  # arguments, what the line must say
     ("--model.path {file}", "file: valid is a folder with model_index.json"),
     ("--model.path {deep_pipeline}", "model_index.json cannot be read: maximum recursion depth"),
     ("--model.path {binary_pipeline}", "model_index.json cannot be read: 'utf-8' codec can't decode"),
-    ("--model.path {list_pipeline}", "model_index.json cannot be read: 'list' object has no attribute"),
+    ("--model.path {list_pipeline}", "model_index.json cannot be read: it is no object"),
     ("--model.path {custom_class}", "it holds a ['pipeline', 'MyPipeline']; valid is a StableDiffusionPipeline"),
     ("--model.path {custom_module}", "model_index.json has unet=['own_unet', 'Unet']; valid are classes of diffusers, transformers"),
     ("--model.path {installed_module}", "model_index.json has vae=['os', 'system']; valid are classes of diffusers, transformers"),
@@ -232,6 +237,7 @@ def paths(tmp_path_factory, tiny_model) -> Iterator[dict[str, Path]]:
         "raising_reward.py": "raise ValueError('first\\nsecond')", "empty_reward.py": "",
         **{f"{run}/checkpoints/1/state.json": "{}" for run in ["no_config", *runs]},
         **{f"{run}/config.yaml": content for run, content in runs.items()},
+        "some_lines": "a cat", "bad_weight": "0\ta cat",
     }  # fmt: skip
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
@@ -275,6 +281,8 @@ def takes(annotation, value) -> bool:
         return any(takes(argument, value) for argument in arguments)
     if origin is typing.Literal:
         return any(type(value) is type(argument) and value == argument for argument in arguments)
+    if origin is dict:
+        return isinstance(value, dict) and all(takes(arguments[0], k) and takes(arguments[1], v) for k, v in value.items())
     if origin is list:
         return isinstance(value, list) and all(takes(argument, item) for argument in arguments for item in value)
     return type(value) in ((int, float) if annotation is float else (annotation,))

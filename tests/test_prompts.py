@@ -1,14 +1,21 @@
 """Prompt sets, prompt files and the draw of an iteration's prompts."""
 
+import hashlib
+import json
+import re
+from typing import get_args
+
 import numpy as np
 import pytest
 
-from ddpo_fast.prompts import SIMPLE_ANIMALS, draw_prompts, load_prompts
+from ddpo_fast import train as trainer
+from ddpo_fast.config import PromptSet
+from ddpo_fast.prompts import EVERYDAY_OBJECTS, PROMPT_SETS, SIMPLE_ANIMALS, UNSEEN_ANIMALS, draw_prompts, load_prompts, plural
 
 
 def test_simple_animals_are_the_45_of_the_paper():
-    animals = load_prompts("simple_animals", None)
-    assert len(animals) == len(set(animals)) == 45
+    animals, weights = load_prompts("simple_animals", None)
+    assert weights is None and len(animals) == len(set(animals)) == 45
     assert all(animal.isalpha() and animal.islower() for animal in animals)
     assert animals[:3] == ["cat", "dog", "horse"] and animals[-2:] == ["hedgehog", "kangaroo"]
 
@@ -19,12 +26,71 @@ def test_simple_animals_are_the_45_of_the_paper():
 def test_prompt_file(tmp_path, limit, expected):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\n  a red fox \r\n\n \t \nein Bär\n猫".encode())
-    assert load_prompts(None, str(file), limit) == expected
+    assert load_prompts(None, str(file), limit) == (expected, None)
+
+
+def test_options_name_every_set():
+    assert set(get_args(PromptSet)) == set(PROMPT_SETS)
+
+
+def test_activities_have_the_right_article():
+    prompts, _ = load_prompts("animal_activities", None)
+    assert len(prompts) == len(set(prompts)) == 135
+    assert prompts[:3] == ["a cat washing the dishes", "a cat riding a bike", "a cat playing chess"]
+    assert [prompt for prompt in prompts if not prompt.startswith("a ")] == [
+        "an ant washing the dishes", "an ant riding a bike", "an ant playing chess",
+    ]  # fmt: skip
+    assert {prompt.split(" ", 2)[1] for prompt in prompts} == set(SIMPLE_ANIMALS)
+    assert load_prompts("unseen_animal_activities", None)[0][15:17] == ["an octopus washing the dishes", "an octopus riding a bike"]
+
+
+def test_counting_is_every_number_of_every_animal():
+    prompts, _ = load_prompts("counting", None)
+    numbers = {"two", "three", "four", "five", "six", "seven", "eight"}
+    assert len(set(prompts)) == 315 == 7 * 45 and {prompt.split()[0] for prompt in prompts} == numbers
+    assert {"two cats", "eight kangaroos", "three mice", "five geese", "six wolves", "seven foxes", "two butterflies", "four sheep"} <= set(
+        prompts
+    )
+    assert len({plural(animal) for animal in SIMPLE_ANIMALS + UNSEEN_ANIMALS}) == 45 + 24
+
+
+def test_imagenet_animals_are_the_names_of_the_classes_0_to_397():
+    prompts, _ = load_prompts("imagenet_animals", None)
+    assert len(prompts) == len(set(prompts)) == 398
+    known = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 134: "crane", 151: "Chihuahua", 281: "tabby, tabby cat"}
+    assert {i: prompts[i] for i in known} == known and prompts[397] == "puffer, pufferfish, blowfish, globefish"
+    assert prompts[2] == "great white shark, white shark, man-eater, man-eating shark, Carcharodon carcharias"
+    digest = "502198a6a0f7f97cc291bcc04010eb552d02ab37e6a6ebbb577dc9d6f999973c"
+    assert hashlib.sha256("\n".join(prompts).encode()).hexdigest() == digest  # as timm 1.0.31 has them
+
+
+def test_unseen_sets_share_nothing_with_what_is_trained_on():
+    seen = {word for name in ("simple_animals", "imagenet_animals") for prompt in PROMPT_SETS[name] for word in prompt.split(", ")}
+    assert not set(UNSEEN_ANIMALS) & set(SIMPLE_ANIMALS) and not set(EVERYDAY_OBJECTS) & seen
+    assert len(set(UNSEEN_ANIMALS)) == len(set(EVERYDAY_OBJECTS)) == 24
+    assert {"snail", "hippopotamus", "cheetah", "crocodile", "lobster", "octopus"} <= set(UNSEEN_ANIMALS)
+
+
+def test_weights_of_a_file_and_of_a_list(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("2.5\ta red fox\nein Bär\n\n1e-1 \t  a cat\n")
+    assert load_prompts(None, str(file)) == (["a red fox", "ein Bär", "a cat"], [2.5, 1.0, 0.1])
+    assert load_prompts("simple_animals", None, None, {"a": 2.0, "b": 1.0}) == (["a", "b"], [2.0, 1.0])
+    assert load_prompts("simple_animals", None, 1, {"a": 2.0, "b": 1.0}) == (["a"], None)
+    assert load_prompts("simple_animals", None, None, ["b", "a"]) == (["b", "a"], None)
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "two", ""])
+def test_wrong_weight_names_file_and_line(tmp_path, weight):
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"1\ta cat\n\n{weight or 'a dog'}\ta dog\n")
+    with pytest.raises(ValueError, match=re.escape(f"prompts.file={file}: line 3 has weight {weight or 'a dog'!r}; valid is a number > 0")):
+        load_prompts(None, str(file))
 
 
 @pytest.mark.parametrize("limit", [None, 1, 7, 45, 100])
 def test_limit_takes_the_first_and_leaves_the_set_alone(limit):
-    prompts = load_prompts("simple_animals", None, limit)
+    prompts, _ = load_prompts("simple_animals", None, limit)
     assert prompts == SIMPLE_ANIMALS[:limit]
     prompts.append("unicorn")
     assert "unicorn" not in SIMPLE_ANIMALS
@@ -67,3 +133,38 @@ def test_draw_is_uniform():
         )
     expected = 25600 / 45
     assert ((counts - expected) ** 2 / expected).sum() < 78.7  # chi-squared, 44 degrees of freedom, 0.1 % level
+
+
+def test_weighted_draw_is_in_proportion_and_a_function_of_seed_and_iteration():
+    prompts, weights = ["a", "b", "c", "d"], [4.0, 2.0, 1.0, 1.0]
+    counts = np.zeros(4)
+    for iteration in range(100):
+        drawn = draw_prompts(prompts, 256, 1, 0, iteration, weights)
+        assert drawn == draw_prompts(prompts, 256, 1, 0, iteration, [8.0, 4.0, 2.0, 2.0])
+        counts += np.bincount([prompts.index(prompt) for prompt in drawn], minlength=4)
+    expected = 25600 * np.array(weights) / 8
+    assert ((counts - expected) ** 2 / expected).sum() < 16.3  # chi-squared, 3 degrees of freedom, 0.1 % level
+    assert draw_prompts(prompts, 256, 4, 0, 1, weights)[::4] == draw_prompts(prompts, 64, 1, 0, 1, weights)
+    assert draw_prompts(prompts, 256, 1, 1, 1, weights) != draw_prompts(prompts, 256, 1, 0, 1, weights)
+
+
+def test_a_run_draws_by_weight_and_evaluates_on_a_named_set(tiny_model, tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "import json\n\n"
+        "def score(images, prompts, file):\n"
+        "    with open(file, 'a') as file:\n"
+        "        print(json.dumps(prompts), file=file)\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    kwargs = json.dumps({"file": str(tmp_path / "prompts.jsonl")})
+    listed = {"a cat": 3.0, "a dog": 1.0}
+    trainer.main([
+        f"--model.path={tiny_model}", f"--run.dir={tmp_path / 'run'}", f"--reward.name={tmp_path}/reward.py:score",
+        f"--reward.kwargs={kwargs}", "--lora.rank=2",
+        "--sample.num_samples=8", "--sample.num_steps=2", "--sample.batch_size=8", "--eval.num_samples=4", "--run.iterations=1",
+        "--train.num_minibatches=1", "--prompts.samples_per_prompt=1", f"--prompts.list={json.dumps(listed)}",
+        "--eval.prompts=unseen_animals",
+    ])  # fmt: skip
+    seen = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    held_out = ["snail", "hippopotamus", "cheetah", "crocodile"]
+    assert seen == [held_out, draw_prompts(["a cat", "a dog"], 8, 1, 0, 1, [3.0, 1.0]), held_out]

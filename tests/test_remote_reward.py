@@ -44,7 +44,7 @@ def environment(monkeypatch):
 
 @contextmanager
 def serving(function, timeout_s: float = 10.0):
-    with RewardServer(partial(score, function, kwargs={}, timeout_s=timeout_s), "127.0.0.1", 0) as server:
+    with RewardServer(partial(score, function, timeout_s=timeout_s), "127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:

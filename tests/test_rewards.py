@@ -76,10 +76,10 @@ def test_jpeg_prefers_what_it_should():
 
 
 @pytest.mark.parametrize("name", REWARDS)
-def test_named_reward_is_a_function_of_its_module(name):
+def test_named_reward_is_a_function_or_class_of_its_module(name):
     module, function = REWARDS[name].split(":")
     definitions = ast.parse(Path(importlib.util.find_spec(module).origin).read_text()).body
-    assert function in [node.name for node in definitions if isinstance(node, ast.FunctionDef)]
+    assert function in [node.name for node in definitions if isinstance(node, ast.FunctionDef | ast.ClassDef)]
 
 
 def test_jpeg_rewards_by_name():
@@ -117,7 +117,7 @@ def reward_file(tmp_path) -> str:
 )
 def test_reward_of_a_file(reward_file, function, kwargs, answer):
     reward = load_reward(f"{reward_file}:{function}", kwargs)
-    assert score(reward, IMAGES, PROMPTS, kwargs, 10).tolist() == [answer] * 3
+    assert score(reward, IMAGES, PROMPTS, 10).tolist() == [answer] * 3
 
 
 def test_reward_of_a_file_in_the_working_directory(reward_file, monkeypatch):
@@ -132,14 +132,13 @@ def test_reward_file_is_a_module_as_python_knows_them(tmp_path):
         "@dataclass\nclass Scale:\n    value: float\n\n"
         "def reward(images, prompts):\n    return [pickle.loads(pickle.dumps(Scale(2.0))).value] * len(prompts)\n"
     )
-    assert score(load_reward(f"{file}:reward", {}), IMAGES, PROMPTS, {}, 10).tolist() == [2] * 3
+    assert score(load_reward(f"{file}:reward", {}), IMAGES, PROMPTS, 10).tolist() == [2] * 3
 
 
 @pytest.mark.parametrize(
     "name, reason",
     [
         ("no_such_reward", "valid is one of jpeg_compressibility, .*path/to/file.py:function or package.module:function"),
-        ("aesthetic", "comes in a later version; valid is one of"),
         ("", "valid is one of"),
         (":function", "valid is one of"),
         ("module:", "valid is one of"),
@@ -217,7 +216,7 @@ def answering(answer):
     ids=["list", "tuple", "numpy", "numpy int", "int tensor", "half", "requires grad", "list of tensors", "list of numpy numbers"],
 )
 def test_any_three_numbers_are_three_rewards(answer):
-    rewards = score(answering(answer), IMAGES, PROMPTS, {}, 10)
+    rewards = score(answering(answer), IMAGES, PROMPTS, 10)
     assert rewards.dtype == torch.float64 and rewards.device.type == "cpu" and not rewards.requires_grad
     assert rewards.tolist() == [1, 2, 3]
 
@@ -227,11 +226,11 @@ def test_reward_gets_images_prompts_and_kwargs_without_gradient():
         assert images is IMAGES and prompts is PROMPTS and not torch.is_grad_enabled()
         return [scale] * 3
 
-    assert score(reward, IMAGES, PROMPTS, {"scale": 4}, 10).tolist() == [4] * 3
+    assert score(partial(reward, scale=4), IMAGES, PROMPTS, 10).tolist() == [4] * 3
 
 
 def test_nan_of_one_sample_passes_through():
-    rewards = score(answering([1.0, float("nan"), float("inf")]), IMAGES, PROMPTS, {}, 10)
+    rewards = score(answering([1.0, float("nan"), float("inf")]), IMAGES, PROMPTS, 10)
     assert rewards[0] == 1 and rewards[1].isnan() and rewards[2].isinf()
 
 
@@ -255,7 +254,7 @@ def test_nan_of_one_sample_passes_through():
 )
 def test_answer_that_is_not_three_numbers_is_an_error(answer, reason):
     with pytest.raises(RuntimeError, match=f"the reward function returned {reason}"):
-        score(answering(answer), IMAGES, PROMPTS, {}, 10)
+        score(answering(answer), IMAGES, PROMPTS, 10)
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
@@ -264,7 +263,7 @@ def test_async_reward_is_an_error():
         return [1.0] * 3
 
     with pytest.raises(RuntimeError, match="the reward function returned coroutine, not 3 numbers"):
-        score(reward, IMAGES, PROMPTS, {}, 10)
+        score(reward, IMAGES, PROMPTS, 10)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +274,7 @@ def test_reward_that_raises_is_an_error_with_its_cause(error):
         raise error
 
     with pytest.raises(RuntimeError, match=f"the reward function raised {type(error).__name__}") as caught:
-        score(reward, IMAGES, PROMPTS, {}, 10)
+        score(reward, IMAGES, PROMPTS, 10)
     assert caught.value.__cause__ is error
 
 
@@ -297,7 +296,7 @@ def hanging_reward():
 def test_reward_that_hangs_is_abandoned_in_time(hanging_reward):
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="took longer than reward.timeout_s=0.1"):
-        score(hanging_reward, IMAGES, PROMPTS, {}, timeout_s=0.1)
+        score(hanging_reward, IMAGES, PROMPTS, timeout_s=0.1)
     assert 0.1 <= time.monotonic() - start < 5
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "reward")  # none keeps the process from ending
 
@@ -309,7 +308,7 @@ def raising_reward(images, prompts):
 @pytest.mark.parametrize("reward, reason", [(raising_reward, "KeyError: 'wolf'"), (answering([1.0]), r"shape \(1,\)")])
 def test_failed_call_is_logged_and_gives_nan(reward, reason, caplog):
     with caplog.at_level(logging.WARNING, logger="ddpo_fast"):
-        rewards = score_or_nan(partial(score, reward, kwargs={}, timeout_s=10), IMAGES, PROMPTS)
+        rewards = score_or_nan(partial(score, reward, timeout_s=10), IMAGES, PROMPTS)
     assert rewards.shape == (3,) and rewards.dtype == torch.float64 and rewards.isnan().all()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "3 samples" in record.getMessage()
@@ -317,18 +316,18 @@ def test_failed_call_is_logged_and_gives_nan(reward, reason, caplog):
 
 
 def test_hanging_call_gives_nan(hanging_reward, caplog):
-    assert score_or_nan(partial(score, hanging_reward, kwargs={}, timeout_s=0.1), IMAGES, PROMPTS).isnan().all()
+    assert score_or_nan(partial(score, hanging_reward, timeout_s=0.1), IMAGES, PROMPTS).isnan().all()
     assert "reward.timeout_s=0.1" in caplog.text
 
 
 def test_good_call_is_not_logged(caplog):
-    assert score_or_nan(partial(score, answering([1, 2, 3]), kwargs={}, timeout_s=10), IMAGES, PROMPTS).tolist() == [1, 2, 3]
+    assert score_or_nan(partial(score, answering([1, 2, 3]), timeout_s=10), IMAGES, PROMPTS).tolist() == [1, 2, 3]
     assert not caplog.records
 
 
 def test_what_fp32_cannot_hold_costs_its_sample_only(caplog):
     """Its square would make every advantage of the iteration 0 or NaN."""
-    rewards = score_or_nan(partial(score, answering([1.0, 1e300, float("nan")]), kwargs={}, timeout_s=10), IMAGES, PROMPTS)
+    rewards = score_or_nan(partial(score, answering([1.0, 1e300, float("nan")]), timeout_s=10), IMAGES, PROMPTS)
     assert rewards.isfinite().tolist() == [True, False, False]
     assert "2 of 3 rewards are not finite; these samples are left out" in caplog.text
 
@@ -337,7 +336,7 @@ def test_a_call_that_fails_does_not_keep_the_images():
     images = torch.zeros(3, 3, 8, 8)
     gone = weakref.ref(images)
     with suppress(RewardError):
-        score(raising_reward, images, PROMPTS, {}, 10)
+        score(raising_reward, images, PROMPTS, 10)
     del images
     assert gone() is None
 
@@ -356,7 +355,7 @@ def test_batches_are_scored_behind_the_callers_back_in_order_and_one_at_a_time(c
             raise KeyError("wolf")
         return [float(prompts[0])] * 3
 
-    scorer = Scorer(partial(score, reward, kwargs={}, timeout_s=10))
+    scorer = Scorer(partial(score, reward, timeout_s=10))
     scorer.add(IMAGES, ["1"] * 3)  # comes back although the reward waits for the line below
     go.release()
     scorer.add(IMAGES, ["bad"] * 3)
@@ -381,7 +380,7 @@ def test_a_batch_that_ran_out_of_memory_is_scored_once_more_when_the_caller_wait
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return [float(prompts[0])] * 3
 
-    scorer = Scorer(partial(score, reward, kwargs={}, timeout_s=10))
+    scorer = Scorer(partial(score, reward, timeout_s=10))
     for number in "123":
         scorer.add(IMAGES, [number] * 3)
     rewards = scorer.rewards()

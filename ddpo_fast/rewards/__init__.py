@@ -20,7 +20,7 @@ Reward = Callable[[Tensor, list[str]], Tensor]
 
 
 def open_reward(name: str, kwargs: dict, timeout_s: float, isolate: bool) -> Reward:
-    """The reward of a name: a function, called in this process or, with `isolate`, in one of its own, or the server at an http address.
+    """The reward of a name: called in this process or, with `isolate`, in one of its own, or the server at an http address.
 
     Raises ValueError, naming the option at fault.
     """
@@ -29,10 +29,10 @@ def open_reward(name: str, kwargs: dict, timeout_s: float, isolate: bool) -> Rew
             raise ValueError("reward.isolate=True: valid is False for a remote reward, which runs in another process already")
         if kwargs:
             raise ValueError(f"reward.kwargs={kwargs}: valid is {{}} for a remote reward; its server is given them")
-        return partial(score, RemoteReward(name, timeout_s), kwargs=kwargs, timeout_s=timeout_s)
+        return partial(score, RemoteReward(name, timeout_s), timeout_s=timeout_s)
     if isolate:
         return IsolatedReward(name, kwargs, timeout_s)
-    return partial(score, load_reward(name, kwargs), kwargs=kwargs, timeout_s=timeout_s)
+    return partial(score, load_reward(name, kwargs), timeout_s=timeout_s)
 
 
 def score_or_nan(reward: Reward, images: Tensor, prompts: list[str], last: bool = True) -> Tensor:

@@ -1,4 +1,4 @@
-"""A reward as a function, (images (B, 3, H, W) fp32 in [0, 1], prompts: B strings, **kwargs) -> (B,) numbers: finding and calling it."""
+"""A reward, (images (B, 3, H, W) fp32 in [0, 1], prompts: B strings) -> (B,) numbers: finding it by its name and calling it."""
 
 import importlib
 import importlib.util
@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,16 +20,21 @@ REWARDS = {
     "jpeg_compressibility": "ddpo_fast.rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "ddpo_fast.rewards.jpeg:jpeg_incompressibility",
     "embedded_alignment": "ddpo_fast.rewards.embedded_alignment:embedded_alignment",
+    "aesthetic": "ddpo_fast.rewards.aesthetic:Aesthetic",
+    "clip_score": "ddpo_fast.rewards.clip_score:ClipScore",
+    "pickscore": "ddpo_fast.rewards.clip_score:PickScore",
+    "weighted_sum": "ddpo_fast.rewards.weighted_sum:WeightedSum",
+    "vlm_alignment": "ddpo_fast.rewards.vlm:VlmAlignment",
+    "vlm_counting": "ddpo_fast.rewards.vlm:VlmCounting",
 }
 
 
 def load_reward(name: str, kwargs: dict) -> Callable:
-    """The function of a reward's name: one of REWARDS, `path/to/file.py:function` or `package.module:function`.
+    """The reward (images, prompts) of a name, given its arguments: one of REWARDS, `path/to/file.py:function` or `package.module:function`.
 
+    In place of a function there may be a class, what must be loaded once: the reward is then its instance, made with the arguments.
     Raises ValueError, naming the option, when there is no such function or it does not take (images, prompts, **kwargs).
     """
-    if name == "aesthetic":
-        raise ValueError("reward.name=aesthetic: this reward comes in a later version; " + _VALID)
     source, _, function_name = REWARDS.get(name, name).rpartition(":")
     if not source or not function_name.isidentifier():
         raise ValueError(f"reward.name={name}: {_VALID}")
@@ -48,15 +54,29 @@ def load_reward(name: str, kwargs: dict) -> Callable:
         raise ValueError(f"reward.name={name}: importing {source} failed: {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        functions = ", ".join(n for n, f in vars(module).items() if inspect.isfunction(f)) or "none"
+        functions = ", ".join(n for n, f in vars(module).items() if inspect.isfunction(f) or inspect.isclass(f)) or "none"
         raise ValueError(f"reward.name={name}: {source} has no function {function_name}; it has: {functions}")
+    arguments = () if inspect.isclass(function) else (None, None)
     try:
-        inspect.signature(function).bind(None, None, **kwargs)
+        inspect.signature(function).bind(*arguments, **kwargs)
     except ValueError:
         raise ValueError(f"reward.name={name}: {function_name} has no signature; valid is a function (images, prompts, **kwargs)") from None
     except TypeError as error:
-        raise ValueError(f"reward.kwargs={kwargs}: {function_name}(images, prompts, **kwargs) does not take them: {error}") from None
-    return function
+        given = "**kwargs" if inspect.isclass(function) else "images, prompts, **kwargs"
+        raise ValueError(f"reward.kwargs={kwargs}: {function_name}({given}) does not take them: {error}") from None
+    if not inspect.isclass(function):
+        return partial(function, **kwargs) if kwargs else function
+    try:
+        reward = function(**kwargs)
+    except ValueError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reward.name={name}: {function_name}(**kwargs) raised {type(error).__name__}: {error}") from error
+    try:
+        inspect.signature(reward).bind(None, None)
+    except TypeError:
+        raise ValueError(f"reward.name={name}: an instance of {function_name} cannot be called with (images, prompts)") from None
+    return reward
 
 
 _VALID = f"valid is one of {', '.join(REWARDS)}, path/to/file.py:function or package.module:function"
@@ -70,7 +90,7 @@ class RewardMemoryError(RewardError):
     """A call that ran out of memory; it may do better when nothing is denoised beside it."""
 
 
-def call(reward: Callable, images: Tensor, prompts: list[str], kwargs: dict) -> Tensor:
+def call(reward: Callable, images: Tensor, prompts: list[str]) -> Tensor:
     """Calls a reward on the images' device, without gradient, and checks its answer. Returns (B,) fp64 on the CPU.
 
     What fp32 cannot hold becomes infinite. Raises RewardError, caused by what the function raised, sys.exit() included; that is a
@@ -80,7 +100,7 @@ def call(reward: Callable, images: Tensor, prompts: list[str], kwargs: dict) -> 
         torch.cuda.set_device(images.device)  # the current device is a thread's own
     try:
         with torch.no_grad():
-            answer = reward(images, prompts, **kwargs)
+            answer = reward(images, prompts)
     except RewardError:
         raise
     except BaseException as error:
@@ -98,9 +118,9 @@ def call(reward: Callable, images: Tensor, prompts: list[str], kwargs: dict) -> 
     return rewards.masked_fill(rewards.abs() > torch.finfo(torch.float32).max, torch.inf)
 
 
-def score(reward: Callable, images: Tensor, prompts: list[str], kwargs: dict, timeout_s: float) -> Tensor:
+def score(reward: Callable, images: Tensor, prompts: list[str], timeout_s: float) -> Tensor:
     """`call` that is abandoned (its daemon thread is left behind) and raises RewardError when it outlasts `timeout_s`."""
-    rewards = in_background("reward", call, reward, images, prompts, kwargs)
+    rewards = in_background("reward", call, reward, images, prompts)
     if wait([rewards], timeout_s).not_done:
         raise RewardError(f"the reward function took longer than reward.timeout_s={timeout_s}")
     try:

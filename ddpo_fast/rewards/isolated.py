@@ -117,7 +117,7 @@ def serve(connection: int, lifeline: int) -> None:
         name, kwargs, num_threads = connection.recv()
         torch.set_num_threads(num_threads)
         try:
-            function = load_reward(name, kwargs)
+            reward = load_reward(name, kwargs)
         except ValueError as error:
             connection.send(error)
             return
@@ -130,7 +130,7 @@ def serve(connection: int, lifeline: int) -> None:
             # sums are rounded in the order of memory
             images = images.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
             try:
-                answer = call(function, images, prompts, kwargs).tolist()
+                answer = call(reward, images, prompts).tolist()
             except RewardError as error:
                 if error.__cause__:
                     traceback.print_exception(error.__cause__)  # which is lost on the way through the pipe
