@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -97,7 +98,11 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 
 def image_grid(images: Tensor, prompts: list[str], rewards: Tensor, columns: int = 8) -> Image.Image:
-    """Pictures (B, 3, H, W), uint8, side by side, each with its prompt and reward below; each 128 to 256 pixels wide."""
+    """Pictures (B, 3, H, W), uint8, side by side, each with its prompt and reward below; each 128 to 256 pixels wide.
+
+    `info["grid"]` of the result says the same as JSON: columns, cell and line (a picture's size and the distance of two rows, in
+    pixels), prompts, rewards (null where not finite).
+    """
     rows, cell = -(-len(prompts) // columns), min(max(images.shape[-1], 128), 256)
     grid = Image.new("RGB", (columns * cell, rows * (cell + 28)), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
@@ -107,7 +112,27 @@ def image_grid(images: Tensor, prompts: list[str], rewards: Tensor, columns: int
         grid.paste(Image.fromarray(picture).resize((cell - 4, cell - 4), Image.Resampling.BICUBIC), (x + 2, y + 2))
         draw.text((x + 4, y + cell - 2), _fit(prompt, font, cell - 8), "black", font)
         draw.text((x + 4, y + cell + 11), f"{reward:.3f}", "gray", font)
+    finite = [reward if math.isfinite(reward) else None for reward in rewards.tolist()]
+    grid.info["grid"] = json.dumps({"columns": columns, "cell": cell, "line": cell + 28, "prompts": prompts, "rewards": finite})
     return grid
+
+
+def save_grid(grid: Image.Image, path: Path) -> None:
+    """Writes a grid as PNG, with its `info["grid"]` as text of that name, so that whoever opens the file has that, too."""
+    text = PngInfo()
+    text.add_itxt("grid", grid.info["grid"])
+    grid.save(path, pnginfo=text)
+
+
+def diversity(images: Tensor) -> float | None:
+    """How much pictures (B, 3, H, W), uint8, differ from each other: 0 where all are the same; None for a single one.
+
+    The mean over all pairs of sqrt(mean (x_i - x_j)^2), with pictures in [0, 1] averaged down to at most 32 x 32, so that noise and
+    fine texture, which no two pictures share, hardly count.
+    """
+    height, width = (min(32, size) for size in images.shape[-2:])
+    small = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, (height, width)).flatten(1)
+    return (torch.pdist(small) / small.shape[1] ** 0.5).mean().item() if len(small) > 1 else None
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
