@@ -32,5 +32,6 @@ setup(
         "pyyaml",
         "urllib3>=2.3",
     ],
+    entry_points={"console_scripts": ["ddpo-fast-sample = ddpo_fast.sample:main"]},
     extras_require={"gpu": ["xformers"], "build": ["cairosvg"], "test": ["scipy", "pytest", "pytest-benchmark", "ruff", "hypothesis"]},
 )

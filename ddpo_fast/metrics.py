@@ -98,22 +98,28 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 
 def image_grid(images: Tensor, prompts: list[str], rewards: Tensor, columns: int = 8) -> Image.Image:
-    """Pictures (B, 3, H, W), uint8, side by side, each with its prompt and reward below; each 128 to 256 pixels wide.
+    """`picture_grid` with rewards (B,) below the prompts.
 
     `info["grid"]` of the result says the same as JSON: columns, cell and line (a picture's size and the distance of two rows, in
     pixels), prompts, rewards (null where not finite).
     """
+    grid = picture_grid(images, prompts, [f"{reward:.3f}" for reward in rewards.tolist()], columns)
+    finite, cell = [reward if math.isfinite(reward) else None for reward in rewards.tolist()], grid.width // columns
+    grid.info["grid"] = json.dumps({"columns": columns, "cell": cell, "line": cell + 28, "prompts": prompts, "rewards": finite})
+    return grid
+
+
+def picture_grid(images: Tensor, prompts: list[str], notes: list[str], columns: int = 8) -> Image.Image:
+    """Pictures (B, 3, H, W), uint8, side by side, each with its prompt and a note below; each 128 to 256 pixels wide."""
     rows, cell = -(-len(prompts) // columns), min(max(images.shape[-1], 128), 256)
     grid = Image.new("RGB", (columns * cell, rows * (cell + 28)), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
     pixels = images.permute(0, 2, 3, 1).numpy()
-    for i, (picture, prompt, reward) in enumerate(zip(pixels, prompts, rewards.tolist())):
+    for i, (picture, prompt, note) in enumerate(zip(pixels, prompts, notes)):
         x, y = i % columns * cell, i // columns * (cell + 28)
         grid.paste(Image.fromarray(picture).resize((cell - 4, cell - 4), Image.Resampling.BICUBIC), (x + 2, y + 2))
         draw.text((x + 4, y + cell - 2), _fit(prompt, font, cell - 8), "black", font)
-        draw.text((x + 4, y + cell + 11), f"{reward:.3f}", "gray", font)
-    finite = [reward if math.isfinite(reward) else None for reward in rewards.tolist()]
-    grid.info["grid"] = json.dumps({"columns": columns, "cell": cell, "line": cell + 28, "prompts": prompts, "rewards": finite})
+        draw.text((x + 4, y + cell + 11), note, "gray", font)
     return grid
 
 

@@ -57,14 +57,11 @@ from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.report import environment, write_report
 from ddpo_fast.rewards import Reward, Scorer, open_reward
 from ddpo_fast.rewards.isolated import START_TIMEOUT_S
-from ddpo_fast.rollout import MicroBatch, Pairs, Rollout, generate, micro_batches, passes
+from ddpo_fast.rollout import EVAL_SAMPLE_ID, MicroBatch, Pairs, Rollout, generate, micro_batches, passes
 from ddpo_fast.score_accumulation import ScoreAccumulator
 from ddpo_fast.split_unet import SplitUNet
 
 logger = logging.getLogger("ddpo_fast")
-
-EVAL_SAMPLE_ID = 1 << 48
-"""Evaluation samples are numbered from here, training samples from 0: their noise never meets."""
 
 
 @dataclass(frozen=True)
