@@ -19,6 +19,7 @@ setup(
         "peft>=0.18",
         "deepspeed>=0.18",
         "accelerate>=1.10",
+        "huggingface_hub>=1",
         "safetensors",
         "jsonargparse>=4.40",
         "docstring-parser",

@@ -49,6 +49,7 @@ from ddpo_fast.lora import merges
 from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
 from ddpo_fast.memory import Room, free_mib, local_ranks
 from ddpo_fast.metrics import MetricsWriter, StageTimer, diversity, image_grid, peak_memory_mib, save_grid
+from ddpo_fast.model_card import write_card
 from ddpo_fast.optimizer import check_optimizer, make_optimizer
 from ddpo_fast.plan import make_plan, plan_text, resolve_sizes
 from ddpo_fast.policy import Policy, check_model_class
@@ -530,6 +531,7 @@ def _publish(setup: Setup, engine: Engine) -> None:
     with engine.gathered(), unless_disk_full("the weights"):
         if setup.rank == 0:
             setup.policy.export(setup.run_dir)
+            write_card(setup.run_dir)
     if setup.rank == 0:
         with unless_disk_full("the report"):
             write_report(setup.run_dir)
