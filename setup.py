@@ -34,5 +34,10 @@ setup(
         "urllib3>=2.3",
     ],
     entry_points={"console_scripts": ["ddpo-fast-sample = ddpo_fast.sample:main"]},
-    extras_require={"gpu": ["xformers"], "build": ["cairosvg"], "test": ["scipy", "pytest", "pytest-benchmark", "ruff", "hypothesis"]},
+    extras_require={
+        "gpu": ["xformers"],
+        "build": ["cairosvg"],
+        "trackers": ["wandb", "trackio"],
+        "test": ["scipy", "pytest", "pytest-benchmark", "ruff", "hypothesis"],
+    },
 )

@@ -18,6 +18,7 @@ if __name__ == "__main__":
     die_with_launcher()
     parse_or_exit(sys.argv[1:])  # --help and a wrong option are answered before the imports below take their seconds
 
+import dataclasses
 import json
 import logging
 import math
@@ -48,7 +49,7 @@ from ddpo_fast.kernels import Ops
 from ddpo_fast.lora import merges
 from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
 from ddpo_fast.memory import Room, free_mib, local_ranks
-from ddpo_fast.metrics import MetricsWriter, StageTimer, diversity, image_grid, peak_memory_mib, save_grid
+from ddpo_fast.metrics import MetricsWriter, StageTimer, check_trackers, diversity, image_grid, peak_memory_mib, save_grid
 from ddpo_fast.model_card import write_card
 from ddpo_fast.optimizer import check_optimizer, make_optimizer
 from ddpo_fast.plan import make_plan, plan_text, resolve_sizes
@@ -125,6 +126,7 @@ def prepare(config: Config) -> Setup:
     check_model_class(config.model.path)
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit)
     check_optimizer(config.optimizer.name)
+    check_trackers(config.run.trackers)
     deepspeed = {}
     if config.deepspeed.config is not None:
         ours = deepspeed_options.stated(config.zero.stage, config.zero.offload, config.train.max_grad_norm)
@@ -244,12 +246,14 @@ def train(setup: Setup, stop: StopRequest) -> None:
         bar.update(iteration > 0)
         if stopping and iteration < last:
             if rank == 0:
+                writer.close()
                 tqdm.write(f"stopped after iteration {iteration}; --run.dir={config.run.dir} --resume continues")
             bar.close()
             return
     bar.close()
     _publish(setup, engine)
     if rank == 0:
+        writer.close()
         _print_result(setup, state)
 
 
@@ -524,7 +528,7 @@ def _open_run(setup: Setup, engine: Engine, cache: Cache, resumed_at: int) -> Me
         print(cache.plan_text(updates(setup, max(1, resumed_at + 1)), policy.dtype), flush=True)
     if config.run.resume:
         print(f"resumed after iteration {resumed_at}", flush=True)
-    return MetricsWriter(setup.run_dir, resumed_at)
+    return MetricsWriter(setup.run_dir, resumed_at, config.run.trackers, dataclasses.asdict(config))
 
 
 def _publish(setup: Setup, engine: Engine) -> None:

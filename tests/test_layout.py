@@ -14,7 +14,7 @@ PACKAGE, KERNELS = sorted((ROOT / "ddpo_fast").rglob("*.py")), sorted((ROOT / "k
 NOT_STDLIB = (
     "accelerate attention bench bitsandbytes cv2 datasets deepspeed diffusers einops evaluate flash_attn huggingface_hub hypothesis "
     "jsonargparse kernels matplotlib numpy peft PIL pytest requests safetensors scipy setuptools tensorboard tests timm tokenizers torch "
-    "torchvision tqdm transformers triton urllib3 wandb xformers yaml"
+    "torchvision tqdm trackio transformers triton urllib3 wandb xformers yaml"
 ).split()
 """Top-level names of installed packages, which a script started inside ddpo_fast/ must not hide from them."""
 
