@@ -19,6 +19,7 @@ setup(
         "peft>=0.18",
         "deepspeed>=0.18",
         "accelerate>=1.10",
+        "huggingface_hub>=1",
         "safetensors",
         "jsonargparse>=4.40",
         "docstring-parser",
@@ -32,5 +33,11 @@ setup(
         "pyyaml",
         "urllib3>=2.3",
     ],
-    extras_require={"gpu": ["xformers"], "build": ["cairosvg"], "test": ["scipy", "pytest", "pytest-benchmark", "ruff", "hypothesis"]},
+    entry_points={"console_scripts": ["ddpo-fast-sample = ddpo_fast.sample:main"]},
+    extras_require={
+        "gpu": ["xformers"],
+        "build": ["cairosvg"],
+        "trackers": ["wandb", "trackio"],
+        "test": ["scipy", "pytest", "pytest-benchmark", "ruff", "hypothesis"],
+    },
 )

@@ -254,6 +254,9 @@ class RunConfig:
     """Save everything for exact resume every so many iterations (and at the end)."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    """What gets the metrics and the evaluation's pictures beside metrics.jsonl: tensorboard (files in the run directory), wandb or
+    trackio, which have to be installed and logged in. See docs/results.md."""
     resume: bool = False
     """Continue the newest checkpoint of run.dir with that run's config. `--resume` for short."""
     plan: Optional[str] = None

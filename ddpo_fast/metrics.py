@@ -1,16 +1,21 @@
-"""What a run records: metrics.jsonl, TensorBoard, stage times, grids of pictures."""
+"""What a run records: metrics.jsonl, TensorBoard and other trackers, stage times, grids of pictures."""
 
 import json
 import math
 import os
+import re
 import resource
+import secrets
 import time
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -45,18 +50,30 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-class MetricsWriter:
-    """Appends one row an iteration to <run_dir>/metrics.jsonl and <run_dir>/tensorboard/. Rows after `iteration` are dropped first."""
+def check_trackers(names: list[str]) -> None:
+    """Raises ValueError for one that is not installed."""
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise ValueError(f"run.trackers={names}: {', '.join(missing)} is not installed; pip install {' '.join(missing)}")
 
-    def __init__(self, run_dir: Path, iteration: int):
-        self.path = run_dir / "metrics.jsonl"
+
+class MetricsWriter:
+    """Appends one row an iteration to <run_dir>/metrics.jsonl and to the trackers. Rows after `iteration` are dropped from the file first.
+
+    tensorboard writes to <run_dir>/tensorboard/; wandb and trackio, imported when asked for, begin a run with `config`, or go on with it if
+    `iteration` is not -1.
+    """
+
+    def __init__(self, run_dir: Path, iteration: int, trackers: list[str], config: dict):
+        self.path, self.trackers = run_dir / "metrics.jsonl", trackers
         kept = [row for row in read_metrics(run_dir) if row["iteration"] <= iteration]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.unwritten: list[dict] = []
         self._open_tensorboard(purge_step=iteration + 1)
+        self.remote = _begin([name for name in trackers if name != "tensorboard"], run_dir, iteration, config)
 
     def _open_tensorboard(self, **options) -> None:
-        self.tensorboard = SummaryWriter(self.path.with_name("tensorboard"), **options)
+        if "tensorboard" in self.trackers:
+            self.tensorboard = SummaryWriter(self.path.with_name("tensorboard"), **options)
 
     def write(self, row: dict) -> None:
         """Raises OSError where the disk is full; the row is written with the next one then."""
@@ -70,17 +87,46 @@ class MetricsWriter:
             os.truncate(self.path, size)
             raise
         self.unwritten.clear()
+        values = {name: value for name, value in row.items() if value is not None and name != "iteration"}
+        for run in self.remote.values():
+            run.log(values, step=row["iteration"])
+        if "tensorboard" not in self.trackers:
+            return
         try:
-            for name, value in row.items():
-                if value is not None and name != "iteration":
-                    self.tensorboard.add_scalar(name, value, row["iteration"])
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, row["iteration"])
             self.tensorboard.flush()
         except OSError:
             self._open_tensorboard()  # the old one's thread has died
             raise
 
     def write_images(self, grid: Image.Image, iteration: int) -> None:
-        self.tensorboard.add_image("evaluation", np.asarray(grid), iteration, dataformats="HWC")
+        if "tensorboard" in self.trackers:
+            self.tensorboard.add_image("evaluation", np.asarray(grid), iteration, dataformats="HWC")
+        for name, run in self.remote.items():
+            run.log({"evaluation": import_module(name).Image(grid)}, step=iteration)
+
+    def close(self) -> None:
+        if "tensorboard" in self.trackers:
+            self.tensorboard.close()
+        for run in self.remote.values():
+            run.finish()
+
+
+def _begin(trackers: list[str], run_dir: Path, iteration: int, config: dict) -> dict:
+    """Begins, or goes on with, runs of wandb and trackio. What they are called there is in <run_dir>/tracker_id from the first time on."""
+    id_file, name = run_dir / "tracker_id", run_dir.resolve().name
+    if trackers and (iteration < 0 or not id_file.exists()):
+        write_text(id_file, f"{re.sub(r'[^a-zA-Z0-9_-]', '-', name)}-{secrets.token_hex(4)}")
+    runs = {}
+    for tracker in trackers:
+        options = {"project": os.environ.get(f"{tracker.upper()}_PROJECT", "ddpo_fast"), "config": config, "resume": "allow"}
+        if tracker == "wandb":
+            options |= {"name": name, "id": id_file.read_text(), "dir": str(run_dir)}
+        else:
+            options["name"] = id_file.read_text()  # trackio goes by the name
+        runs[tracker] = import_module(tracker).init(**options)
+    return runs
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
@@ -97,17 +143,47 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 
 def image_grid(images: Tensor, prompts: list[str], rewards: Tensor, columns: int = 8) -> Image.Image:
-    """Pictures (B, 3, H, W), uint8, side by side, each with its prompt and reward below; each 128 to 256 pixels wide."""
+    """`picture_grid` with rewards (B,) below the prompts.
+
+    `info["grid"]` of the result says the same as JSON: columns, cell and line (a picture's size and the distance of two rows, in
+    pixels), prompts, rewards (null where not finite).
+    """
+    grid = picture_grid(images, prompts, [f"{reward:.3f}" for reward in rewards.tolist()], columns)
+    finite, cell = [reward if math.isfinite(reward) else None for reward in rewards.tolist()], grid.width // columns
+    grid.info["grid"] = json.dumps({"columns": columns, "cell": cell, "line": cell + 28, "prompts": prompts, "rewards": finite})
+    return grid
+
+
+def picture_grid(images: Tensor, prompts: list[str], notes: list[str], columns: int = 8) -> Image.Image:
+    """Pictures (B, 3, H, W), uint8, side by side, each with its prompt and a note below; each 128 to 256 pixels wide."""
     rows, cell = -(-len(prompts) // columns), min(max(images.shape[-1], 128), 256)
     grid = Image.new("RGB", (columns * cell, rows * (cell + 28)), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
     pixels = images.permute(0, 2, 3, 1).numpy()
-    for i, (picture, prompt, reward) in enumerate(zip(pixels, prompts, rewards.tolist())):
+    for i, (picture, prompt, note) in enumerate(zip(pixels, prompts, notes)):
         x, y = i % columns * cell, i // columns * (cell + 28)
         grid.paste(Image.fromarray(picture).resize((cell - 4, cell - 4), Image.Resampling.BICUBIC), (x + 2, y + 2))
         draw.text((x + 4, y + cell - 2), _fit(prompt, font, cell - 8), "black", font)
-        draw.text((x + 4, y + cell + 11), f"{reward:.3f}", "gray", font)
+        draw.text((x + 4, y + cell + 11), note, "gray", font)
     return grid
+
+
+def save_grid(grid: Image.Image, path: Path) -> None:
+    """Writes a grid as PNG, with its `info["grid"]` as text of that name, so that whoever opens the file has that, too."""
+    text = PngInfo()
+    text.add_itxt("grid", grid.info["grid"])
+    grid.save(path, pnginfo=text)
+
+
+def diversity(images: Tensor) -> float | None:
+    """How much pictures (B, 3, H, W), uint8, differ from each other: 0 where all are the same; None for a single one.
+
+    The mean over all pairs of sqrt(mean (x_i - x_j)^2), with pictures in [0, 1] averaged down to at most 32 x 32, so that noise and
+    fine texture, which no two pictures share, hardly count.
+    """
+    height, width = (min(32, size) for size in images.shape[-2:])
+    small = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, (height, width)).flatten(1)
+    return (torch.pdist(small) / small.shape[1] ** 0.5).mean().item() if len(small) > 1 else None
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -12,8 +12,10 @@ transformers.logging.set_verbosity_error()  # it warns that torchvision is missi
 transformers.logging.disable_progress_bar()
 diffusers.utils.logging.disable_progress_bar()
 
-from diffusers import StableDiffusionXLPipeline
-from peft.utils import get_peft_model_state_dict
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddpo_fast.files import new_folder
@@ -178,3 +180,17 @@ class Policy:
                 unet_lora_layers=get_peft_model_state_dict(self.unet),
                 unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
             )
+
+    def load_exported(self, folder: Path) -> None:
+        """Takes the trained weights that `export` wrote to `folder`. Raises ValueError if there are none, or others."""
+        path = folder / ("unet/diffusion_pytorch_model.safetensors" if self.full else "lora/pytorch_lora_weights.safetensors")
+        try:
+            if self.full:
+                self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(path.parent).state_dict())
+            else:
+                tensors = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
+                unknown = set_peft_model_state_dict(self.unet, tensors).unexpected_keys
+                if unknown or len(tensors) != len(self.trainable_parameters()):
+                    raise ValueError(f"it has {len(tensors)} tensors, not the {len(self.trainable_parameters())} of this LoRA")
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{path}: cannot be loaded: {' '.join(str(error).split())}") from None

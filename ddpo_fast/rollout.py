@@ -16,6 +16,9 @@ from ddpo_fast.kernels import Ops
 from ddpo_fast.policy import Policy
 from ddpo_fast.score_accumulation import ScoreAccumulator
 
+EVAL_SAMPLE_ID = 1 << 48
+"""Evaluation samples are numbered from here, training samples from 0: their noise never meets."""
+
 Pairs = tuple[np.ndarray, np.ndarray]
 """Transitions of this rank: samples (B,) and steps (B,)."""
 

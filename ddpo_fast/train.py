@@ -18,6 +18,8 @@ if __name__ == "__main__":
     die_with_launcher()
     parse_or_exit(sys.argv[1:])  # --help and a wrong option are answered before the imports below take their seconds
 
+import dataclasses
+import json
 import logging
 import math
 import os
@@ -47,24 +49,22 @@ from ddpo_fast.kernels import Ops
 from ddpo_fast.lora import merges
 from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
 from ddpo_fast.memory import Room, free_mib, local_ranks
-from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
+from ddpo_fast.metrics import MetricsWriter, StageTimer, check_trackers, diversity, image_grid, peak_memory_mib, save_grid
+from ddpo_fast.model_card import write_card
 from ddpo_fast.optimizer import check_optimizer, make_optimizer
 from ddpo_fast.pipelines import check_model
 from ddpo_fast.plan import make_plan, plan_text, resolve_sizes
 from ddpo_fast.policy import Policy
 from ddpo_fast.preemption import StopRequest
 from ddpo_fast.prompts import PROMPT_SETS, draw_prompts, load_prompts
-from ddpo_fast.report import write_report
+from ddpo_fast.report import environment, write_report
 from ddpo_fast.rewards import Reward, Scorer, open_reward
 from ddpo_fast.rewards.isolated import START_TIMEOUT_S
-from ddpo_fast.rollout import MicroBatch, Pairs, Rollout, generate, micro_batches, passes
+from ddpo_fast.rollout import EVAL_SAMPLE_ID, MicroBatch, Pairs, Rollout, generate, micro_batches, passes
 from ddpo_fast.score_accumulation import ScoreAccumulator
 from ddpo_fast.split_unet import SplitUNet
 
 logger = logging.getLogger("ddpo_fast")
-
-EVAL_SAMPLE_ID = 1 << 48
-"""Evaluation samples are numbered from here, training samples from 0: their noise never meets."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ def prepare(config: Config) -> Setup:
     check_model(config.model.path, config.model.config, config.model.vae)
     prompts, prompt_weights = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
     check_optimizer(config.optimizer.name)
+    check_trackers(config.run.trackers)
     deepspeed = {}
     if config.deepspeed.config is not None:
         ours = deepspeed_options.stated(config.zero.stage, config.zero.offload, config.train.max_grad_norm)
@@ -251,12 +252,14 @@ def train(setup: Setup, stop: StopRequest) -> None:
         bar.update(iteration > 0)
         if stopping and iteration < last:
             if rank == 0:
+                writer.close()
                 tqdm.write(f"stopped after iteration {iteration}; --run.dir={config.run.dir} --resume continues")
             bar.close()
             return
     bar.close()
     _publish(setup, engine)
     if rank == 0:
+        writer.close()
         _print_result(setup, state)
 
 
@@ -467,23 +470,25 @@ def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -
         shown = slice(48)
         grid = image_grid(images[shown], prompts[shown], rewards[shown])
         with unless_disk_full("the pictures"):
-            grid.save(setup.run_dir / "images" / f"iteration_{iteration:05d}.png")
+            save_grid(grid, setup.run_dir / "images" / f"iteration_{iteration:05d}.png")
             writer.write_images(grid, iteration)
-    good = rewards[rewards.isfinite()]
+    finite = rewards.isfinite()
+    good = rewards[finite]
     if not len(good):
         if iteration == 0:
             raise BadRewards("the reward gave no finite number for any picture of the untrained model")
         return {}
     result = {"eval_reward_mean": good.mean().item(), "eval_reward_std": good.std(correction=0).item(), "eval_samples": len(good)}
+    result["eval_diversity"] = diversity(images[finite])
     state.setdefault("eval_before", result)
     state["eval_after"] = result | {"iteration": iteration}
     return result
 
 
 METRICS = (
-    "iteration samples reward_mean reward_std eval_reward_mean eval_reward_std eval_samples loss ratio_error ratio_error_step "
-    "clip_fraction approx_kl grad_norm skipped_updates learning_rate time_sample_s time_reward_s time_train_s time_eval_s time_total_s "
-    "images_per_s transitions transitions_per_s device_hours peak_memory_mib cache_hit_fraction bad_rewards"
+    "iteration samples reward_mean reward_std eval_reward_mean eval_reward_std eval_samples eval_diversity loss ratio_error "
+    "ratio_error_step clip_fraction approx_kl grad_norm skipped_updates learning_rate time_sample_s time_reward_s time_train_s "
+    "time_eval_s time_total_s images_per_s transitions transitions_per_s device_hours peak_memory_mib cache_hit_fraction bad_rewards"
 ).split()
 """The keys of a row of metrics.jsonl; those that an iteration has no value for are null."""
 
@@ -522,6 +527,7 @@ def _open_run(setup: Setup, engine: Engine, cache: Cache, resumed_at: int) -> Me
     config, policy = setup.config, setup.policy
     (setup.run_dir / "images").mkdir(parents=True, exist_ok=True)
     write_text(setup.run_dir / "config.yaml", config.replace(run__resume=False).to_yaml())
+    write_text(setup.run_dir / "environment.json", json.dumps(environment(setup.world_size), indent=1))
     print(
         f"{config.run.dir}: {config.train.algorithm} for {config.reward.name} on {config.model.path}\n"
         f"{engine.num_trainable:,} trainable parameters, {config.model.dtype}, {setup.world_size} x {policy.device.type}, "
@@ -533,13 +539,14 @@ def _open_run(setup: Setup, engine: Engine, cache: Cache, resumed_at: int) -> Me
         print(cache.plan_text(updates(setup, max(1, resumed_at + 1)), policy.dtype), flush=True)
     if config.run.resume:
         print(f"resumed after iteration {resumed_at}", flush=True)
-    return MetricsWriter(setup.run_dir, resumed_at)
+    return MetricsWriter(setup.run_dir, resumed_at, config.run.trackers, dataclasses.asdict(config))
 
 
 def _publish(setup: Setup, engine: Engine) -> None:
     with engine.gathered(), unless_disk_full("the weights"):
         if setup.rank == 0:
             setup.policy.export(setup.run_dir)
+            write_card(setup.run_dir)
     if setup.rank == 0:
         with unless_disk_full("the report"):
             write_report(setup.run_dir)

@@ -14,7 +14,7 @@ PACKAGE, KERNELS = sorted((ROOT / "ddpo_fast").rglob("*.py")), sorted((ROOT / "k
 NOT_STDLIB = (
     "accelerate attention bench bitsandbytes cv2 datasets deepspeed diffusers einops evaluate flash_attn huggingface_hub hypothesis "
     "jsonargparse kernels matplotlib numpy peft PIL pytest requests safetensors scipy setuptools tensorboard tests timm tokenizers torch "
-    "torchvision tqdm transformers triton urllib3 wandb xformers yaml"
+    "torchvision tqdm trackio transformers triton urllib3 wandb xformers yaml"
 ).split()
 """Top-level names of installed packages, which a script started inside ddpo_fast/ must not hide from them."""
 
@@ -84,10 +84,10 @@ def test_nothing_imports_what_runs_the_rest(module):
 @pytest.mark.parametrize(
     "module, allowed",
     [
-        ("ddpo_fast.config", {"ddpo_fast/train.py", "ddpo_fast/rewards/server.py"}),
+        ("ddpo_fast.config", {"ddpo_fast/train.py", "ddpo_fast/sample.py", "ddpo_fast/rewards/server.py"}),
         ("ddpo_fast.activation_cache", {"ddpo_fast/train.py"}),
-        ("ddpo_fast.rollout", {"ddpo_fast/train.py", "ddpo_fast/activation_cache.py"}),
-        ("ddpo_fast.policy", {"ddpo_fast/train.py", "ddpo_fast/rollout.py", "ddpo_fast/activation_cache.py"}),
+        ("ddpo_fast.rollout", {"ddpo_fast/train.py", "ddpo_fast/sample.py", "ddpo_fast/activation_cache.py"}),
+        ("ddpo_fast.policy", {"ddpo_fast/train.py", "ddpo_fast/sample.py", "ddpo_fast/rollout.py", "ddpo_fast/activation_cache.py"}),
     ],
 )
 def test_imports_go_from_the_leaves_to_the_trainer(module, allowed):

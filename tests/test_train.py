@@ -203,7 +203,7 @@ def test_resume_equals_uninterrupted(options):
     run(half)
     trainer.main([a for a in half if a.startswith("--run.dir")] + ["--resume", "--run.iterations=4"])
     parts = [Path(a.split("=")[1]) for a in half if a.startswith("--run.dir")][0]
-    drop = ("eval_reward_mean", "eval_reward_std", "eval_samples")  # the short run ended with an evaluation
+    drop = ("eval_reward_mean", "eval_reward_std", "eval_samples", "eval_diversity")  # the short run ended with an evaluation
     strip = [[{k: v for k, v in row.items() if k not in drop} for row in untimed(read_metrics(d))] for d in (whole, parts)]
     assert strip[0] == strip[1] and len(strip[0]) == 5
     assert all(torch.equal(tensor, weights(parts)[name]) for name, tensor in weights(whole).items())
@@ -220,7 +220,9 @@ def test_run_directory_is_the_contract(options):
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["1", "2"]
     assert list((folder / "tensorboard").iterdir())
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 4 and "http" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.S)
+    assert page.count("data:image/svg+xml;base64,") == 8 and page.count("data:image/jpeg;base64,") == 2
+    assert "http" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.S)
+    assert json.loads((folder / "environment.json").read_text())["devices"] == 1
     again = parse([f"--config={folder / 'config.yaml'}", f"--run.dir={folder}-again"])
     assert again.model.dtype == "fp32" and again.lora.rank == 2 and not again.run.resume
 

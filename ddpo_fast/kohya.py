@@ -1,0 +1,61 @@
+"""A run's LoRA as one file in kohya's format, which ComfyUI, AUTOMATIC1111 and others read.  python -m ddpo_fast.kohya RUN_DIR"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers.utils import convert_state_dict_to_kohya
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ddpo_fast.files import flush
+
+
+def write_kohya(run_dir: Path, output: Path) -> None:
+    """Writes <run_dir>/lora under kohya's names: for a layer a.b.0.c of the UNet
+
+    lora_unet_a_b_0_c.lora_down.weight (r, I) or (r, I, k, k), .lora_up.weight (O, r) or (O, r, 1, 1) and .alpha, a scalar: the layer's
+    weight grows by alpha / r up down. Raises ValueError if the run has no LoRA yet.
+    """
+    source = run_dir / "lora" / "pytorch_lora_weights.safetensors"
+    if not source.is_file():
+        instead = "fully fine-tuned, so that there is no LoRA: its unet/ is the result" if (run_dir / "unet").is_dir() else "no lora/ yet"
+        raise ValueError(f"RUN_DIR={run_dir}: {instead}; valid is the directory of a run of LoRA with a checkpoint")
+    try:
+        with safe_open(source, "pt") as file:
+            adapter = json.loads(file.metadata()["lora_adapter_metadata"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{source}: cannot be read: {error}") from None
+    rank, alpha = adapter["unet.r"], float(adapter["unet.lora_alpha"])
+    converted = convert_state_dict_to_kohya(tensors)
+    converted |= {name: torch.tensor(alpha) for name in converted if name.endswith(".alpha")}  # diffusers has put the rank there
+    metadata = {
+        "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha), "ss_output_name": output.stem,
+    }  # fmt: skip
+    partial = output.with_name(f".{output.name}.partial")
+    save_file(converted, partial, metadata)
+    flush(partial)
+    partial.replace(output)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command line. A mistake is one line on standard error and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m ddpo_fast.kohya", description="A run's LoRA for ComfyUI, AUTOMATIC1111 and others.")
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--output", type=Path, help="The .safetensors file to write. Default: RUN_DIR/<name of RUN_DIR>.safetensors.")
+    args = parser.parse_args(argv)
+    output = args.output or args.run_dir / f"{args.run_dir.resolve().name}.safetensors"
+    try:
+        if output.suffix != ".safetensors":
+            raise ValueError(f"--output={output}: valid is a name that ends in .safetensors")
+        write_kohya(args.run_dir, output)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(output)
+
+
+if __name__ == "__main__":
+    main()

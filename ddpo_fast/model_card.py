@@ -1,0 +1,108 @@
+"""README.md beside the trained weights: what they are, what they were trained for, what it gave, how to load them."""
+
+import re
+import shutil
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ddpo_fast.files import write_text
+from ddpo_fast.report import Run, read_run
+
+_OPTIONS = (
+    "train.algorithm lora.scope lora.targets lora.rank lora.alpha prompts.name prompts.file sample.num_samples sample.num_steps "
+    "sample.guidance_scale sample.eta train.num_minibatches train.inner_epochs train.learning_rate train.clip_range run.seed"
+).split()
+_CURVE = 12
+"""Rows of the curve, at most."""
+
+
+def write_card(run_dir: Path) -> None:
+    """Writes README.md, before.png and after.png into <run_dir>/lora, or <run_dir>/unet after full fine-tuning."""
+    run, folder = read_run(run_dir), weights_folder(run_dir)
+    for name, path in pictures(run).items():
+        shutil.copyfile(path, folder / name)
+    write_text(folder / "README.md", card(run, str(folder), run.config["model"]["path"]))
+
+
+def weights_folder(run_dir: Path) -> Path:
+    """<run_dir>/lora or <run_dir>/unet. Raises ValueError if there is neither yet."""
+    for name in ("lora", "unet"):
+        if (run_dir / name).is_dir():
+            return run_dir / name
+    raise ValueError(f"RUN_DIR={run_dir}: there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint")
+
+
+def pictures(run: Run) -> dict[str, Path]:
+    """The first and the last grid of images/ by the names that a card knows them by."""
+    return {"before.png": run.images[0], "after.png": run.images[-1]} if len(run.images) > 1 else {}
+
+
+def base_model(run: Run) -> tuple[str, bool]:
+    """What a run's model is called, of a local path its last part, and whether that is a hub id."""
+    path = run.config["model"]["path"]
+    on_hub = not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
+    return path if on_hub else Path(path).name, on_hub
+
+
+def card(run: Run, weights: str, model: str) -> str:
+    """The model card of a run, with the folders or hub ids to load its weights and model from; of other paths it has the last part."""
+    options, full = run.config, run.config["lora"]["scope"] == "none"
+    (base, on_hub), reward = base_model(run), Path(options["reward"]["name"]).name
+    tags = ["text-to-image", "stable-diffusion", "ddpo", "reinforcement-learning", *([] if full else ["lora"])]
+    data = ModelCardData(base_model=base if on_hub else None, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
+    what = "The UNet" if full else "A LoRA for the UNet"
+    origin = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`, a local model"
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {run.name}",
+        f"{what} of {origin}, trained by reinforcement learning ([DDPO](https://arxiv.org/abs/2305.13301), "
+        f"`{options['train']['algorithm']}`) with ddpo_fast for the reward `{reward}`.",
+        _curve(run),
+    ]
+    if pictures(run):
+        parts.append("The same prompts and the same noise, before and after; below each picture its reward:")
+        parts.append("![before](before.png)\n\n![after](after.png)")
+    parts += ["## Use", _use(options["sample"], model, weights, full), "## Training", _training(run)]
+    content = "\n\n".join(part for part in parts if part) + "\n"
+    return str(ModelCard(content))
+
+
+def _curve(run: Run) -> str:
+    evaluated = run.evaluations()
+    if not evaluated:
+        return ""
+    num_rows = min(_CURVE, len(evaluated))
+    chosen = [evaluated[round(i * (len(evaluated) - 1) / max(1, num_rows - 1))] for i in range(num_rows)]
+    rows = [
+        f"| {row['iteration']} | {row['samples']:,} | {row['device_hours']:.3g} | {row['eval_reward_mean']:.4g} ± "
+        f"{row['eval_reward_std'] / row['eval_samples'] ** 0.5:.2g} |"
+        for row in chosen
+    ]
+    head = "| iteration | samples | device-hours | reward |\n|--:|--:|--:|--:|\n"
+    return f"On a fixed evaluation set of {evaluated[-1]['eval_samples']} pictures, ± the standard error:\n\n{head}" + "\n".join(rows)
+
+
+def _use(sample: dict, model: str, weights: str, full: bool) -> str:
+    load = f'pipe.load_lora_weights("{weights}")'
+    if full:
+        load = f'pipe.unet = UNet2DConditionModel.from_pretrained("{weights}")'
+    call = f"num_inference_steps={sample['num_steps']}, guidance_scale={sample['guidance_scale']}, eta={sample['eta']}"
+    return (
+        f"```python\nfrom diffusers import DDIMScheduler, DiffusionPipeline{', UNet2DConditionModel' if full else ''}\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{model}")\n{load}\n'
+        f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)\n"
+        f'image = pipe("a prompt", {call}).images[0]\n```'
+    )
+
+
+def _training(run: Run) -> str:
+    values = {"reward.name": Path(run.config["reward"]["name"]).name}
+    for option in _OPTIONS:
+        section, key = option.split(".")
+        value = run.config[section].get(key)  # the run may be older than the option
+        values[option] = Path(value).name if option == "prompts.file" and value else value
+    values |= run.environment
+    if run.config["prompts"]["file"]:
+        del values["prompts.name"]
+    rows = [f"| {name} | {value} |" for name, value in values.items() if value is not None]
+    return "| | |\n|---|---|\n" + "\n".join(rows)

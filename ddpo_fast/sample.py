@@ -1,0 +1,122 @@
+"""Pictures of your prompts before and after a run.
+
+ddpo-fast-sample RUN_DIR "a prompt" ... [--seed 0 1 2] [--output FOLDER]     or python -m ddpo_fast.sample ...
+"""
+
+import argparse
+import logging
+import re
+from pathlib import Path
+
+# on a CPU with AVX512-BF16 it warns that a 4-bit kernel cannot be downloaded, which nothing here uses
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpo_fast import kernels
+from ddpo_fast.config import Config, parse, user_error
+from ddpo_fast.ddim import DDIMSchedule
+from ddpo_fast.fused_unet import fuse
+from ddpo_fast.lora import merges
+from ddpo_fast.metrics import picture_grid
+from ddpo_fast.pipelines import check_model
+from ddpo_fast.policy import Policy
+from ddpo_fast.rollout import EVAL_SAMPLE_ID, generate
+
+
+def read_config(run_dir: Path, options: list[str]) -> Config:
+    """The config of a run with some of it changed by `options`, as on the trainer's command line. Raises ValueError."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"RUN_DIR={run_dir}: there is no config.yaml in it; valid is the directory of a run")
+    unused = ["--run.dir=null", "--prompts.name=simple_animals", "--prompts.file=null", "--prompts.list=null"]  # which may be gone
+    return parse([f"--config={path}", *unused, *options])
+
+
+def before_and_after(run_dir: Path, config: Config, prompts: list[str], seeds: list[int]) -> tuple[Tensor, Tensor]:
+    """Pictures of a run's model untrained and trained, as its trainer samples them: 2 x (B, 3, H, W), uint8.
+
+    Picture i is of prompts[i] with the noise of the run's evaluation picture number seeds[i], and so that picture if it has that prompt,
+    too. Raises ValueError if the run has not saved its weights yet.
+    """
+    if not any((run_dir / name).is_dir() for name in ("lora", "unet")):
+        raise ValueError(f"RUN_DIR={run_dir}: there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint")
+    model = config.model
+    check_model(model.path, model.config, model.vae)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ops, lora, sample = kernels.select("auto", device), config.lora, config.sample
+    policy = Policy(model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config)
+    policy.decode_batch = sample.decode_batch
+    if ops.backend == "triton":
+        fuse(policy.unet, ops)
+    if merges(lora.forward, lora.scope, policy.dtype, config.zero.stage):
+        policy.merge_lora()
+    if model.share_guidance and sample.guidance_scale != 1:
+        policy.share_guidance()
+    policy.attach(policy.unet)
+    schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, sample.num_steps, sample.eta, device)
+    ids = EVAL_SAMPLE_ID + torch.tensor(seeds, device=device)
+    pictures = []
+    with tqdm(total=2 * len(prompts) * sample.num_steps, unit="step", leave=False, dynamic_ncols=True) as bar:
+        for trained in (False, True):
+            if trained:
+                policy.load_exported(run_dir)
+            for start in range(0, len(prompts), sample.batch_size):
+                rows = slice(start, start + sample.batch_size)
+                _, images = generate(
+                    policy, schedule, ops, ids[rows], prompts[rows], config.run.seed, sample.guidance_scale, bar.update
+                )  # fmt: skip
+                pictures.append((images.nan_to_num() * 255).round().to("cpu", torch.uint8))
+    return torch.cat(pictures).chunk(2)
+
+
+def save(folder: Path, prompts: list[str], seeds: list[int], before: Tensor, after: Tensor) -> Path:
+    """Writes every picture as <number>_<prompt>_seed<seed>_<before|after>.png and all of them as grid.png, whose path it returns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = torch.stack([before, after], 1)
+    for number, (prompt, seed, pair) in enumerate(zip(prompts, seeds, pairs)):
+        words = re.sub(r"\W+", "_", prompt).strip("_")[:60]
+        for when, picture in zip(("before", "after"), pair):
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{number:03d}_{words}_seed{seed}_{when}.png")
+    notes = [f"{when}, seed {seed}" for seed in seeds for when in ("before", "after")]
+    twice = [prompt for prompt in prompts for _ in range(2)]
+    picture_grid(pairs.flatten(0, 1), twice, notes, min(8, len(notes))).save(folder / "grid.png")
+    return folder / "grid.png"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command line. A mistake is one line on standard error and exit code 2."""
+    parser = argparse.ArgumentParser(prog="ddpo-fast-sample", description="Pictures of your prompts before and after a run.")
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
+    parser.add_argument("--seed", nargs="+", type=int, default=[0], help="A picture of every prompt for each of these. Default: 0.")
+    parser.add_argument("--output", type=Path, help="Folder for the pictures. Default: RUN_DIR/samples.")
+    for option, what in (
+        ("model.path", "Where the model is now."),
+        ("model.dtype", "fp32, fp16 or bf16."),
+        ("sample.num_steps", "DDIM steps."),
+        ("sample.guidance_scale", "Classifier-free guidance."),
+        ("sample.batch_size", "Pictures denoised together."),
+    ):
+        parser.add_argument(f"--{option}", metavar="VALUE", help=f"{what} Default: the run's.")
+    args = parser.parse_args(argv)
+    changed = [f"--{name}={value}" for name, value in vars(args).items() if "." in name and value is not None]
+    try:
+        if not args.prompts:
+            raise ValueError('PROMPT: there is none; valid is at least one, such as "a lion"')
+        if not all(0 <= seed < 1 << 32 for seed in args.seed):
+            raise ValueError(f"--seed={args.seed}: valid is whole numbers in [0, 2^32)")
+        prompts = [prompt for prompt in args.prompts for _ in args.seed]
+        seeds = args.seed * len(args.prompts)
+        before, after = before_and_after(args.run_dir, read_config(args.run_dir, changed), prompts, seeds)
+    except ValueError as error:
+        user_error(error)
+    print(save(args.output or args.run_dir / "samples", prompts, seeds, before, after))
+
+
+if __name__ == "__main__":
+    main()

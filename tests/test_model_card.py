@@ -1,0 +1,125 @@
+"""The model card: what it says is true, its snippet works, and what goes to the hub has no local paths in it."""
+
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler
+from test_report import make_run
+from test_train import options, rewards_file, run  # noqa: F401
+
+from ddpo_fast import push
+from ddpo_fast import train as trainer
+from ddpo_fast.config import parse
+from ddpo_fast.model_card import card, write_card
+from ddpo_fast.report import read_run
+
+WHOLE = {
+    "lora": {"scope": "all", "targets": ["attention"], "rank": 4, "alpha": 4.0}, "reward": {"name": "/secret/folder/mine.py:redness"},
+    "prompts": {"name": "simple_animals", "file": "/secret/folder/prompts.txt"}, "run": {"seed": 0, "dir": "/secret/run"},
+    "train": {
+        "algorithm": "ddpo_is", "num_minibatches": 4, "inner_epochs": 1, "learning_rate": 1e-3, "clip_range": 1e-4,
+    },
+    "sample": {"num_samples": 8, "num_steps": 5, "guidance_scale": 3.0, "eta": 1.0},
+}  # fmt: skip
+
+
+def written(folder, path="/secret/folder/my_model", **changed):
+    """A run directory with weights, made by hand."""
+    make_run(folder, **changed)
+    (folder / "config.yaml").write_text(yaml.safe_dump(WHOLE | {"model": {"path": path}}))
+    (folder / "lora").mkdir()
+    (folder / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_what_it_says(tmp_path):
+    folder = written(tmp_path / "my_run", path="stabilityai/a-model")
+    write_card(folder)
+    text = (folder / "lora" / "README.md").read_text()
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["base_model"] == "stabilityai/a-model" and header["pipeline_tag"] == "text-to-image" and "lora" in header["tags"]
+    assert "# my_run" in text and "[stabilityai/a-model](https://huggingface.co/stabilityai/a-model)" in text
+    assert "| 0 | 0 | 0 | 1 ± 0.2 |\n| 1 | 8 | 0.5 | 1.5 ± 0.2 |\n| 2 | 16 | 1 | 3 ± 0.2 |" in text
+    assert "fixed evaluation set of 4 pictures" in text and "| train.learning_rate | 0.001 |" in text and "`mine.py:redness`" in text
+    for shown, original in (("before.png", "iteration_00000.png"), ("after.png", "iteration_00002.png")):
+        assert f"({shown})" in text and (folder / "lora" / shown).read_bytes() == (folder / "images" / original).read_bytes()
+
+
+def test_long_curve_is_thinned_out_and_keeps_its_ends(tmp_path):
+    text = card(read_run(written(tmp_path / "run", reward=[float(i) for i in range(100)])), "w", "m")
+    iterations = [int(i) for i in re.findall(r"^\| (\d+) \|", text, re.M)]
+    assert len(iterations) == 12 and iterations[0] == 0 and iterations[-1] == 99 and iterations == sorted(set(iterations))
+
+
+@pytest.mark.parametrize("scope", ["all", "none"])
+def test_snippet_loads_what_was_trained(options, scope):  # noqa: F811
+    folder = run(options(lora__scope=scope, run__iterations=1, train__learning_rate=1e-2))
+    text = (folder / ("unet" if scope == "none" else "lora") / "README.md").read_text()
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1].replace('"a prompt"', '"a"'), names)
+    assert names["image"].size == (16, 16) and isinstance(names["pipe"].scheduler, DDIMScheduler)
+    policy = trainer.prepare(parse(options("other", lora__scope=scope))).policy
+    policy.load_exported(folder)
+    latents, t = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([481, 481])  # both branches of guidance
+    embeds = policy.encode_prompts(["a", "b"])
+    with torch.no_grad():
+        loaded = names["pipe"].unet(latents, t, encoder_hidden_states=embeds).sample
+        torch.testing.assert_close(loaded, policy.predict_noise(latents, t, embeds), rtol=0, atol=1e-5)
+
+
+def test_push_is_one_commit_without_local_paths_in_the_card(tmp_path, monkeypatch, capsys):
+    folder, calls = written(tmp_path / "run"), []
+
+    class Hub:
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append((repo_id, private, exist_ok))
+            return SimpleNamespace(repo_id=f"user/{repo_id.split('/')[1]}")
+
+        def create_commit(self, repo_id, operations, commit_message):
+            calls.append((repo_id, {operation.path_in_repo: operation for operation in operations}))
+            return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr(push, "HfApi", Hub)
+    monkeypatch.setattr(push, "get_token", lambda: "hf_x")
+    push.main([str(folder), "me/lora", "--private"])
+    assert capsys.readouterr().out == "https://hub/commit\n"
+    assert calls[0] == ("me/lora", True, True) and calls[1][0] == "user/lora"
+    files = calls[1][1]
+    assert set(files) == {
+        "README.md", "after.png", "before.png", "config.yaml", "metrics.jsonl", "pytorch_lora_weights.safetensors",
+    }  # fmt: skip
+    with files["pytorch_lora_weights.safetensors"].as_file() as content:
+        assert content.read() == b"weights"
+    with files["README.md"].as_file() as content:
+        text = content.read().decode()
+    assert 'pipe.load_lora_weights("me/lora")' in text and "/secret" not in text and str(tmp_path) not in text
+    assert 'from_pretrained("my_model")' in text and "prompts.txt" in text and "base_model" not in text
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
+    folder = written(tmp_path / "run")
+    early = written(tmp_path / "early")
+    shutil.rmtree(early / "lora")
+    monkeypatch.setattr(push, "get_token", lambda: None)
+
+    def push_fails(argv, message):
+        with pytest.raises(SystemExit, match="2"):
+            push.main([str(arg) for arg in argv])
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"error: .*\n", error) and message in error
+
+    push_fails([folder], "the following arguments are required: REPO_ID")
+    push_fails([tmp_path / "none", "me/lora"], "there is no config.yaml in it; valid is the directory of a run")
+    push_fails([early, "me/lora"], "there is no lora/ or unet/ in it yet")
+    push_fails([folder, "lora"], "REPO_ID=lora: valid is user/name")
+    push_fails([folder, "me/lora"], "REPO_ID=me/lora: there is no token for the hub")
+    monkeypatch.setattr(push, "get_token", lambda: "hf_x")
+    monkeypatch.setattr(push, "HfApi", lambda: push_api(endpoint="http://127.0.0.1:9"))  # nothing listens there
+    push_fails([folder, "me/lora"], "Connection refused")
+
+
+push_api = push.HfApi

@@ -1,0 +1,96 @@
+"""Pictures before and after a run: the very ones that its trainer saw, whatever else is asked for."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_train import options, rewards_file, run  # noqa: F401
+
+from ddpo_fast import sample
+from ddpo_fast import train as trainer
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return run(
+        [
+            f"--model.path={tiny_model}", f"--run.dir={folder}", "--sample.num_samples=4", "--sample.num_steps=3", "--eval.num_samples=2",
+            "--run.iterations=1", "--train.num_minibatches=2", "--lora.rank=2", "--prompts.limit=4", "--prompts.samples_per_prompt=1",
+        ]
+    )  # fmt: skip
+
+
+def evaluation(argv: list[str], monkeypatch) -> tuple[Path, list[torch.Tensor]]:
+    """A run and the pictures (B, 3, H, W) of each of its evaluations."""
+    seen, sampling = [], trainer.sample
+
+    def watch(setup, timer, first_id, prompts, stage, *rest):
+        result = sampling(setup, timer, first_id, prompts, stage, *rest)
+        if stage == "eval":
+            seen.append(result[2])
+        return result
+
+    monkeypatch.setattr(trainer, "sample", watch)
+    return run(argv), seen
+
+
+@pytest.mark.parametrize("scope", ["all", "none"])
+def test_pictures_are_those_of_the_evaluation(options, monkeypatch, scope):  # noqa: F811
+    """The evaluation set has prompts a, b, a, b: asked for in another order and in other batches."""
+    folder, (before, after) = evaluation(options(lora__scope=scope, train__learning_rate=1e-2, run__iterations=1), monkeypatch)
+    assert (before.int() - after.int()).abs().max() >= 4
+    config = sample.read_config(folder, ["--sample.batch_size=3"])
+    pictures = sample.before_and_after(folder, config, ["b", "a", "b", "a"], [3, 0, 1, 2])
+    for shown, expected in zip(pictures, (before, after)):
+        assert (shown.int() - expected[[3, 0, 1, 2]].int()).abs().max() <= 1  # of 255: batches of another size round differently
+
+
+def test_command_line_writes_pictures_that_its_seeds_fix(finished, capsys):
+    folder = finished
+    sample.main([str(folder), "a", "b / c!", "--seed", "0", "7"])
+    assert capsys.readouterr().out == f"{folder / 'samples' / 'grid.png'}\n"
+    names = [f"{i:03d}_{words}_seed{seed}" for i, (words, seed) in enumerate([("a", 0), ("a", 7), ("b_c", 0), ("b_c", 7)])]
+    written = sorted(path.name for path in (folder / "samples").iterdir())
+    assert written == sorted([f"{name}_{when}.png" for name in names for when in ("before", "after")] + ["grid.png"])
+    with Image.open(folder / "samples" / "grid.png") as grid:
+        assert grid.size == (8 * 128, 156)
+    sample.main([str(folder), "b / c!", "--seed", "7", "--output", str(folder / "again")])
+    alone, among = ((folder / name).read_bytes() for name in ("again/000_b_c_seed7_before.png", f"samples/{names[3]}_before.png"))
+    assert alone == among
+    other = [(folder / "samples" / f"{names[i]}_before.png").read_bytes() for i in (0, 1, 2)]
+    assert len({among, *other}) == 4
+
+
+def test_mistakes_are_one_line(finished, capsys, tmp_path):
+    folder = finished
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "config.yaml").write_text((folder / "config.yaml").read_text())
+    for argv, message in (
+        ([], "the following arguments are required: RUN_DIR"),
+        ([str(folder)], 'PROMPT: there is none; valid is at least one, such as "a lion"'),
+        ([str(tmp_path / "none"), "a"], f"RUN_DIR={tmp_path / 'none'}: there is no config.yaml in it; valid is the directory of a run"),
+        ([str(tmp_path / "early"), "a"], "there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint"),
+        ([str(folder), "a", "--seed", "-1"], r"--seed=[-1]: valid is whole numbers in [0, 2^32)"),
+        ([str(folder), "a", "--sample.num_steps=0"], "sample.num_steps=0: valid is a whole number >= 1"),
+        ([str(folder), "a", "--model.path=/nowhere"], "model.path=/nowhere: valid is a folder with model_index.json"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            sample.main(argv)
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"error: .*\n", error) and message in error
+
+
+def test_weights_that_cannot_be_loaded_are_named(finished, tmp_path):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    path = folder / "lora" / "pytorch_lora_weights.safetensors"
+    with pytest.raises(
+        ValueError, match=r"pytorch_lora_weights.safetensors: cannot be loaded: it has \d+ tensors, not the \d+ of this LoRA"
+    ):
+        sample.before_and_after(folder, sample.read_config(folder, ["--lora.scope=mid_up"]), ["a"], [0])
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"pytorch_lora_weights.safetensors: cannot be loaded: .*"):
+        sample.before_and_after(folder, sample.read_config(folder, []), ["a"], [0])
