@@ -254,6 +254,8 @@ class RunConfig:
     """Save everything for exact resume every so many iterations (and at the end)."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_best: bool = True
+    """Keep the weights with the highest reward on the fixed evaluation set so far in <run dir>/best/, beside the newest ones."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     """What gets the metrics and the evaluation's pictures beside metrics.jsonl: tensorboard (files in the run directory), wandb or
     trackio, which have to be installed and logged in. See docs/results.md."""

@@ -190,6 +190,9 @@ def _change(run: Run) -> tuple[str, str]:
 def _tiles(run: Run) -> str:
     percent, errors = _change(run)
     tiles = {"change of the evaluation reward": percent, "the same in standard errors": errors}
+    if later := run.evaluations()[1:]:
+        best = max(later, key=lambda row: row["eval_reward_mean"])
+        tiles[f"best, after iteration {best['iteration']}"] = f"{best['eval_reward_mean']:.4g}"
     if run.rows:
         last = run.rows[-1]
         tiles |= {"iterations": _number(last["iteration"]), "samples": _number(last["samples"])}

@@ -36,14 +36,14 @@ def read_config(run_dir: Path, options: list[str]) -> Config:
     return parse([f"--config={path}", *unused, *options])
 
 
-def before_and_after(run_dir: Path, config: Config, prompts: list[str], seeds: list[int]) -> tuple[Tensor, Tensor]:
-    """Pictures of a run's model untrained and trained, as its trainer samples them: 2 x (B, 3, H, W), uint8.
+def before_and_after(weights: Path, config: Config, prompts: list[str], seeds: list[int]) -> tuple[Tensor, Tensor]:
+    """Pictures of a run's model untrained and with the lora/ or unet/ in `weights`, as its trainer samples them: 2 x (B, 3, H, W), uint8.
 
     Picture i is of prompts[i] with the noise of the run's evaluation picture number seeds[i], and so that picture if it has that prompt,
     too. Raises ValueError if the run has not saved its weights yet.
     """
-    if not any((run_dir / name).is_dir() for name in ("lora", "unet")):
-        raise ValueError(f"RUN_DIR={run_dir}: there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint")
+    if not any((weights / name).is_dir() for name in ("lora", "unet")):
+        raise ValueError(f"{weights}: there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint, best/ on evaluation")
     model = config.model
     check_model(model.path, model.config, model.vae)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,7 +63,7 @@ def before_and_after(run_dir: Path, config: Config, prompts: list[str], seeds: l
     with tqdm(total=2 * len(prompts) * sample.num_steps, unit="step", leave=False, dynamic_ncols=True) as bar:
         for trained in (False, True):
             if trained:
-                policy.load_exported(run_dir)
+                policy.load_exported(weights)
             for start in range(0, len(prompts), sample.batch_size):
                 rows = slice(start, start + sample.batch_size)
                 _, images = generate(
@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT")
     parser.add_argument("--seed", nargs="+", type=int, default=[0], help="A picture of every prompt for each of these. Default: 0.")
     parser.add_argument("--output", type=Path, help="Folder for the pictures. Default: RUN_DIR/samples.")
+    parser.add_argument("--best", action="store_true", help="The weights of RUN_DIR/best, not the newest.")
     for option, what in (
         ("model.path", "Where the model is now."),
         ("model.dtype", "fp32, fp16 or bf16."),
@@ -112,7 +113,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--seed={args.seed}: valid is whole numbers in [0, 2^32)")
         prompts = [prompt for prompt in args.prompts for _ in args.seed]
         seeds = args.seed * len(args.prompts)
-        before, after = before_and_after(args.run_dir, read_config(args.run_dir, changed), prompts, seeds)
+        weights = args.run_dir / "best" if args.best else args.run_dir
+        before, after = before_and_after(weights, read_config(args.run_dir, changed), prompts, seeds)
     except ValueError as error:
         user_error(error)
     print(save(args.output or args.run_dir / "samples", prompts, seeds, before, after))

@@ -43,7 +43,7 @@ from ddpo_fast.advantages import PromptBaseline
 from ddpo_fast.config import Config, parse_or_exit, user_error
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.engine import Engine, WrongCheckpoint, all_gather, all_reduce, any_rank, broadcast, init_distributed, is_lost_rank
-from ddpo_fast.files import unless_disk_full, write_text
+from ddpo_fast.files import new_folder, unless_disk_full, write_text
 from ddpo_fast.fused_unet import fuse
 from ddpo_fast.kernels import Ops
 from ddpo_fast.lora import merges
@@ -244,6 +244,8 @@ def train(setup: Setup, stop: StopRequest) -> None:
             tqdm.write(_line(row))
         stopping = any_rank(stop.requested)
         with timer("save"):
+            if config.run.keep_best and iteration > 0 and row["eval_reward_mean"] is not None:
+                _keep_best(setup, engine, state)  # before the checkpoint that says so
             if iteration % config.run.checkpoint_every == 0 or iteration == last or stopping:
                 _save(setup, engine, baseline, state)
                 if iteration < last:
@@ -542,6 +544,19 @@ def _open_run(setup: Setup, engine: Engine, cache: Cache, resumed_at: int) -> Me
     return MetricsWriter(setup.run_dir, resumed_at, config.run.trackers, dataclasses.asdict(config))
 
 
+def _keep_best(setup: Setup, engine: Engine, state: dict) -> None:
+    """Keeps the weights, as <run_dir>/best/, if none before had as high a reward on the fixed evaluation set."""
+    now = state["eval_after"]
+    if "eval_best" in state and now["eval_reward_mean"] <= state["eval_best"]["eval_reward_mean"]:
+        return
+    state["eval_best"] = now
+    with engine.gathered(), unless_disk_full("the best weights"):
+        if setup.rank == 0:
+            with new_folder(setup.run_dir / "best") as folder:
+                setup.policy.export(folder)
+                write_text(folder / "evaluation.json", json.dumps(now, indent=1))
+
+
 def _publish(setup: Setup, engine: Engine) -> None:
     with engine.gathered(), unless_disk_full("the weights"):
         if setup.rank == 0:
@@ -585,6 +600,9 @@ def _print_result(setup: Setup, state: dict) -> None:
         f"weights: {setup.run_dir / ('unet' if setup.policy.full else 'lora')}",
         flush=True,
     )
+    best = state.get("eval_best", after)
+    if best["iteration"] != after["iteration"]:
+        print(f"best: {best['eval_reward_mean']:.4f} after iteration {best['iteration']}: {setup.run_dir / 'best'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,95 @@
+"""<run_dir>/best: the weights of the best evaluation, whatever comes later and however often the run is interrupted."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import options, run, weights  # noqa: F401
+
+from ddpo_fast import sample
+from ddpo_fast import train as trainer
+from ddpo_fast.metrics import read_metrics
+
+LORA = "lora/pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def rewards_file(tmp_path) -> Path:
+    """A reward of evaluations that is told what to give: call 1 is iteration 0's evaluation, then training and evaluation alternate."""
+    path = tmp_path / "told.py"
+    path.write_text(f"""
+from pathlib import Path
+import torch
+told = Path({str(tmp_path / "told")!r})
+def redness(images, prompts):
+    noise = torch.linspace(-0.1, 0.1, len(prompts))
+    if len(prompts) == 8:
+        return noise
+    calls = told.read_text().split()
+    told.write_text(" ".join(calls[1:]))
+    return noise + float(calls[0])
+""")
+    return path
+
+
+def test_the_best_evaluation_is_kept_and_resume_remembers_it(options, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """5 iterations whose evaluations give 9 (untrained: does not count), 1, 3, 2, 3, 2.5, with a stop after the third."""
+    exported, export = {}, trainer.Policy.export
+
+    def watch(policy, folder):
+        export(policy, folder)
+        exported[folder.name, len(exported)] = load_file(folder / LORA)
+
+    monkeypatch.setattr(trainer.Policy, "export", watch)
+    (tmp_path / "told").write_text("9 1 3 2")
+    argv = options(eval__every=1, run__iterations=3)
+    folder = run(argv)
+    kept = weights(folder / "best")
+    published = [tensors for (name, _), tensors in exported.items() if name == "run"]
+    assert all(torch.equal(kept[name], published[2][name]) for name in kept)  # one an iteration, from 0 on
+    assert all(any(not torch.equal(kept[name], published[i][name]) for name in kept) for i in (1, 3))
+    assert f"best: 3.0000 after iteration 2: {folder / 'best'}\n" in capsys.readouterr().out
+    (tmp_path / "told").write_text("3 2.5")
+    trainer.main([f"--run.dir={folder}", "--resume", "--run.iterations=5"])
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(folder / "best").items())
+    said = json.loads((folder / "best" / "evaluation.json").read_text())
+    row = read_metrics(folder)[2]
+    assert said == {key: row[key] for key in said} and said["iteration"] == 2 and said["eval_reward_mean"] == pytest.approx(3)
+    assert [name for name, _ in exported].count(".best.partial") == 2
+    assert "best, after iteration 2" in re.sub("<[^>]*>", " ", (folder / "report.html").read_text())
+
+    (tmp_path / "told").write_text("")
+    assert (sample.read_config(folder, []).run.keep_best, sorted(p.name for p in (folder / "best").iterdir())) == (
+        True, ["evaluation.json", "lora"],
+    )  # fmt: skip
+    sample.main([str(folder), "a", "--best", "--output", str(tmp_path / "of the best")])
+    sample.main([str(folder), "a", "--output", str(tmp_path / "newest")])
+    names = ("000_a_seed0_before.png", "000_a_seed0_after.png")
+    best, newest = ([(tmp_path / of / name).read_bytes() for name in names] for of in ("of the best", "newest"))
+    assert best[0] == newest[0] and best[1] != newest[1]
+
+
+def test_a_run_killed_before_the_checkpoint_evaluates_and_keeps_again(options, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "told").write_text("0 1 2")
+    argv = options(eval__every=1, run__iterations=2)
+    save = trainer._save
+    monkeypatch.setattr(trainer, "_save", lambda *args: save(*args) if args[-1]["iteration"] < 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(argv)
+    folder = tmp_path / "run"
+    kept = weights(folder / "best")
+    assert json.loads((folder / "best" / "evaluation.json").read_text())["iteration"] == 2
+    monkeypatch.setattr(trainer, "_save", save)
+    (tmp_path / "told").write_text("2")
+    trainer.main([f"--run.dir={folder}", "--resume"])
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(folder / "best").items())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(folder).items())
+
+
+def test_it_can_be_left_out(options, tmp_path):  # noqa: F811
+    (tmp_path / "told").write_text("0 1")
+    folder = run(options(run__keep_best="false", run__iterations=1))
+    assert not (folder / "best").exists() and (folder / LORA).exists()
