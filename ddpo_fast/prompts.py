@@ -103,5 +103,6 @@ def draw_prompts(
     if weights is None:
         drawn = generator.integers(len(prompts), size=count)
     else:
-        drawn = generator.choice(len(prompts), size=count, p=np.array(weights) / sum(weights))
+        shares = np.array(weights) / max(weights)  # whose sum is finite
+        drawn = generator.choice(len(prompts), size=count, p=shares / shares.sum())
     return [prompts[i] for i in drawn for _ in range(samples_per_prompt)]

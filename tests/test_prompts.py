@@ -144,6 +144,7 @@ def test_weighted_draw_is_in_proportion_and_a_function_of_seed_and_iteration():
         counts += np.bincount([prompts.index(prompt) for prompt in drawn], minlength=4)
     expected = 25600 * np.array(weights) / 8
     assert ((counts - expected) ** 2 / expected).sum() < 16.3  # chi-squared, 3 degrees of freedom, 0.1 % level
+    assert draw_prompts(prompts, 256, 1, 0, 1, [1e308, 5e307, 2.5e307, 2.5e307]) == draw_prompts(prompts, 256, 1, 0, 1, weights)
     assert draw_prompts(prompts, 256, 4, 0, 1, weights)[::4] == draw_prompts(prompts, 64, 1, 0, 1, weights)
     assert draw_prompts(prompts, 256, 1, 1, 1, weights) != draw_prompts(prompts, 256, 1, 0, 1, weights)
 

@@ -1,7 +1,7 @@
 """How much people like a picture: DDPO (arXiv:2305.13301) section 5.2, "aesthetic quality", by the LAION aesthetics predictor."""
 
+import os
 import pickle
-from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -63,7 +63,7 @@ class Aesthetic:
 def load_predictor(path: str) -> nn.Sequential:
     """The predictor's five layers, fp32, of its file. Raises ValueError if the file is missing, damaged or another's."""
     option = f"reward.kwargs.weights={path}"
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"{option}: there is no such file; valid is {_VALID}")
     try:
         if path.endswith(".safetensors"):

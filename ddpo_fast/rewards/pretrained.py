@@ -1,8 +1,8 @@
 """Pretrained networks for rewards: loading transformers' checkpoints, and pictures as CLIP wants them."""
 
+import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def load(from_pretrained: Callable, source: str, option: str, valid: str, **kwargs) -> Any:
     """`from_pretrained(source)`, a folder or a hub id. Raises ValueError: what the option `option` names is not there or not `valid`."""
-    if not Path(source).is_dir() and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", source):
+    if not os.path.isdir(source) and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", source):
         raise ValueError(f"{option}={source}: there is no such folder; valid is {valid}")
     try:
         return from_pretrained(source, **kwargs)
