@@ -31,7 +31,7 @@ class ModelConfig:
     GPU, fp32 on a CPU. bf16's log-prob noise (about 1e-4) is as large as the clip range."""
     share_guidance: bool = True
     """With guidance, compute what the UNet does before its first cross-attention once for both branches instead of twice. Exact but for
-    rounding."""
+    rounding. Not done where rwr.guidance_scale=1 trains on one branch."""
     offload_text_encoder: bool = True
     """On a GPU, have the text encoder there only while new prompts are encoded, which each prompt is once."""
     compile: bool = False
@@ -109,9 +109,11 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    algorithm: Literal["ddpo_is", "ddpo_sf"] = "ddpo_is"
+    algorithm: Literal["ddpo_is", "ddpo_sf", "rwr", "rwr_sparse"] = "ddpo_is"
     """ddpo_is: importance sampling with PPO's clip. ddpo_sf: score function (REINFORCE), exactly one update an
-    iteration."""
+    iteration. rwr: reward-weighted regression, the denoising loss on own samples weighed by the softmax of their rewards; rwr_sparse: on
+    the best of them alone. See the options of rwr, which take the place of baseline's and of train.clip_range. docs/algorithms.md has
+    the equations."""
     estimator: Literal["ppo", "score_accumulation"] = "ppo"
     """Where the gradient is computed. ppo: after sampling, which any number of updates an iteration needs. score_accumulation:
     during sampling, each sample's apart, so that no second UNet pass is needed: the same gradient, for exactly one update an
@@ -152,6 +154,23 @@ class BaselineConfig:
     """What advantages are divided by: the standard deviation of the prompt's rewards, as in the paper, or that of the whole
     iteration's. For a bounded reward 'batch': a prompt that always gets nearly 1 would else turn its last decimals into
     advantages as large as any."""
+
+
+@dataclass(frozen=True)
+class RwrConfig:
+    inverse_temperature: float = 0.2
+    """beta in the weights softmax(beta r) of train.algorithm=rwr, in 1 / the reward's units; the paper's value."""
+    percentile: float = 0.9
+    """train.algorithm=rwr_sparse trains on the samples whose reward is at or above this quantile, the others get weight 0."""
+    population: Literal["prompt", "iteration"] = "prompt"
+    """What a reward is compared with: prompt, the iteration's samples of the same prompt (of all prompts, where it has just one), or
+    iteration, all of them."""
+    guidance_scale: Optional[float] = None
+    """Classifier-free guidance in the training loss; 1 turns it off. Default: sample.guidance_scale. Without guidance in training the
+    paper saw collapse after the first round."""
+    num_timesteps: int = 10
+    """Timesteps drawn anew for every sample and pass, uniformly and without repetition from the model's training timesteps. The paper
+    draws one and makes more passes (train.inner_epochs)."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +270,7 @@ class Config:
     sample: SampleConfig = SampleConfig()
     train: TrainConfig = TrainConfig()
     baseline: BaselineConfig = BaselineConfig()
+    rwr: RwrConfig = RwrConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     zero: ZeroConfig = ZeroConfig()
     deepspeed: DeepspeedConfig = DeepspeedConfig()
@@ -306,6 +326,7 @@ _RULES = [
             "train.num_minibatches",
             "train.inner_epochs",
             "baseline.min_count",
+            "rwr.num_timesteps",
             "eval.every",
             "eval.num_samples",
             "run.iterations",
@@ -322,6 +343,7 @@ _RULES = [
             "train.clip_range",
             "train.advantage_clip",
             "train.max_grad_norm",
+            "rwr.inverse_temperature",
             "optimizer.eps",
         )
     ),
@@ -355,6 +377,23 @@ _RULES = [
         "the score function is only unbiased on-policy",
         lambda v, c: v != "ddpo_sf" or _updates_per_iteration(c) == 1,
     ),
+    (
+        "train.estimator",
+        "ppo, with train.algorithm=rwr or rwr_sparse: their loss is not one of the steps that sampling makes",
+        lambda v, c: v == "ppo" or c.train.algorithm.startswith("ddpo"),
+    ),
+    (
+        "train.timestep_fraction",
+        "1, with train.algorithm=rwr or rwr_sparse; rwr.num_timesteps says how many timesteps of a sample are trained on",
+        lambda v, c: v == 1 or c.train.algorithm.startswith("ddpo"),
+    ),
+    (
+        "cache.mode",
+        "auto or off, with train.algorithm=rwr or rwr_sparse: what they train on is not what the rollout computed",
+        lambda v, c: v != "on" or c.train.algorithm.startswith("ddpo"),
+    ),
+    ("rwr.percentile", "0 <= percentile < 1", lambda v, c: 0 <= v < 1),
+    ("rwr.guidance_scale", "a finite number >= 1 (1 is no guidance), or null", lambda v, c: v is None or (math.isfinite(v) and v >= 1)),
     (
         "train.estimator",
         "ppo, or exactly one update an iteration (train.num_minibatches=1, train.inner_epochs=1): a second one's gradient is not known "

@@ -23,7 +23,10 @@ class UpdateStatistics:
         self.rows, self.steps, self.statistics, self.num_first = [], [], [], 0
 
     def add(self, rows: Tensor, steps: Tensor, statistics: Tensor, first_minibatch: bool) -> None:
-        """rows, steps (B,) int64, statistics (4, B): one micro-batch's samples and steps; those of the first minibatch come first."""
+        """rows, steps (B,) int64: one micro-batch's samples and steps; those of the first minibatch come first.
+
+        statistics: (4, B), those of `ppo_loss`; or (1, B), the losses alone, of an estimator that has no ratios.
+        """
         self.rows.append(rows)
         self.steps.append(steps)
         self.statistics.append(statistics)
@@ -32,7 +35,14 @@ class UpdateStatistics:
     def summary(self, all_reduce) -> dict[str, float]:
         """Means over all ranks' transitions; `all_reduce(tensor, op)` reduces in place, op "sum" or "max"."""
         rows, steps, statistics = torch.cat(self.rows), torch.cat(self.steps), torch.cat(self.statistics, 1).double()
-        loss, ratio, clipped, kl = torch.where(self.good[rows], statistics, statistics.new_tensor([[0.0], [1.0], [0.0], [0.0]]))
+        unchanged = statistics.new_tensor([[0.0], [1.0], [0.0], [0.0]])[: len(statistics)]
+        statistics = torch.where(self.good[rows], statistics, unchanged)
+        if len(statistics) == 1:
+            sums = torch.stack([torch.ones_like(statistics[0]), statistics[0]]).sum(1)
+            all_reduce(sums, "sum")
+            count, loss = sums.tolist()
+            return {"transitions": int(count), "loss": loss / count}
+        loss, ratio, clipped, kl = statistics
         sums = torch.stack([torch.ones_like(loss), loss, clipped, kl]).sum(1)
         # a NaN ratio must show: it becomes infinity, which amax keeps
         error = (ratio - 1).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -1,0 +1,264 @@
+"""Reward-weighted regression: weights, loss, gradient and whole runs, each against a calculation of its own."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SD_BETAS
+from diffusers import DDIMScheduler
+from test_launch import deepspeed
+from test_train import options, relative_error, rewards_file, run, untimed, weights  # noqa: F401
+
+from ddpo_fast import train as trainer
+from ddpo_fast.config import CacheConfig, parse
+from ddpo_fast.ddim import DDIMSchedule
+from ddpo_fast.kernels.reference import normal_noise
+from ddpo_fast.metrics import StageTimer, read_metrics
+from ddpo_fast.plan import Work, iteration_flop, with_cache
+from ddpo_fast.rwr import FIRST_NOISE_STEP, NoisingSchedule, denoising_loss, reward_weights
+
+PROMPTS, REWARDS = ["a", "b", "a", "c", "b", "a"], torch.tensor([1.0, 5.0, 3.0, 2.0, 5.0, 2.0])
+
+
+def softmax(values) -> np.ndarray:
+    powers = np.exp(np.asarray(values, dtype=float))
+    return powers / powers.sum()
+
+
+def test_rwr_weights_of_the_whole_iteration():
+    found = reward_weights(PROMPTS, REWARDS, False, 0.5, 0.9, by_prompt=False)
+    np.testing.assert_allclose(found, 6 * softmax(0.5 * REWARDS.numpy()), rtol=1e-14)
+    assert found.dtype == torch.float64
+
+
+def test_rwr_weights_by_prompt():
+    """a: 1, 3, 2 among themselves; b: 5, 5 are equal; c is alone, so it is compared with all six."""
+    found = reward_weights(PROMPTS, REWARDS, False, 0.5, 0.9, by_prompt=True)
+    expected = np.zeros(6)
+    expected[[0, 2, 5]] = 3 * softmax([0.5, 1.5, 1.0])
+    expected[[1, 4]] = 1
+    expected[3] = 6 * softmax(0.5 * REWARDS.numpy())[3]
+    np.testing.assert_allclose(found, expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "percentile, by_prompt, expected",
+    [  # of all, sorted 1 2 2 3 5 5: the median is 2.5, the 0.2 quantile 2; of a, sorted 1 2 3: 2 and 1.4
+        (0.5, False, [0, 1, 1, 0, 1, 0]),
+        (0.2, False, [0, 1, 1, 1, 1, 1]),
+        (0.5, True, [0, 1, 1, 0, 1, 1]),
+        (0.9, True, [0, 1, 1, 0, 1, 0]),
+        (0.0, True, [1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_sparse_weights_are_of_the_percentile(percentile, by_prompt, expected):
+    assert reward_weights(PROMPTS, REWARDS, True, 0.2, percentile, by_prompt).tolist() == expected
+
+
+@pytest.mark.parametrize("by_prompt", [True, False])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_bad_rewards_get_no_weight_and_change_no_other(sparse, by_prompt):
+    kept = [0, 1, 2, 4, 5]
+    rewards = REWARDS.clone()
+    rewards[3] = torch.nan
+    found = reward_weights([*PROMPTS, "a", "b"], torch.cat([rewards, torch.tensor([torch.inf, -torch.inf])]), sparse, 0.7, 0.6, by_prompt)
+    clean = reward_weights([PROMPTS[i] for i in kept], REWARDS[kept], sparse, 0.7, 0.6, by_prompt)
+    assert torch.equal(found[kept], clean) and found[[3, 6, 7]].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("by_prompt", [True, False])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_weights_do_not_depend_on_the_order_and_do_not_overflow(sparse, by_prompt):
+    generator = np.random.default_rng(0)
+    prompts, rewards = [str(p) for p in generator.integers(9, size=40)], torch.from_numpy(1e5 * generator.normal(size=40))
+    order = generator.permutation(40)
+    expected = reward_weights(prompts, rewards, sparse, 0.2, 0.9, by_prompt)
+    assert torch.equal(reward_weights([prompts[i] for i in order], rewards[order], sparse, 0.2, 0.9, by_prompt), expected[order])
+    assert expected.isfinite().all() and expected.max() >= 1
+
+
+def test_integer_rewards_have_the_weights_of_floats():
+    expected = reward_weights(PROMPTS, REWARDS, False, 0.2, 0.9, True)
+    assert torch.equal(reward_weights(PROMPTS, REWARDS.long(), False, 0.2, 0.9, True), expected)
+
+
+def test_denoising_loss_by_hand():
+    """Two samples of one element: guided outputs 1 + 3 (2 - 1) = 4 and 0 + 3 (1 - 0) = 3, targets 1 and 5, errors 9 and 4."""
+    noise_pred = torch.tensor([1.0, 0.0, 2.0, 1.0]).view(4, 1, 1, 1).requires_grad_()
+    target, sample_weights = torch.tensor([1.0, 5.0]).view(2, 1, 1, 1), torch.tensor([2.0, 0.5])
+    loss, figures = denoising_loss(noise_pred, target, sample_weights, 3.0, 0.25)
+    assert loss.item() == 0.25 * (2 * 9 + 0.5 * 4) and figures.tolist() == [[18, 2]]
+    loss.backward()  # 0.25 w 2 (guided - target), times 1 - 3 and 3
+    assert noise_pred.grad.flatten().tolist() == [-2 * 3, -2 * -0.5, 3 * 3, 3 * -0.5]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_noised_samples_are_those_of_the_scheduler(prediction_type):
+    """And the target is what, taken as the model's output, gives the sample back."""
+    scheduler = DDIMScheduler(**SD_BETAS, clip_sample=False, prediction_type=prediction_type)
+    schedule = NoisingSchedule.from_scheduler(scheduler, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randn(5, 4, 6, 6, generator=generator, dtype=torch.float64)
+    timesteps, ids = torch.tensor([0, 1, 481, 998, 999]), torch.arange(5) + (1 << 33)
+    x_t, target = schedule.noised(x0, timesteps, 7, ids, 2)
+    noise = normal_noise(7, ids, FIRST_NOISE_STEP + 2000 + timesteps, 144).view(x0.shape)
+    torch.testing.assert_close(x_t, scheduler.add_noise(x0, noise.double(), timesteps), rtol=0, atol=1e-5)
+    for row, t in enumerate(timesteps.tolist()):
+        a = (1 - scheduler.betas.double()).cumprod(0)[t]
+        again = {
+            "epsilon": (x_t[row] - (1 - a).sqrt() * target[row]) / a.sqrt(),
+            "v_prediction": a.sqrt() * x_t[row] - (1 - a).sqrt() * target[row],
+            "sample": target[row],
+        }[prediction_type]
+        torch.testing.assert_close(again, x0[row], rtol=0, atol=1e-9)
+
+
+def test_noise_of_a_sample_is_new_in_every_pass_and_timestep():
+    schedule = NoisingSchedule.from_scheduler(DDIMScheduler(**SD_BETAS))
+    zero, ids = torch.zeros(1, 4, 4, 4), torch.tensor([3])
+    draws = [schedule.noised(zero, torch.tensor([t]), 0, ids, epoch)[1] for t in (0, 5, 999) for epoch in (0, 1, 2)]
+    draws.append(schedule.noised(zero, torch.tensor([5]), 0, ids + 1, 0)[1])
+    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 10
+    assert torch.equal(draws[3], schedule.noised(zero, torch.tensor([5]), 0, ids, 0)[1])
+
+
+def first_gradient(argv: list[str], monkeypatch) -> tuple[dict, trainer.Setup, list[str], torch.Tensor, torch.Tensor]:
+    """The gradient of the first of a run's updates in fp64, with the prompts, final latents and weights that it came from."""
+    setup = trainer.prepare(parse(argv))
+    policy, config, gradient = setup.policy, setup.config, {}
+    policy.dtype = torch.float64
+    for module in (policy.unet, policy.pipe.text_encoder, policy.pipe.vae):
+        module.to(torch.float64)
+    policy._prompt_embeds.clear()
+    policy.uncond_embeds = policy.encode_prompts([""])
+    torch.manual_seed(1)
+    for parameter in policy.trainable_parameters():  # LoRA starts at B = 0, where half of the gradient is 0
+        torch.nn.init.normal_(parameter, std=0.02)
+    scheduler = policy.pipe.scheduler
+    schedule = DDIMSchedule.from_scheduler(scheduler, config.sample.num_steps, config.sample.eta, dtype=torch.float64)
+    setup = replace(setup, schedule=schedule, noising=NoisingSchedule.from_scheduler(scheduler, dtype=torch.float64))
+
+    def step():
+        if not gradient:
+            gradient.update({n: p.grad.clone() for n, p in policy.unet.named_parameters() if p.grad is not None})
+        policy.unet.zero_grad()
+        return 0.0
+
+    engine = SimpleNamespace(backward=lambda loss, last: loss.backward(), loss_scale=1.0, forget_gradient=lambda: None, step=step)
+    prompts = trainer.draw_prompts(setup.prompts, config.sample.num_samples, 1, config.run.seed, 1)
+    rollout, _, _ = trainer.sample(setup, StageTimer(policy.device), 0, prompts, "sample")
+    sample_weights = torch.linspace(0, 2, config.sample.num_samples, dtype=torch.float64)
+    row = trainer.update(setup, engine, rollout, sample_weights, 1)
+    assert row.keys() == {"transitions", "loss", "grad_norm", "skipped_updates"} and math.isfinite(row["loss"])
+    return gradient, setup, prompts, rollout.latents[:, -1].double(), sample_weights
+
+
+RWR = dict(train__algorithm="rwr", rwr__num_timesteps=3, train__num_minibatches=1, lora__targets='["attention"]')
+
+
+@pytest.mark.parametrize("sampling_scale, training_scale, used", [(3.0, None, 3.0), (1.0, None, 1.0), (3.0, 1.0, 1.0), (1.0, 2.5, 2.5)])
+def test_gradient_is_that_of_the_denoising_loss(options, monkeypatch, sampling_scale, training_scale, used):  # noqa: F811
+    """Against a loop over samples and timesteps, one at a time, with diffusers' own noising and unchanged UNet call."""
+    changed = RWR | dict(sample__guidance_scale=sampling_scale, train__micro_batch=7)
+    changed |= {} if training_scale is None else {"rwr__guidance_scale": training_scale}
+    gradient, setup, prompts, latents, sample_weights = first_gradient(options(**changed), monkeypatch)
+    pipe = setup.policy.pipe
+    pipe.unet.zero_grad()
+    drawn = list(trainer.updates(setup, 1))
+    ((_, _, (rows, timesteps)),) = drawn
+    assert len(rows) == 24 and (np.bincount(rows) == 3).all() and 0 <= timesteps.min() and timesteps.max() < 1000
+    for row, t in zip(rows.tolist(), timesteps.tolist()):
+        embeds, uncond = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in ([prompts[row]], [""]))
+        step = torch.tensor([FIRST_NOISE_STEP + t])
+        noise = normal_noise(setup.config.run.seed, torch.tensor([row]), step, latents[0].numel()).view(1, *latents.shape[1:]).double()
+        a = (1 - pipe.scheduler.betas.double()).cumprod(0)[t]
+        x_t = a.sqrt() * latents[row] + (1 - a).sqrt() * noise
+        cond, free = (pipe.unet(x_t, t, encoder_hidden_states=e).sample for e in (embeds, uncond))
+        (sample_weights[row] * (free + used * (cond - free) - noise).square().mean() / len(rows)).backward()
+    expected = {n: p.grad for n, p in pipe.unet.named_parameters() if p.grad is not None}
+    assert relative_error(gradient, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("micro_batch", [1, 1000])
+def test_rwr_gradient_does_not_depend_on_micro_batch(options, monkeypatch, micro_batch):  # noqa: F811
+    expected = first_gradient(options(**RWR, train__micro_batch=7), monkeypatch)[0]
+    gradient = first_gradient(options(**RWR, train__micro_batch=micro_batch), monkeypatch)[0]
+    assert relative_error(gradient, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_every_rank_trains_on_its_part_of_the_same_transitions_and_noise(options, num_ranks):  # noqa: F811
+    setup = trainer.prepare(parse(options(**RWR | dict(train__num_minibatches=2), train__inner_epochs=2)))
+
+    def transitions(rank, world_size):
+        part = replace(setup, rank=rank, world_size=world_size)
+        first = trainer.first_sample_id(part, 3)
+        return [sorted(zip((first + rows).tolist(), steps.tolist())) for _, _, (rows, steps) in trainer.updates(part, 3)]
+
+    whole, parts = transitions(0, 1), [transitions(rank, num_ranks) for rank in range(num_ranks)]
+    assert [sorted(sum(update, [])) for update in zip(*parts)] == whole and len(whole) == 4
+    assert whole[0] != whole[2] and {i for i, _ in whole[0] + whole[1]} == set(range(16, 24))
+
+
+@pytest.mark.parametrize("changed", [dict(), dict(train__algorithm="rwr_sparse", rwr__percentile=0.5, rwr__population="iteration")])
+def test_rwr_runs_and_resumes_bit_for_bit(options, changed):  # noqa: F811
+    argv = RWR | dict(train__num_minibatches=2, train__inner_epochs=2) | changed
+    whole = run(options("whole", **argv, run__iterations=2))
+    rows = read_metrics(whole)
+    assert all(math.isfinite(row[key]) for row in rows[1:] for key in ("reward_mean", "eval_reward_mean", "loss") if row[key] is not None)
+    for key in ("ratio_error", "ratio_error_step", "clip_fraction", "approx_kl"):
+        assert [row[key] for row in rows[1:]] == [None, None]
+    assert [row["transitions"] for row in rows[1:]] == [8 * 3 * 2] * 2 and rows[1]["grad_norm"] > 0
+    trained = weights(whole)
+    assert all(tensor.any() for name, tensor in trained.items() if "lora_B" in name or "lora.up" in name)  # from 0
+    half = run(options("half", **argv, run__iterations=1, eval__every=9))
+    trainer.main([f"--run.dir={half}", "--resume", "--run.iterations=2"])
+    parts = untimed(read_metrics(half))
+    drop = ("eval_reward_mean", "eval_reward_std", "eval_samples")  # the short run ended with an evaluation
+    assert [{k: v for k, v in row.items() if k not in drop} for row in parts] == [
+        {k: v for k, v in row.items() if k not in drop} for row in untimed(rows)
+    ]
+    assert all(torch.equal(tensor, weights(half)[name]) for name, tensor in trained.items())
+
+
+def test_rwr_leaves_bad_rewards_out(options, rewards_file):  # noqa: F811
+    argv = RWR | dict(reward__name=f"{rewards_file}:sometimes_bad", sample__batch_size=4)
+    rows = read_metrics(run(options(**argv)))
+    assert [row["bad_rewards"] for row in rows] == [0, 4, 6] and all(math.isfinite(row["loss"]) for row in rows[1:])
+
+
+def test_two_ranks_have_the_gradient_of_one(tiny_model, tmp_path):
+    """One update by SGD with rate 1, unclipped, is the gradient."""
+    found = []
+    for ranks, stage in ((1, 0), (2, 2)):
+        argv = [
+            f"--model.path={tiny_model}", f"--run.dir={tmp_path / str(ranks)}", "--sample.num_samples=8", "--sample.num_steps=5",
+            "--eval.num_samples=2", "--eval.every=9", "--run.iterations=1", "--train.num_minibatches=1", "--lora.rank=2",
+            "--prompts.limit=4", "--train.algorithm=rwr", "--rwr.num_timesteps=2", "--train.micro_batch=3", "--train.learning_rate=1",
+            "--train.max_grad_norm=1e9", f"--zero.stage={stage}",
+        ]  # fmt: skip
+        done = deepspeed(ranks, "tests/sgd.py", argv)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append((weights(tmp_path / str(ranks)), read_metrics(tmp_path / str(ranks))[1]))
+    (one, row), (two, other_row) = found
+    assert max((one[name] - two[name]).abs().max() for name in one) <= 1e-6
+    assert other_row["loss"] == pytest.approx(row["loss"], rel=1e-5) and other_row["transitions"] == row["transitions"] == 16
+    assert other_row["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4) and row["grad_norm"] > 1e-3
+
+
+def test_the_plan_knows_what_is_trained_on():
+    work = Work.of(parse(["--train.algorithm=rwr", "--rwr.num_timesteps=30", "--rwr.guidance_scale=1", "--lora.scope=mid_up"]))
+    assert (work.trained_steps, work.rows, work.trained_rows, work.regression) == (30, 2, 1, True)
+    counts = SimpleNamespace(
+        prefix_flop=0.5, forward=SimpleNamespace(row_flop=1.0), update=SimpleNamespace(row_flop=3.0), decode=SimpleNamespace(row_flop=0.0)
+    )
+    assert with_cache(work, CacheConfig(), counts, 1e9, 1, on_gpu=True).held == (0, 0)
+    assert iteration_flop(counts, work, 1) == {"sampling": 48 * 2 * 10, "decode": 0, "update": 48 * 30 * 3}
+
+
+def test_more_timesteps_than_the_model_has_are_refused(options):  # noqa: F811
+    with pytest.raises(ValueError, match="rwr.num_timesteps=1001: valid is 1 to 1000, the model's training steps"):
+        trainer.prepare(parse(options(**RWR | dict(rwr__num_timesteps=1001))))
