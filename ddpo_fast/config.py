@@ -146,6 +146,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class BaselineConfig:
+    name: Literal["history", "group"] = "history"
+    """What a reward is compared with. history: its prompt's last rewards, as in the paper. group: the iteration's own samples of its
+    prompt, as in GRPO; buffer_size and min_count are not used, and prompts.samples_per_prompt has to be 2 or more."""
     buffer_size: int = 4
     """Rewards remembered per prompt."""
     min_count: int = 4
@@ -433,6 +436,11 @@ _RULES = [
     ),
     ("train.timestep_fraction", "0 < fraction <= 1", _number(0, 1, open_low=True)),
     ("reward.max_bad_fraction", "0 <= fraction <= 1", _number(0, 1)),
+    (
+        "baseline.name",
+        "history, or group with prompts.samples_per_prompt of at least 2: a single sample has nothing to be compared with",
+        lambda v, c: v == "history" or c.prompts.samples_per_prompt > 1 or not c.train.algorithm.startswith("ddpo"),
+    ),
     ("baseline.buffer_size", "a whole number >= baseline.min_count", lambda v, c: v >= c.baseline.min_count),
     ("optimizer.betas", "two numbers in [0, 1)", lambda v, c: len(v) == 2 and all(0 <= b < 1 for b in v)),
     ("optimizer.weight_decay", "a finite number >= 0", _number(0)),

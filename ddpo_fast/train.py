@@ -204,7 +204,8 @@ def train(setup: Setup, stop: StopRequest) -> None:
     Asked to stop, it saves a checkpoint when the iteration is done and returns.
     """
     config, rank = setup.config, setup.rank
-    baseline = PromptBaseline(config.baseline.buffer_size, config.baseline.min_count, config.baseline.std)
+    history = (config.baseline.buffer_size, config.baseline.min_count) if config.baseline.name == "history" else (0, 1)
+    baseline = PromptBaseline(*history, config.baseline.std)
     engine = make_engine(setup)
     cache = make_cache(setup)
     state = {"iteration": -1, "device_hours": 0.0, "bad_rewards": 0}

@@ -1,5 +1,6 @@
-"""Reward-weighted regression: weights, loss, gradient and whole runs, each against a calculation of its own."""
+"""Reward-weighted regression, group-relative advantages, KL to the reference: each against a calculation of its own, and whole runs."""
 
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from test_launch import deepspeed
 from test_train import options, relative_error, rewards_file, run, untimed, weights  # noqa: F401
 
 from ddpo_fast import train as trainer
+from ddpo_fast.advantages import PromptBaseline
 from ddpo_fast.config import CacheConfig, parse
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.kernels.reference import normal_noise
@@ -262,3 +264,49 @@ def test_the_plan_knows_what_is_trained_on():
 def test_more_timesteps_than_the_model_has_are_refused(options):  # noqa: F811
     with pytest.raises(ValueError, match="rwr.num_timesteps=1001: valid is 1 to 1000, the model's training steps"):
         trainer.prepare(parse(options(**RWR | dict(rwr__num_timesteps=1001))))
+
+
+def test_group_advantages_are_of_the_iteration_alone():
+    """Groups may be of different sizes; what came before does not count, and nothing is remembered."""
+    baseline = PromptBaseline(0, 1)
+    baseline.update(["a", "b", "a"], torch.tensor([1000.0, -50.0, 7.0]))
+    found = baseline.update(PROMPTS, REWARDS)
+    expected = np.zeros(6)
+    expected[[0, 2, 5]] = np.array([-1.0, 1.0, 0.0]) / (math.sqrt(2 / 3) + 1e-6)  # a: 1, 3, 2; b: 5, 5; c: 2
+    np.testing.assert_allclose(found, expected, rtol=1e-14)
+    assert baseline.state_dict() == {}
+
+
+def test_group_advantages_without_bad_rewards_and_over_the_standard_deviation_of_all():
+    rewards = torch.tensor([1.0, 3.0, torch.nan, 4.0, 4.0, torch.inf, 9.0])
+    found = PromptBaseline(0, 1, std="batch").update(["a", "a", "a", "b", "b", "b", "c"], rewards)
+    expected = np.array([-1, 1, 0, 0, 0, 0, 0]) / (np.std([1.0, 3, 4, 4, 9]) + 1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-14)
+
+
+def test_a_run_with_group_advantages(options, monkeypatch):  # noqa: F811
+    """The update gets each group's rewards less their mean, over their standard deviation; the checkpoint remembers none."""
+    seen, update, batches, open_reward = [], trainer.update, [], trainer.open_reward
+
+    def noting(setup, engine, rollout, advantages, *rest):
+        seen.append(advantages)
+        return update(setup, engine, rollout, advantages, *rest)
+
+    def recording(*args):
+        reward = open_reward(*args)
+        return lambda images, prompts: batches.append((prompts, reward(images, prompts))) or batches[-1][1]
+
+    monkeypatch.setattr(trainer, "update", noting)
+    monkeypatch.setattr(trainer, "open_reward", recording)
+    folder = run(options(baseline__name="group", prompts__samples_per_prompt=4, eval__every=9, sample__num_steps=3))
+    _, *iterations, _ = batches  # between the evaluations
+    assert len(iterations) == len(seen) == 2
+    for (prompts, rewards), advantages in zip(iterations, seen):
+        prompts, rewards = np.array(prompts), rewards.double().numpy()
+        groups = [rewards[prompts == prompt] for prompt in prompts]
+        expected = [(reward - group.mean()) / (group.std() + 1e-6) for reward, group in zip(rewards, groups)]
+        np.testing.assert_allclose(advantages, expected, rtol=1e-5)
+        assert all(len(group) in (4, 8) for group in groups) and np.std(expected) > 0.9
+    state = json.loads((folder / "checkpoints" / "2" / "state.json").read_text())
+    before = weights(run(options("one", baseline__name="group", prompts__samples_per_prompt=4, run__iterations=1, sample__num_steps=3)))
+    assert state["baseline"] == {} and any(not torch.equal(tensor, before[name]) for name, tensor in weights(folder).items())

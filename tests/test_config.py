@@ -69,6 +69,11 @@ BAD = [  # arguments, what the line must say
     ("--lora.targets []", "lora.targets=[]: valid is at least one of"),
     ("--lora.targets [mlp]", "lora.targets"),
     ("--baseline.buffer_size 3", "baseline.buffer_size=3: valid is a whole number >= baseline.min_count"),
+    (
+        "--baseline.name group --prompts.samples_per_prompt 1",
+        "baseline.name=group: valid is history, or group with prompts.samples_per_prompt of at least 2",
+    ),
+    ("--baseline.name grpo", "baseline.name=grpo: expected Literal['history', 'group']"),
     ("--baseline.min_count 0", "baseline.min_count=0: valid is"),
     ("--optimizer.name sgd", "optimizer.name=sgd: expected"),
     ("--optimizer.betas [0.9]", "optimizer.betas=[0.9]: valid is two numbers in [0, 1)"),
