@@ -50,3 +50,8 @@ class PromptBaseline:
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         self.buffers = state
+
+
+def make_baseline(name: str, buffer_size: int, min_count: int, std: str) -> PromptBaseline:
+    """What baseline.name asks for: "history", a prompt's last rewards, or "group", its rewards of the iteration alone."""
+    return PromptBaseline(0, 1, std) if name == "group" else PromptBaseline(buffer_size, min_count, std)

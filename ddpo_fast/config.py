@@ -137,6 +137,10 @@ class TrainConfig:
     true ratio range of exp(1.6); for D elements the range used is clip_range * 16384 / D, the same trust region."""
     advantage_clip: float = 5.0
     """Advantages are clamped to +- this."""
+    kl_coefficient: float = 0.0
+    """Adds this times the KL divergence from the untrained model, a mean over latent elements as the log-prob is, to the loss of
+    ddpo_is or ddpo_sf. Another UNet forward pass, with LoRA switched off, for each transition; metric kl_to_reference. 0: nothing is
+    computed."""
     max_grad_norm: float = 1.0
     """Gradient norm clip of every update."""
     timestep_fraction: float = 1.0
@@ -394,6 +398,27 @@ _RULES = [
         "cache.mode",
         "auto or off, with train.algorithm=rwr or rwr_sparse: what they train on is not what the rollout computed",
         lambda v, c: v != "on" or c.train.algorithm.startswith("ddpo"),
+    ),
+    ("train.kl_coefficient", "a finite number >= 0", _number(0)),
+    (
+        "train.kl_coefficient",
+        "0, with train.algorithm=rwr or rwr_sparse",
+        lambda v, c: v == 0 or c.train.algorithm.startswith("ddpo"),
+    ),
+    (
+        "train.kl_coefficient",
+        "0, when lora.scope is none: the reference is the model with LoRA switched off",
+        lambda v, c: v == 0 or c.lora.scope != "none",
+    ),
+    (
+        "train.kl_coefficient",
+        "0, with train.estimator=score_accumulation, which takes the gradient of the log-prob alone",
+        lambda v, c: v == 0 or c.train.estimator == "ppo",
+    ),
+    (
+        "train.kl_coefficient",
+        "0, with zero.stage=3, which gathers weights in the order of one and the same forward pass",
+        lambda v, c: v == 0 or c.zero.stage < 3,
     ),
     ("rwr.percentile", "0 <= percentile < 1", lambda v, c: 0 <= v < 1),
     ("rwr.guidance_scale", "a finite number >= 1 (1 is no guidance), or null", lambda v, c: v is None or (math.isfinite(v) and v >= 1)),

@@ -1,6 +1,6 @@
-"""Reward-weighted regression: the denoising loss on own samples, each weighed by its reward (DDPO, arXiv:2305.13301, section 4.1).
+"""Reward-weighted regression: the denoising loss on own samples, each weighed by its reward (a baseline of DDPO, arXiv:2305.13301).
 
-Shape letters: N samples of an iteration, M those of this rank, B transitions of a micro-batch (a sample and a training timestep), T the
+Shape letters: N samples of an iteration, B transitions of a micro-batch (a sample and a training timestep), T the
 model's training timesteps, (C, H, W) one sample's latents.
 """
 

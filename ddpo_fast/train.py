@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from ddpo_fast import activation_cache, attention_backends, checkpoint, deepspeed_options, kernels
 from ddpo_fast.activation_cache import NO_CACHE, ActivationCache, Cache
-from ddpo_fast.advantages import PromptBaseline
+from ddpo_fast.advantages import PromptBaseline, make_baseline
 from ddpo_fast.config import Config, parse_or_exit, user_error
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.engine import Engine, all_gather, all_reduce, any_rank, broadcast, init_distributed, is_lost_rank
@@ -45,7 +45,7 @@ from ddpo_fast.files import unless_disk_full, write_text
 from ddpo_fast.fused_unet import fuse
 from ddpo_fast.kernels import Ops
 from ddpo_fast.lora import merges
-from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
+from ddpo_fast.losses import UpdateStatistics, kl_loss, scaled_clip_range
 from ddpo_fast.memory import Room, free_mib, local_ranks
 from ddpo_fast.metrics import MetricsWriter, StageTimer, image_grid, peak_memory_mib
 from ddpo_fast.optimizer import check_optimizer, make_optimizer
@@ -204,8 +204,8 @@ def train(setup: Setup, stop: StopRequest) -> None:
     Asked to stop, it saves a checkpoint when the iteration is done and returns.
     """
     config, rank = setup.config, setup.rank
-    history = (config.baseline.buffer_size, config.baseline.min_count) if config.baseline.name == "history" else (0, 1)
-    baseline = PromptBaseline(*history, config.baseline.std)
+    options = config.baseline
+    baseline = make_baseline(options.name, options.buffer_size, options.min_count, options.std)
     engine = make_engine(setup)
     cache = make_cache(setup)
     state = {"iteration": -1, "device_hours": 0.0, "bad_rewards": 0}
@@ -299,6 +299,8 @@ def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline
         by_prompt = options.population == "prompt"
         advantages = reward_weights(prompts, rewards, sparse, options.inverse_temperature, options.percentile, by_prompt)
     advantages = advantages[mine].float().to(setup.policy.device)
+    if rollout is not None:
+        rollout.good &= rewards[mine].isfinite().to(rollout.good.device)  # what has no reward is in no part of the loss
 
     with timer("train"):
         if setup.scores is None:
@@ -403,17 +405,25 @@ def accumulate_gradient(
     """
     config, policy, schedule, done = setup.config, setup.policy, setup.schedule, []
     guidance_scale, embeds = config.sample.guidance_scale, torch.cat([policy.uncond_embeds, rollout.prompt_embeds])
+    weight, kl_coefficient = engine.loss_scale / len(pairs[0]), config.train.kl_coefficient
     engine.forget_gradient()
     cache.forget_fetched()
     parts = list(micro_batches(*pairs, size, schedule.timesteps.cpu(), guidance_scale != 1, policy.device))
     for part, next_part in zip_longest(parts, parts[1:]):
         inputs = rollout.latents[part.unet_rows, part.unet_steps].to(policy.dtype), part.timesteps, embeds[part.embed_rows]
         with cache.reading(part, next_part, lambda rows: policy.predict_noise(*(tensor[rows] for tensor in inputs))):  # noqa: B023
+            reference_noise_pred = policy.predict_reference_noise(*inputs) if kl_coefficient else None
             noise_pred = policy.predict_noise(*inputs)
         loss, figures = setup.ops.ppo_loss(
             noise_pred, rollout.latents, rollout.log_probs, advantages, schedule.coefficients, part.rows, part.steps,
-            guidance_scale, setup.clip_range, engine.loss_scale / len(pairs[0]), config.train.algorithm == "ddpo_sf",
+            guidance_scale, setup.clip_range, weight, config.train.algorithm == "ddpo_sf",
         )  # fmt: skip
+        if kl_coefficient:
+            kl, divergences = kl_loss(
+                noise_pred, reference_noise_pred, rollout.latents, rollout.good, schedule.coefficients, part.rows, part.steps,
+                guidance_scale, weight * kl_coefficient,
+            )  # fmt: skip
+            loss, figures = loss + kl, torch.cat([figures, divergences[None]])
         engine.backward(loss, last=next_part is None)
         done.append((part, figures))
         progress(len(part.rows))
@@ -543,8 +553,8 @@ def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -
 
 METRICS = (
     "iteration samples reward_mean reward_std eval_reward_mean eval_reward_std eval_samples loss ratio_error ratio_error_step "
-    "clip_fraction approx_kl grad_norm skipped_updates learning_rate time_sample_s time_reward_s time_train_s time_eval_s time_total_s "
-    "images_per_s transitions transitions_per_s device_hours peak_memory_mib cache_hit_fraction bad_rewards"
+    "clip_fraction approx_kl kl_to_reference grad_norm skipped_updates learning_rate time_sample_s time_reward_s time_train_s "
+    "time_eval_s time_total_s images_per_s transitions transitions_per_s device_hours peak_memory_mib cache_hit_fraction bad_rewards"
 ).split()
 """The keys of a row of metrics.jsonl; those that an iteration has no value for are null."""
 
