@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bench.textbook import TextbookLoop, Trajectories
 from ddpo_fast import train as trainer
-from ddpo_fast.advantages import PromptBaseline
+from ddpo_fast.advantages import make_baseline
 from ddpo_fast.config import parse
 from ddpo_fast.counts import flop_counter
 from ddpo_fast.ddim import DDIMSchedule
@@ -191,7 +191,7 @@ class Ours(Contender):
             for parameter in self.unet.parameters():
                 parameter.data = parameter.data.contiguous()
         baseline = self.config.baseline
-        self.baseline = PromptBaseline(baseline.buffer_size, baseline.min_count, baseline.std)
+        self.baseline = make_baseline(baseline.name, baseline.buffer_size, baseline.min_count, baseline.std)
         self.stages = Stages(self.device)
         self.stages.wrap(setup.policy, "encode_prompts", "encode")
         self.stages.wrap(setup.policy, "decode_latents", "decode")
@@ -242,6 +242,7 @@ class Textbook(Contender):
 
     def __init__(self, argv: list[str]):
         refuse(argv, train__algorithm="ddpo_is", optimizer__name="adamw", sample__eta=1.0, train__timestep_fraction=1.0)
+        refuse(argv, train__kl_coefficient=0.0)
         super().__init__([*argv, *PLAIN])
         config, policy = self.config, self.setup.policy
         self.loop = TextbookLoop(policy.pipe, config.sample.num_steps, config.sample.guidance_scale)
@@ -251,7 +252,8 @@ class Textbook(Contender):
             self.parameters, config.train.learning_rate, tuple(options.betas), options.eps, options.weight_decay
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=policy.dtype == torch.float16)
-        self.baseline = PromptBaseline(config.baseline.buffer_size, config.baseline.min_count, config.baseline.std)
+        baseline = config.baseline
+        self.baseline = make_baseline(baseline.name, baseline.buffer_size, baseline.min_count, baseline.std)
         self.generator = torch.Generator(self.device).manual_seed(config.run.seed)
         self.uncond_embeds = self.loop.encode([""])
         self.stages = Stages(self.device)
@@ -323,7 +325,8 @@ class TRL(Contender):
     """TRL's DDPOTrainer (deleted in TRL 0.24), with our LoRA layers in place of its fixed ones; the rest is its own."""
 
     def __init__(self, argv: list[str]):
-        refuse(argv, train__algorithm="ddpo_is", optimizer__name="adamw", baseline__std="prompt")
+        refuse(argv, train__algorithm="ddpo_is", optimizer__name="adamw", baseline__std="prompt", baseline__name="history")
+        refuse(argv, train__kl_coefficient=0.0)
         super().__init__([*argv, *PLAIN])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -11,6 +11,9 @@ class PromptBaseline:
     standard deviation of the whole current batch. With std="batch" the standard deviation is the batch's in any case. A buffer
     never drops a reward of the current iteration, even if that brings more than it holds. Non-finite rewards enter nothing and
     get advantage 0.
+
+    With buffer_size=0 and min_count=1 a prompt's baseline is its group, the current rewards alone: the advantages of GRPO
+    (arXiv:2402.03300).
     """
 
     def __init__(self, buffer_size: int, min_count: int, std: str = "prompt"):
@@ -32,7 +35,9 @@ class PromptBaseline:
         for prompt, rows in rows_of.items():
             current = rewards[rows]
             buffer = self.buffers.get(prompt, []) + current.tolist()
-            self.buffers[prompt] = buffer = buffer[-max(self.buffer_size, len(rows)) :]
+            buffer = buffer[-max(self.buffer_size, len(rows)) :]
+            if self.buffer_size:
+                self.buffers[prompt] = buffer
             population = rewards[good] if len(buffer) < self.min_count else torch.tensor(buffer, dtype=torch.float64)
             # sorted, so that the sums, too, do not depend on the order in which samples were gathered
             population = population.sort().values
@@ -45,3 +50,8 @@ class PromptBaseline:
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         self.buffers = state
+
+
+def make_baseline(name: str, buffer_size: int, min_count: int, std: str) -> PromptBaseline:
+    """What baseline.name asks for: "history", a prompt's last rewards, or "group", its rewards of the iteration alone."""
+    return PromptBaseline(0, 1, std) if name == "group" else PromptBaseline(buffer_size, min_count, std)

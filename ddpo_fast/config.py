@@ -37,7 +37,8 @@ class ModelConfig:
     GPU, fp32 on a CPU. bf16's log-prob noise (about 1e-4) is as large as the clip range."""
     share_guidance: bool = True
     """With guidance, compute what the UNet does before its first cross-attention once for both branches instead of twice. Exact but for
-    rounding. SDXL's branches have nothing in common: the prompt is in its time embedding, too."""
+    rounding. SDXL's branches have nothing in common: the prompt is in its time embedding, too. Not done where
+    rwr.guidance_scale=1 trains on one branch."""
     offload_text_encoder: bool = True
     """On a GPU, have the text encoders there only while new prompts are encoded, which each prompt is once."""
     compile: bool = False
@@ -127,9 +128,11 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    algorithm: Literal["ddpo_is", "ddpo_sf"] = "ddpo_is"
+    algorithm: Literal["ddpo_is", "ddpo_sf", "rwr", "rwr_sparse"] = "ddpo_is"
     """ddpo_is: importance sampling with PPO's clip. ddpo_sf: score function (REINFORCE), exactly one update an
-    iteration."""
+    iteration. rwr: reward-weighted regression, the denoising loss on own samples weighed by the softmax of their rewards; rwr_sparse: on
+    the best of them alone. See the options of rwr, which take the place of baseline's and of train.clip_range. docs/algorithms.md has
+    the equations."""
     estimator: Literal["ppo", "score_accumulation"] = "ppo"
     """Where the gradient is computed. ppo: after sampling, which any number of updates an iteration needs. score_accumulation:
     during sampling, each sample's apart, so that no second UNet pass is needed: the same gradient, for exactly one update an
@@ -153,6 +156,10 @@ class TrainConfig:
     true ratio range of exp(1.6); for D elements the range used is clip_range * 16384 / D, the same trust region."""
     advantage_clip: float = 5.0
     """Advantages are clamped to +- this."""
+    kl_coefficient: float = 0.0
+    """Adds this times the KL divergence from the untrained model, a mean over latent elements as the log-prob is, to the loss of
+    ddpo_is or ddpo_sf. Another UNet forward pass, with LoRA switched off, for each transition; metric kl_to_reference. 0: nothing is
+    computed."""
     max_grad_norm: float = 1.0
     """Gradient norm clip of every update."""
     timestep_fraction: float = 1.0
@@ -162,6 +169,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class BaselineConfig:
+    name: Literal["history", "group"] = "history"
+    """What a reward is compared with. history: its prompt's last rewards, as in the paper. group: the iteration's own samples of its
+    prompt, as in GRPO; buffer_size and min_count are not used, and prompts.samples_per_prompt has to be 2 or more."""
     buffer_size: int = 4
     """Rewards remembered per prompt."""
     min_count: int = 4
@@ -170,6 +180,23 @@ class BaselineConfig:
     """What advantages are divided by: the standard deviation of the prompt's rewards, as in the paper, or that of the whole
     iteration's. For a bounded reward 'batch': a prompt that always gets nearly 1 would else turn its last decimals into
     advantages as large as any."""
+
+
+@dataclass(frozen=True)
+class RwrConfig:
+    inverse_temperature: float = 0.2
+    """beta in the weights softmax(beta r) of train.algorithm=rwr, in 1 / the reward's units; the paper's value."""
+    percentile: float = 0.9
+    """train.algorithm=rwr_sparse trains on the samples whose reward is at or above this quantile, the others get weight 0."""
+    population: Literal["prompt", "iteration"] = "prompt"
+    """What a reward is compared with: prompt, the iteration's samples of the same prompt (of all prompts, where it has just one), or
+    iteration, all of them."""
+    guidance_scale: Optional[float] = None
+    """Classifier-free guidance in the training loss; 1 turns it off. Default: sample.guidance_scale. Without guidance in training the
+    paper saw collapse after the first round."""
+    num_timesteps: int = 10
+    """Timesteps drawn anew for every sample and pass, uniformly and without repetition from the model's training timesteps. The paper
+    draws one and makes more passes (train.inner_epochs)."""
 
 
 @dataclass(frozen=True)
@@ -275,6 +302,7 @@ class Config:
     sample: SampleConfig = SampleConfig()
     train: TrainConfig = TrainConfig()
     baseline: BaselineConfig = BaselineConfig()
+    rwr: RwrConfig = RwrConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     zero: ZeroConfig = ZeroConfig()
     deepspeed: DeepspeedConfig = DeepspeedConfig()
@@ -339,6 +367,7 @@ _RULES = [
             "train.num_minibatches",
             "train.inner_epochs",
             "baseline.min_count",
+            "rwr.num_timesteps",
             "eval.every",
             "eval.num_samples",
             "run.iterations",
@@ -355,6 +384,7 @@ _RULES = [
             "train.clip_range",
             "train.advantage_clip",
             "train.max_grad_norm",
+            "rwr.inverse_temperature",
             "optimizer.eps",
         )
     ),
@@ -408,6 +438,44 @@ _RULES = [
     ),
     (
         "train.estimator",
+        "ppo, with train.algorithm=rwr or rwr_sparse: their loss is not one of the steps that sampling makes",
+        lambda v, c: v == "ppo" or c.train.algorithm.startswith("ddpo"),
+    ),
+    (
+        "train.timestep_fraction",
+        "1, with train.algorithm=rwr or rwr_sparse; rwr.num_timesteps says how many timesteps of a sample are trained on",
+        lambda v, c: v == 1 or c.train.algorithm.startswith("ddpo"),
+    ),
+    (
+        "cache.mode",
+        "auto or off, with train.algorithm=rwr or rwr_sparse: what they train on is not what the rollout computed",
+        lambda v, c: v != "on" or c.train.algorithm.startswith("ddpo"),
+    ),
+    ("train.kl_coefficient", "a finite number >= 0", _number(0)),
+    (
+        "train.kl_coefficient",
+        "0, with train.algorithm=rwr or rwr_sparse",
+        lambda v, c: v == 0 or c.train.algorithm.startswith("ddpo"),
+    ),
+    (
+        "train.kl_coefficient",
+        "0, when lora.scope is none: the reference is the model with LoRA switched off",
+        lambda v, c: v == 0 or c.lora.scope != "none",
+    ),
+    (
+        "train.kl_coefficient",
+        "0, with train.estimator=score_accumulation, which takes the gradient of the log-prob alone",
+        lambda v, c: v == 0 or c.train.estimator == "ppo",
+    ),
+    (
+        "train.kl_coefficient",
+        "0, with zero.stage=3, which gathers weights in the order of one and the same forward pass",
+        lambda v, c: v == 0 or c.zero.stage < 3,
+    ),
+    ("rwr.percentile", "0 <= percentile < 1", lambda v, c: 0 <= v < 1),
+    ("rwr.guidance_scale", "a finite number >= 1 (1 is no guidance), or null", lambda v, c: v is None or _number(1)(v, c)),
+    (
+        "train.estimator",
         "ppo, or exactly one update an iteration (train.num_minibatches=1, train.inner_epochs=1): a second one's gradient is not known "
         "while sampling",
         lambda v, c: v == "ppo" or _updates_per_iteration(c) == 1,
@@ -446,6 +514,11 @@ _RULES = [
     ),
     ("train.timestep_fraction", "0 < fraction <= 1", _number(0, 1, open_low=True)),
     ("reward.max_bad_fraction", "0 <= fraction <= 1", _number(0, 1)),
+    (
+        "baseline.name",
+        "history, or group with prompts.samples_per_prompt of at least 2: a single sample has nothing to be compared with",
+        lambda v, c: v == "history" or c.prompts.samples_per_prompt > 1 or not c.train.algorithm.startswith("ddpo"),
+    ),
     ("baseline.buffer_size", "a whole number >= baseline.min_count and < 2^63", lambda v, c: c.baseline.min_count <= v <= _LARGEST),
     ("optimizer.betas", "two numbers in [0, 1)", lambda v, c: len(v) == 2 and all(0 <= b < 1 for b in v)),
     ("optimizer.weight_decay", "a finite number >= 0", _number(0)),

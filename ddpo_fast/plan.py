@@ -50,16 +50,26 @@ class Work:
     score_accumulation: bool = False
     """Whether sampling does the update's UNet calls: train.estimator."""
     offload: str = "none"
+    regression: bool = False
+    """Whether the update trains on noised samples, of which nothing is cached, and not on the rollout's transitions: train.algorithm."""
+    update_rows: int | None = None
+    """UNet rows of a transition in the update; None: G, as in sampling."""
+
+    @property
+    def trained_rows(self) -> int:
+        return self.update_rows or self.rows
 
     @classmethod
     def of(cls, config) -> "Work":
         """The work of a config's iterations."""
-        sample, train = config.sample, config.train
+        sample, train, regression = config.sample, config.train, config.train.algorithm in ("rwr", "rwr_sparse")
+        trained_steps = config.rwr.num_timesteps if regression else max(1, round(train.timestep_fraction * sample.num_steps))
+        own = config.rwr.guidance_scale if regression else None
         return cls(
             sample.num_samples, sample.batch_size, sample.num_steps, 1 if sample.guidance_scale == 1 else 2,
-            train.num_minibatches, train.inner_epochs, train.micro_batch, max(1, round(train.timestep_fraction * sample.num_steps)),
+            train.num_minibatches, train.inner_epochs, train.micro_batch, trained_steps,
             config.optimizer.name, config.zero.stage, sample.decode_batch, score_accumulation=train.estimator == "score_accumulation",
-            offload=config.zero.offload,
+            offload=config.zero.offload, regression=regression, update_rows=None if own is None else 1 if own == 1 else 2,
         )  # fmt: skip
 
     def share(self, num_devices: int) -> int:
@@ -129,7 +139,7 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
     batch = min(work.batch_size, samples)
     transitions = min(work.micro_batch, samples // work.num_minibatches * work.trained_steps)
     rollout = samples * trajectory / MIB
-    sampling, update = max(counts.forward.mib(work.rows * batch), rollout), update_mib(counts, work, work.rows * transitions)
+    sampling, update = max(counts.forward.mib(work.rows * batch), rollout), update_mib(counts, work, work.trained_rows * transitions)
     if work.score_accumulation:
         parts = batch * trained if work.trained_steps < work.num_steps else 0
         rollout, sampling, update = batch * trajectory / MIB, counts.update.mib(work.rows * batch) + parts / MIB, trained / MIB
@@ -182,9 +192,11 @@ def phases_mib(memory: dict[str, float]) -> dict[str, float]:
 
 def iteration_flop(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, float]:
     """FLOP of an iteration, all ranks together, by phase."""
-    rows, cached = work.num_samples * work.rows, sum(work.held) / work.trained_transitions(num_devices)
-    sampling = rows * work.num_steps * counts.forward.row_flop
-    update = rows * work.inner_epochs * work.trained_steps * (counts.update.row_flop - cached * counts.prefix_flop)
+    rows, cached = work.num_samples * work.rows, 0.0
+    if any(work.held):
+        cached = sum(work.held) / work.trained_transitions(num_devices)
+    sampling, trained = rows * work.num_steps * counts.forward.row_flop, work.num_samples * work.trained_rows
+    update = trained * work.inner_epochs * work.trained_steps * (counts.update.row_flop - cached * counts.prefix_flop)
     if work.score_accumulation:
         sampling, update = sampling + update - rows * work.trained_steps * counts.forward.row_flop, 0.0
     return {"sampling": sampling, "decode": work.num_samples * counts.decode.row_flop, "update": update}
@@ -294,7 +306,7 @@ def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
         on_gpu=on_gpu,
         fused=config.kernels.backend == "triton" or (config.kernels.backend == "auto" and on_gpu),
         merged=merges(config.lora.forward, config.lora.scope, dtype, config.zero.stage),
-        shared=config.model.share_guidance and config.sample.guidance_scale != 1,
+        shared=config.model.share_guidance and min(Work.of(config).rows, Work.of(config).trained_rows) == 2,
         checkpointing=config.train.gradient_checkpointing,
     )
     if on_gpu and config.model.offload_text_encoder:
@@ -344,7 +356,7 @@ def with_cache(work: Work, cache, counts: ModelCounts, device_mib: float, num_de
     A device without a budget is given half of what weights and optimizer leave; a GPU's host without one, all that the GPU leaves.
     """
     wanted = cache.mode == "on" or cache.mode == "auto" and counts.prefix_flop >= WORTH * counts.forward.row_flop
-    if not wanted or work.score_accumulation or work.zero_stage == 3 or not counts.prefix_flop:
+    if not wanted or work.score_accumulation or work.regression or work.zero_stage == 3 or not counts.prefix_flop:
         return work
     memory, budget_mib, left = memory_mib(counts, work, num_devices), cache.device_mib, work.trained_transitions(num_devices)
     if budget_mib is None:
@@ -361,8 +373,8 @@ def plan_text(plan: Plan) -> str:
     samples, phases, devices = work.share(plan.num_devices), phases_mib(memory), f"{plan.num_devices} x {plan.device.name}"
     weights = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in counts.weight_bytes.items() if size)
     batch, saved = min(work.batch_size, samples), f"of which each saves {counts.saved_row_bytes / MIB:,.0f} for its backward"
-    rows = work.rows * min(work.micro_batch, samples // work.num_minibatches * work.trained_steps)
-    kept = work.trained_transitions(plan.num_devices)
+    rows = work.trained_rows * min(work.micro_batch, samples // work.num_minibatches * work.trained_steps)
+    kept = work.trained_transitions(plan.num_devices) if any(work.held) else 0
     notes = {
         "frozen weights": weights,
         "trained weights": f"{counts.num_trainable:,} in fp32",
@@ -465,7 +477,7 @@ def iteration_terms(work: Work, costs: Costs, num_devices: int) -> dict[str, flo
         "decode": samples * costs.decode_image_s,
         "reward": samples * costs.reward_image_s,
         "update calls": update_calls * costs.update_call_s,
-        "update rows": num_updates * transitions * work.rows * costs.update_row_s,
+        "update rows": num_updates * transitions * work.trained_rows * costs.update_row_s,
         "optimizer": num_updates * costs.optimizer_s / (num_devices if work.zero_stage else 1),
         "all-reduce": num_updates * all_reduce,
         "gather": gather + 4 * others * costs.latency_s,  # rewards; two small all-reduces of statistics

@@ -145,6 +145,15 @@ class Policy:
             return self.forward(unet_input, timesteps, encoder_hidden_states=prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
 
     @torch.no_grad()
+    def predict_reference_noise(self, *inputs: Tensor) -> Tensor:
+        """`predict_noise` of the model as it was before training, without a gradient: LoRA is switched off, merged or not."""
+        self.unet.disable_adapters()
+        try:
+            return self.predict_noise(*inputs)
+        finally:
+            self.unet.enable_adapters()
+
+    @torch.no_grad()
     def example_call(self, num_rows: int) -> Tensor:
         """`predict_noise` of the same arbitrary rows every time, an even number: the same latents with two embeddings."""
         generator = torch.Generator().manual_seed(0)

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from ddpo_fast import activation_cache, attention_backends, checkpoint, deepspeed_options, kernels
 from ddpo_fast.activation_cache import NO_CACHE, ActivationCache, Cache
-from ddpo_fast.advantages import PromptBaseline
+from ddpo_fast.advantages import PromptBaseline, make_baseline
 from ddpo_fast.config import Config, parse_or_exit, user_error
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.engine import Engine, WrongCheckpoint, all_gather, all_reduce, any_rank, broadcast, init_distributed, is_lost_rank
@@ -47,7 +47,7 @@ from ddpo_fast.files import new_folder, unless_disk_full, write_text
 from ddpo_fast.fused_unet import fuse
 from ddpo_fast.kernels import Ops
 from ddpo_fast.lora import merges
-from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
+from ddpo_fast.losses import UpdateStatistics, kl_loss, scaled_clip_range
 from ddpo_fast.memory import Room, free_mib, local_ranks
 from ddpo_fast.metrics import MetricsWriter, StageTimer, check_trackers, diversity, image_grid, peak_memory_mib, save_grid
 from ddpo_fast.model_card import write_card
@@ -61,6 +61,7 @@ from ddpo_fast.report import environment, write_report
 from ddpo_fast.rewards import Reward, Scorer, open_reward
 from ddpo_fast.rewards.isolated import START_TIMEOUT_S
 from ddpo_fast.rollout import EVAL_SAMPLE_ID, MicroBatch, Pairs, Rollout, generate, micro_batches, passes
+from ddpo_fast.rwr import NoisingSchedule, denoising_loss, reward_weights
 from ddpo_fast.score_accumulation import ScoreAccumulator
 from ddpo_fast.split_unet import SplitUNet
 
@@ -88,6 +89,8 @@ class Setup:
     """`train.clip_range` scaled to this model's latents."""
     scores: ScoreAccumulator | None
     """What takes the gradient during sampling; None where `update` does."""
+    noising: NoisingSchedule | None
+    """What reward-weighted regression trains on; None for the policy gradient."""
     room: Room
     """What has been found to fit into memory."""
     checkpoint: Path | None
@@ -163,8 +166,10 @@ def prepare(config: Config) -> Setup:
     model = config.model
     policy = Policy(model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config)
     policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
-    transitions = config.sample.num_samples // world_size // config.train.num_minibatches * config.sample.num_steps
-    num_rows = min(32, config.train.micro_batch, transitions) * (1 if config.sample.guidance_scale == 1 else 2)
+    regression = config.train.algorithm in ("rwr", "rwr_sparse")
+    steps = config.rwr.num_timesteps if regression else config.sample.num_steps
+    transitions = config.sample.num_samples // world_size // config.train.num_minibatches * steps
+    num_rows = min(32, config.train.micro_batch, transitions) * (1 if training_guidance(config) == 1 else 2)
     call = partial(policy.example_call, 2)
     choice = attention_backends.resolve(config.attention.backend, policy.unet, call, num_rows, policy.dtype, device)
     backend, measured = broadcast(choice)  # times differ from rank to rank
@@ -180,19 +185,23 @@ def prepare(config: Config) -> Setup:
         policy.checkpoint_gradients()
     schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
     clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
+    noising = NoisingSchedule.from_scheduler(policy.pipe.scheduler, device) if regression else None
+    if regression and config.rwr.num_timesteps > noising.num_steps:
+        raise ValueError(f"rwr.num_timesteps={config.rwr.num_timesteps}: valid is 1 to {noising.num_steps}, the model's training steps")
     scores = None
     if config.train.estimator == "score_accumulation":
         scores = ScoreAccumulator(policy.unet, ops, config.sample.guidance_scale, clip_range)
-    if config.model.share_guidance and config.sample.guidance_scale != 1:
+    if config.model.share_guidance and config.sample.guidance_scale != 1 and training_guidance(config) != 1:
         try:
             policy.share_guidance()
         except ValueError as error:
             raise ValueError(f"model.share_guidance=true: {error}; valid is false") from None
-    split = activation_cache.split(config.cache.mode, policy) if scores is None and config.zero.stage < 3 else None
+    cached = scores is None and not regression and config.zero.stage < 3
+    split = activation_cache.split(config.cache.mode, policy) if cached else None
     room = Room(retry=config.zero.stage < 3)
     return Setup(
         config, Path(config.run.dir), rank, world_size, prompts, prompt_weights, reward, policy, schedule, ops, split, clip_range, scores,
-        room, resumed, deepspeed,
+        noising, room, resumed, deepspeed,
     )  # fmt: skip
 
 
@@ -202,7 +211,8 @@ def train(setup: Setup, stop: StopRequest) -> None:
     Asked to stop, it saves a checkpoint when the iteration is done and returns.
     """
     config, rank = setup.config, setup.rank
-    baseline = PromptBaseline(config.baseline.buffer_size, config.baseline.min_count, config.baseline.std)
+    options = config.baseline
+    baseline = make_baseline(options.name, options.buffer_size, options.min_count, options.std)
     engine = make_engine(setup)
     cache = make_cache(setup)
     state = {"iteration": -1, "device_hours": 0.0, "bad_rewards": 0}
@@ -271,7 +281,7 @@ def _save(setup: Setup, engine: Engine, baseline: PromptBaseline, state: dict) -
 
 
 def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline, timer: StageTimer, iteration: int) -> dict[str, float]:
-    """One iteration of DDPO: sample under the current policy, score, compare with the prompts' baselines, update. Returns its metrics.
+    """One iteration: sample under the current policy, score, turn rewards into advantages or weights, update. Returns its metrics.
 
     Raises BadRewards, before anything is updated, when too many samples have no reward.
     """
@@ -279,7 +289,7 @@ def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline
     samples_per_prompt = config.prompts.samples_per_prompt
     prompts = draw_prompts(setup.prompts, num_samples, samples_per_prompt, config.run.seed, iteration, setup.prompt_weights)
     mine = _block(num_samples, setup.rank, setup.world_size)
-    first_id = (iteration - 1) * num_samples + mine.start
+    first_id = first_sample_id(setup, iteration)
     cache.begin(len(prompts[mine]), setup.schedule.num_steps, updates(setup, iteration))
     if setup.scores is not None:
         begin_scores(setup, engine, iteration)
@@ -293,8 +303,16 @@ def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline
             f"iteration {iteration}: {bad_rewards} of {num_samples} samples got no finite reward, and "
             f"reward.max_bad_fraction={config.reward.max_bad_fraction}; mend the reward, then --resume continues from the newest checkpoint"
         )
-    limit = config.train.advantage_clip
-    advantages = baseline.update(prompts, rewards)[mine].clamp(-limit, limit).float().to(setup.policy.device)
+    if setup.noising is None:
+        limit = config.train.advantage_clip
+        advantages = baseline.update(prompts, rewards).clamp(-limit, limit)
+    else:
+        sparse, options = config.train.algorithm == "rwr_sparse", config.rwr
+        by_prompt = options.population == "prompt"
+        advantages = reward_weights(prompts, rewards, sparse, options.inverse_temperature, options.percentile, by_prompt)
+    advantages = advantages[mine].float().to(setup.policy.device)
+    if rollout is not None:
+        rollout.good &= rewards[mine].isfinite().to(rollout.good.device)  # what has no reward is in no part of the loss
 
     with timer("train"):
         if setup.scores is None:
@@ -364,14 +382,18 @@ def sample(
 def update(setup: Setup, engine: Engine, rollout: Rollout, advantages: Tensor, iteration: int, cache: Cache = NO_CACHE) -> dict[str, float]:
     """One iteration's optimizer updates: inner epochs x minibatches of samples x micro-batches of transitions.
 
-    The gradient of an update is the mean over all of its minibatch's transitions on all ranks. advantages: (B,) fp32.
+    The gradient of an update is the mean over all of its minibatch's transitions on all ranks. advantages: (B,) fp32; of reward-weighted
+    regression the weights, its transitions are (sample, training timestep).
     """
-    options, num_steps = setup.config.train, setup.schedule.num_steps
+    options, (num_steps, fraction) = setup.config.train, trained_steps(setup)
     statistics, grad_norms = UpdateStatistics(num_steps, rollout.good), []
     bar = tqdm(desc="  train", unit="transition", leave=False, disable=setup.rank != 0, dynamic_ncols=True)
-    bar.total = options.inner_epochs * len(advantages) * max(1, round(options.timestep_fraction * num_steps))
+    bar.total = options.inner_epochs * len(advantages) * max(1, round(fraction * num_steps))
     for epoch, index, pairs in updates(setup, iteration):
-        gradient = partial(accumulate_gradient, setup, engine, rollout, advantages, cache, pairs, bar.update)
+        if setup.noising is None:
+            gradient = partial(accumulate_gradient, setup, engine, rollout, advantages, cache, pairs, bar.update)
+        else:
+            gradient = partial(accumulate_denoising_gradient, setup, engine, rollout, advantages, iteration, epoch, pairs, bar.update)
         for part, figures in setup.room.attempt("train.micro_batch", min(options.micro_batch, len(pairs[0])), gradient):
             statistics.add(part.rows, part.steps, figures, first_minibatch=epoch == index == 0)
         grad_norms.append(engine.step())
@@ -394,9 +416,8 @@ def accumulate_gradient(
     Returns the micro-batches, each with the statistics (4, B) of its transitions. `progress(n)` is told how many are done.
     """
     config, policy, schedule, done = setup.config, setup.policy, setup.schedule, []
-    guidance_scale, texts = config.sample.guidance_scale, [torch.cat([policy.uncond_embeds, rollout.prompt_embeds])]
-    if rollout.pooled_embeds is not None:
-        texts.append(torch.cat([policy.uncond_pooled_embeds, rollout.pooled_embeds]))
+    guidance_scale, texts = config.sample.guidance_scale, text_embeds(policy, rollout)
+    weight, kl_coefficient = engine.loss_scale / len(pairs[0]), config.train.kl_coefficient
     engine.forget_gradient()
     cache.forget_fetched()
     parts = list(micro_batches(*pairs, size, schedule.timesteps.cpu(), guidance_scale != 1, policy.device))
@@ -404,15 +425,63 @@ def accumulate_gradient(
         latents = rollout.latents[part.unet_rows, part.unet_steps].to(policy.dtype)
         inputs = latents, part.timesteps, *(text[part.embed_rows] for text in texts)
         with cache.reading(part, next_part, lambda rows: policy.predict_noise(*(tensor[rows] for tensor in inputs))):  # noqa: B023
+            reference_noise_pred = policy.predict_reference_noise(*inputs) if kl_coefficient else None
             noise_pred = policy.predict_noise(*inputs)
         loss, figures = setup.ops.ppo_loss(
             noise_pred, rollout.latents, rollout.log_probs, advantages, schedule.coefficients, part.rows, part.steps,
-            guidance_scale, setup.clip_range, engine.loss_scale / len(pairs[0]), config.train.algorithm == "ddpo_sf",
+            guidance_scale, setup.clip_range, weight, config.train.algorithm == "ddpo_sf",
         )  # fmt: skip
+        if kl_coefficient:
+            kl, divergences = kl_loss(
+                noise_pred, reference_noise_pred, rollout.latents, rollout.good, schedule.coefficients, part.rows, part.steps,
+                guidance_scale, weight * kl_coefficient,
+            )  # fmt: skip
+            loss, figures = loss + kl, torch.cat([figures, divergences[None]])
         engine.backward(loss, last=next_part is None)
         done.append((part, figures))
         progress(len(part.rows))
     return done
+
+
+def accumulate_denoising_gradient(
+    setup: Setup,
+    engine: Engine,
+    rollout: Rollout,
+    weights: Tensor,
+    iteration: int,
+    epoch: int,
+    pairs: Pairs,
+    progress: Callable[[int], object],
+    size: int,
+) -> list[tuple[MicroBatch, Tensor]]:
+    """`accumulate_gradient` of reward-weighted regression: final latents, noised, are to be denoised. The statistics are (1, B).
+
+    pairs: samples and training timesteps. weights: (B,) fp32, of this rank's samples.
+    """
+    policy, noising, guidance_scale, done = setup.policy, setup.noising, training_guidance(setup.config), []
+    texts, guided = text_embeds(policy, rollout), guidance_scale != 1
+    first_id = first_sample_id(setup, iteration)
+    engine.forget_gradient()
+    parts = list(micro_batches(*pairs, size, torch.arange(noising.num_steps), guided, policy.device))
+    for number, part in enumerate(parts):
+        x0, ids = rollout.latents[part.rows, -1], first_id + part.rows
+        x_t, target = noising.noised(x0, part.steps, setup.config.run.seed, ids, epoch)
+        unet_input = x_t.to(policy.dtype).repeat(1 + guided, 1, 1, 1)
+        noise_pred = policy.predict_noise(unet_input, part.timesteps, *(text[part.embed_rows] for text in texts))
+        scale = engine.loss_scale / len(pairs[0])
+        loss, figures = denoising_loss(noise_pred, target, weights[part.rows], guidance_scale, scale)
+        engine.backward(loss, last=number == len(parts) - 1)
+        done.append((part, figures))
+        progress(len(part.rows))
+    return done
+
+
+def text_embeds(policy: Policy, rollout: Rollout) -> list[Tensor]:
+    """What the UNet is given of the empty prompt and, after it, of each sample's: embeddings and, of SDXL, pooled ones."""
+    texts = [torch.cat([policy.uncond_embeds, rollout.prompt_embeds])]
+    if rollout.pooled_embeds is not None:
+        texts.append(torch.cat([policy.uncond_pooled_embeds, rollout.pooled_embeds]))
+    return texts
 
 
 def begin_scores(setup: Setup, engine: Engine, iteration: int) -> None:
@@ -449,11 +518,30 @@ def _update_metrics(engine: Engine, statistics: UpdateStatistics, grad_norms: li
 
 def updates(setup: Setup, iteration: int) -> Iterator[tuple[int, int, Pairs]]:
     """This rank's part of every update of an iteration, see `passes`."""
-    options, num_samples = setup.config.train, setup.config.sample.num_samples
+    options, num_samples, (num_steps, fraction) = setup.config.train, setup.config.sample.num_samples, trained_steps(setup)
     return passes(
-        num_samples, setup.schedule.num_steps, options.inner_epochs, options.num_minibatches, options.timestep_fraction,
-        setup.rank, setup.world_size, (setup.config.run.seed, iteration),
+        num_samples, num_steps, options.inner_epochs, options.num_minibatches, fraction, setup.rank, setup.world_size,
+        (setup.config.run.seed, iteration),
     )  # fmt: skip
+
+
+def trained_steps(setup: Setup) -> tuple[int, float]:
+    """How many steps, or of reward-weighted regression training timesteps, a sample has, and the share that a pass trains on."""
+    if setup.noising is None:
+        return setup.schedule.num_steps, setup.config.train.timestep_fraction
+    return setup.noising.num_steps, setup.config.rwr.num_timesteps / setup.noising.num_steps
+
+
+def training_guidance(config: Config) -> float:
+    """The guidance scale of the update's loss; 1 is none."""
+    own = config.rwr.guidance_scale if config.train.algorithm in ("rwr", "rwr_sparse") else None
+    return config.sample.guidance_scale if own is None else own
+
+
+def first_sample_id(setup: Setup, iteration: int) -> int:
+    """The number of this rank's first sample of an iteration; the others follow."""
+    num_samples = setup.config.sample.num_samples
+    return (iteration - 1) * num_samples + _block(num_samples, setup.rank, setup.world_size).start
 
 
 def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -> dict[str, float]:
@@ -489,8 +577,9 @@ def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -
 
 METRICS = (
     "iteration samples reward_mean reward_std eval_reward_mean eval_reward_std eval_samples eval_diversity loss ratio_error "
-    "ratio_error_step clip_fraction approx_kl grad_norm skipped_updates learning_rate time_sample_s time_reward_s time_train_s "
-    "time_eval_s time_total_s images_per_s transitions transitions_per_s device_hours peak_memory_mib cache_hit_fraction bad_rewards"
+    "ratio_error_step clip_fraction approx_kl kl_to_reference grad_norm skipped_updates learning_rate time_sample_s time_reward_s "
+    "time_train_s time_eval_s time_total_s images_per_s transitions transitions_per_s device_hours peak_memory_mib cache_hit_fraction "
+    "bad_rewards"
 ).split()
 """The keys of a row of metrics.jsonl; those that an iteration has no value for are null."""
 
@@ -527,14 +616,16 @@ def make_cache(setup: Setup) -> Cache:
 
 def _open_run(setup: Setup, engine: Engine, cache: Cache, resumed_at: int) -> MetricsWriter:
     config, policy = setup.config, setup.policy
+    bounds = f"clip range {setup.clip_range:.3g} at this model's {math.prod(policy.latent_shape):,} latent elements"
+    if setup.noising is not None:
+        bounds = f"{config.rwr.num_timesteps} of {setup.noising.num_steps} timesteps a sample and pass"
     (setup.run_dir / "images").mkdir(parents=True, exist_ok=True)
     write_text(setup.run_dir / "config.yaml", config.replace(run__resume=False).to_yaml())
     write_text(setup.run_dir / "environment.json", json.dumps(environment(setup.world_size), indent=1))
     print(
         f"{config.run.dir}: {config.train.algorithm} for {config.reward.name} on {config.model.path}\n"
         f"{engine.num_trainable:,} trainable parameters, {config.model.dtype}, {setup.world_size} x {policy.device.type}, "
-        f"{setup.ops.backend} kernels, {config.sample.num_samples} samples x {config.sample.num_steps} steps an iteration, "
-        f"clip range {setup.clip_range:.3g} at this model's {math.prod(policy.latent_shape):,} latent elements",
+        f"{setup.ops.backend} kernels, {config.sample.num_samples} samples x {config.sample.num_steps} steps an iteration, {bounds}",
         flush=True,
     )
     if cache is not NO_CACHE:
@@ -568,7 +659,7 @@ def _publish(setup: Setup, engine: Engine) -> None:
 
 
 def _warn_of_ratio_error(setup: Setup, row: dict) -> None:
-    if setup.rank == 0 and not row["ratio_error"] <= 0.1 * setup.clip_range:
+    if setup.noising is None and setup.rank == 0 and not row["ratio_error"] <= 0.1 * setup.clip_range:
         step = row["ratio_error_step"]
         logger.warning(
             "ratio_error=%.3g before any update (worst at step %d, t=%d), more than a tenth of the clip range %.3g: rollout and "
@@ -580,7 +671,11 @@ def _warn_of_ratio_error(setup: Setup, row: dict) -> None:
 def _line(row: dict) -> str:
     text = f"iteration {row['iteration']:>4}"
     if row["reward_mean"] is not None:
-        text += f"  reward {row['reward_mean']:.4f}  clip {row['clip_fraction']:.3f}  ratio_error {row['ratio_error']:.1e}"
+        text += f"  reward {row['reward_mean']:.4f}"
+        if row["ratio_error"] is None:
+            text += f"  loss {row['loss']:.4g}"
+        else:
+            text += f"  clip {row['clip_fraction']:.3f}  ratio_error {row['ratio_error']:.1e}"
         text += f"  sample {row['time_sample_s']:.1f} s  train {row['time_train_s']:.1f} s"
         text += f"  {row['skipped_updates']} updates skipped: not finite" if row["skipped_updates"] else ""
     if row["eval_reward_mean"] is not None:

@@ -77,8 +77,11 @@ def guide(noise_pred: Tensor, num_rows: int, guidance_scale: float) -> Tensor:
     return uncond + guidance_scale * (cond - uncond)
 
 
-def _mean(out: Tensor, latents: Tensor, coefficients: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, standard deviation and log(s sqrt(2 pi)) of the step from `latents`, `out` being the guided UNet output."""
+def step_mean(out: Tensor, latents: Tensor, coefficients: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (B, C, H, W), standard deviation s (B, 1, 1, 1) and log(s sqrt(2 pi)) (B,) of the step from `latents`, see `ddim_step`.
+
+    out: the guided UNet output. out, latents x_t: (B, C, H, W), at least fp32. coefficients, steps: see `ddim_step`.
+    """
     row = (-1, *[1] * (latents.dim() - 1))
     c_x, c_out, std, log_norm, *clip = coefficients[steps].unbind(1)
     c_x, c_out, std = c_x.view(row), c_out.view(row), std.view(row)
@@ -123,7 +126,7 @@ def ddim_step(
     check_ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids, dtype)
     check_values(coefficients, steps=steps)
     out = guide(noise_pred, len(latents), guidance_scale)
-    mean, std, log_norm = _mean(out, latents, coefficients, steps)
+    mean, std, log_norm = step_mean(out, latents, coefficients, steps)
     noise = normal_noise(seed, sample_ids, steps, latents[0].numel()).view(latents.shape)
     next_latents = mean + std * noise
     unet_input = next_latents.to(dtype or noise_pred.dtype).repeat(len(noise_pred) // len(latents), 1, 1, 1)
@@ -164,7 +167,7 @@ def ppo_loss(
     check_values(coefficients, steps=steps, rows=rows, num_rows=len(latents))
     out = guide(noise_pred, len(rows), guidance_scale)
     x_t, next_latents = latents[rows, steps], latents[rows, steps + 1]
-    log_prob = _log_prob(next_latents, *_mean(out, x_t, coefficients, steps))
+    log_prob = _log_prob(next_latents, *step_mean(out, x_t, coefficients, steps))
     advantages, log_ratio = advantages[rows], log_prob - old_log_probs[rows, steps]
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     if score_function:
