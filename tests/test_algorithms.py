@@ -259,10 +259,11 @@ def test_two_ranks_have_the_gradient_of_one(tiny_model, tmp_path, stage, extra):
         assert done.returncode == 0, done.stdout + done.stderr
         found.append((weights(tmp_path / str(ranks)), read_metrics(tmp_path / str(ranks))[1]))
     (one, row), (two, other_row) = found
-    assert max((one[name] - two[name]).abs().max() for name in one) <= 1e-6
+    difference = torch.cat([(one[name] - two[name]).flatten() for name in one]).norm()
+    assert difference <= 2e-5 * row["grad_norm"]  # rounding in fp32
     assert other_row["transitions"] == row["transitions"] == 16 and row["grad_norm"] > 1e-3
     for key in ("loss", "grad_norm", "kl_to_reference"):
-        assert other_row[key] == (row[key] and pytest.approx(row[key], rel=1e-4, abs=1e-7)), key
+        assert other_row[key] == (None if row[key] is None else pytest.approx(row[key], rel=1e-4, abs=1e-7)), key
     assert "kl" not in extra[0] or row["kl_to_reference"] > 1e-3
 
 
