@@ -243,7 +243,11 @@ def test_rwr_leaves_bad_rewards_out(options, rewards_file):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "stage, extra", [(2, ["--train.algorithm=rwr", "--rwr.num_timesteps=2"]), (0, ["--train.kl_coefficient=3", "--train.clip_range=1e3"])]
+    "stage, extra",
+    [
+        (2, ["--train.algorithm=rwr", "--rwr.num_timesteps=2"]),
+        pytest.param(0, ["--train.kl_coefficient=3", "--train.clip_range=1e3"], marks=pytest.mark.slow),
+    ],
 )
 def test_two_ranks_have_the_gradient_of_one(tiny_model, tmp_path, stage, extra):
     """One update by SGD with rate 1, unclipped, is the gradient."""
@@ -259,10 +263,11 @@ def test_two_ranks_have_the_gradient_of_one(tiny_model, tmp_path, stage, extra):
         assert done.returncode == 0, done.stdout + done.stderr
         found.append((weights(tmp_path / str(ranks)), read_metrics(tmp_path / str(ranks))[1]))
     (one, row), (two, other_row) = found
-    assert max((one[name] - two[name]).abs().max() for name in one) <= 1e-6
+    difference = torch.cat([(one[name] - two[name]).flatten() for name in one]).norm()
+    assert difference <= 2e-5 * row["grad_norm"]  # rounding in fp32
     assert other_row["transitions"] == row["transitions"] == 16 and row["grad_norm"] > 1e-3
     for key in ("loss", "grad_norm", "kl_to_reference"):
-        assert other_row[key] == (row[key] and pytest.approx(row[key], rel=1e-4, abs=1e-7)), key
+        assert other_row[key] == (None if row[key] is None else pytest.approx(row[key], rel=1e-4, abs=1e-7)), key
     assert "kl" not in extra[0] or row["kl_to_reference"] > 1e-3
 
 
