@@ -52,7 +52,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "deepspeed", "triton"
 _COLOURS = ("#c2410c", "#1d5fa8", "#15803d", "#7e22ce", "#a16207", "#0f766e", "#be185d", "#4b5563")
 _PLOT = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+    "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.alpha": 0.3,
 }  # fmt: skip
 _STAGES = {"sample": "#1d5fa8", "reward": "#a16207", "train": "#c2410c", "eval": "#15803d"}
 _SHOWN = 12
