@@ -7,8 +7,8 @@ count operations and the bytes alive.
 import json
 import math
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -324,6 +324,11 @@ def count_model(
         with autocast, norms, guidance:
             return unet(x, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
 
+    @contextmanager
+    def run_again() -> Iterator[None]:
+        with norms, guidance:
+            yield
+
     def decode(num_rows: int) -> Tensor:
         images = vae.decode(torch.empty(num_rows, *latent_shape, dtype=vae_dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
@@ -340,7 +345,7 @@ def count_model(
         if shared:  # all calls are of both branches
             guidance = SharedGuidance(unet, partial(forward, 2))
         if checkpointing:
-            checkpoint_gradients(unet, lambda: guidance)
+            checkpoint_gradients(unet, run_again)
         with torch.no_grad():
             calls = {"forward": count(forward), "decode": count(decode)}
             image_bytes = decode(1).nbytes

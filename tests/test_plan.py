@@ -282,6 +282,15 @@ def test_gradient_checkpointing_is_counted_as_it_runs(tiny_model, sd15):
     assert 0.7 < again <= 1
 
 
+def test_gradient_checkpointing_is_counted_with_a_gpus_autocast(tiny_model):
+    plain, checkpointed = (
+        count_model(architecture(str(tiny_model)), torch.float16, ATTENTION, on_gpu=True, fused=True, checkpointing=checkpointing)
+        for checkpointing in (False, True)
+    )
+    assert checkpointed.saved_row_bytes < 0.8 * plain.saved_row_bytes
+    assert checkpointed.update.row_flop > plain.update.row_flop and checkpointed.forward == plain.forward
+
+
 @pytest.mark.parametrize(
     "changes, memory, expected",
     [
