@@ -20,7 +20,7 @@ demo: .venv/installed  ## reinforcement learning on the embedded model: the rewa
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed ddpo_fast/train.py
 
 test: .venv/installed  ## the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --benchmark-disable
 
 test-slow: .venv/installed  ## the tests that `test` leaves out: 20 minutes on a quiet machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

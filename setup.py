@@ -38,6 +38,6 @@ setup(
         "gpu": ["xformers"],
         "build": ["cairosvg"],
         "trackers": ["wandb", "trackio"],
-        "test": ["scipy", "pytest", "pytest-benchmark", "ruff", "hypothesis"],
+        "test": ["scipy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "hypothesis"],
     },
 )

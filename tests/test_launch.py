@@ -20,7 +20,8 @@ BIN = Path(sys.executable).parent
 DEEPSPEED = [str(BIN / "deepspeed"), "--master_port"]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
 ENVIRONMENT |= {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-_ports = iter(range(29600, 29700))
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_ports = iter(range(29600 + 100 * _worker, 29700 + 100 * _worker))
 
 
 @pytest.fixture
