@@ -50,6 +50,7 @@ def off_gradient(operation):
 def run(monkeypatch, tmp_path):
     """Runs the benchmarks of small inputs, plain PyTorch only; returns the exit status and (op, direction, dtype) of its rows."""
     monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # beside other tests pytest-benchmark measures nothing
     from bench import kernels, rows
 
     def run(broken_op: str | None = None, breaks=None, argv: tuple[str, ...] = ()):
