@@ -5,7 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
+
+transformers.logging.set_verbosity_error()  # it warns that torchvision is missing, for image processors that are not used here
+transformers.logging.disable_progress_bar()
+diffusers.utils.logging.disable_progress_bar()
+
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,

@@ -4,15 +4,8 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
-
-transformers.logging.set_verbosity_error()  # it warns that torchvision is missing, for image processors that are not used here
-transformers.logging.disable_progress_bar()
-diffusers.utils.logging.disable_progress_bar()
-
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,7 +15,7 @@ from ddpo_fast.files import new_folder
 from ddpo_fast.gradient_checkpointing import checkpoint_gradients
 from ddpo_fast.lora import set_trainable
 from ddpo_fast.merged_lora import merge
-from ddpo_fast.pipelines import open_pipeline
+from ddpo_fast.pipelines import StableDiffusionXLPipeline, open_pipeline
 from ddpo_fast.shared_guidance import SharedGuidance
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
