@@ -5,6 +5,7 @@
     cache       the update with the activation cache and without, by where LoRA is
     throughput  the stages of an iteration; how cost grows with batch, steps, micro-batch, inner epochs and ranks
     reward      reward per device-hour of two or more settings, with several seeds
+    algorithms  the paper's comparison: four algorithms, three rewards, as many queries each, held-out prompts
     predict     an iteration's time on N devices, from costs measured on this one
     soak        a long run with a bad reward: finishes, memory flat, every bad reward counted
     kernels     every fused operation by itself; kernel_resources: what it takes of a GPU, compiled ahead of time

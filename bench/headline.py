@@ -167,6 +167,31 @@ def reward_section(rows: Rows) -> list[str]:
     return [table(header, lines), f"![reward against samples and against device-hours](docs/reward_{comparison}.png)"]
 
 
+def algorithms_section(rows: Rows) -> list[str]:
+    """An algorithm a row, all tasks below each other."""
+    header = ["", "", "evaluation before", "after", "held-out before", "after", "diversity", "held-out diversity", "queries", "updates"]
+    lines = [
+        [
+            f"**{row['task']}**" if place == 0 else "",
+            row["algorithm"],
+            number(row["eval_before"]),
+            spread(row, "eval_after", "eval_low", "eval_high"),
+            number(row["heldout_before"]),
+            spread(row, "heldout_after", "heldout_low", "heldout_high"),
+            *(ratio(row[f"{name}_diversity"]) + "x" for name in ("eval", "heldout")),
+            *(number(row[name]) for name in ("queries", "updates")),
+        ]
+        for group in grouped(rows, "task").values()
+        for place, row in enumerate(group)
+    ]
+    return [
+        table(header, lines),
+        "Diversity: how much the evaluation's pictures differ from each other, over what it was before. A reward that rises while that "
+        "falls towards 0 is no learning but a collapse: all pictures become alike.",
+        "![reward against reward queries, by algorithm](docs/algorithms.png)",
+    ]
+
+
 @dataclass(frozen=True)
 class Section:
     """A table of bench/rows.py as README.md shows it."""
@@ -189,6 +214,7 @@ SECTIONS = {
     "waterfall": Section("What each technique is worth", waterfall_section, ("model", "work")),
     "scaling": Section("Scaling", scaling_section, ("model", "work"), ("axis",)),
     "reward": Section("Reward per device-hour", reward_section, ("comparison",), ("setting",)),
+    "algorithms": Section("Algorithms", algorithms_section, (), ("task", "algorithm")),
 }
 
 
@@ -212,7 +238,7 @@ def text(tables: dict[str, Rows]) -> str:
         for name, section in SECTIONS.items():
             rows = [row for row in tables[name] if row["device"] == device]
             for values, group in grouped(rows, *section.block).items():
-                blocks += [f"**{section.title}**: {', '.join(values)}", *section.body(group), source(group)]
+                blocks += [f"**{section.title}**{': ' * bool(values)}{', '.join(values)}", *section.body(group), source(group)]
     blocks += ["![seconds an iteration along each axis](docs/scaling.png)"] if tables["scaling"] else []
     return "\n\n".join(blocks)
 

@@ -89,6 +89,11 @@ TABLES = {
             ("target", "seeds", "reached", "samples", "updates", "device_hours", "final_reward", "final_low", "final_high", "eval_reward",
              "eval_low", "eval_high", "area_samples", "area_low", "area_high", "area_hours", "reward_per_hour"),
         ),
+        Table(
+            "algorithms", ("task", "algorithm"), "eval_after", "higher", "eval_low", "eval_high",
+            ("eval_before", "eval_diversity", "heldout_before", "heldout_after", "heldout_low", "heldout_high", "heldout_diversity",
+             "seeds", "queries", "updates"),
+        ),
     )
 }  # fmt: skip
 

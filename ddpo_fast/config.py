@@ -265,8 +265,10 @@ class EvalConfig:
     num_samples: int = 48
     """Pictures of the fixed evaluation set: same prompts, same noise every time."""
     prompts: Optional[Union[PromptSet, list[str]]] = None
-    """Prompts of the evaluation set, in turn: a list, or the name of a prompt set, such as unseen_animals, to see what is learnt about
-    others. Default: the training prompts."""
+    """Prompts of the evaluation set, in turn: a list, or the name of a prompt set. Default: the training prompts."""
+    heldout: Optional[Union[PromptSet, list[str]]] = None
+    """Prompts that the run does not train on, such as unseen_animals: a second fixed evaluation set of eval.num_samples pictures, which
+    shows what has been learnt about others (metrics heldout_*), and decides which weights are the best, see run.keep_best."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,8 @@ class RunConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
     keep_best: bool = True
-    """Keep the weights with the highest reward on the fixed evaluation set so far in <run dir>/best/, beside the newest ones."""
+    """Keep the weights with the highest reward on held-out prompts, or, without eval.heldout, on the fixed evaluation set, in
+    <run dir>/best/, beside the newest ones."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     """What gets the metrics and the evaluation's pictures beside metrics.jsonl: tensorboard (files in the run directory), wandb or
     trackio, which have to be installed and logged in. See docs/results.md."""
@@ -530,7 +533,10 @@ _RULES = [
     ),
     ("cache.mode", "auto or off, with zero.stage=3, which gathers weights for whole calls", lambda v, c: v != "on" or c.zero.stage < 3),
     ("cache.mode", "auto or off, when lora.scope is none: nothing is frozen", lambda v, c: v != "on" or c.lora.scope != "none"),
-    ("eval.prompts", "a list with at least one prompt, or null", lambda v, c: v is None or len(v) > 0),
+    *(
+        (option, "a prompt set or a list with at least one prompt, or null", lambda v, c: v is None or len(v) > 0)
+        for option in ("eval.prompts", "eval.heldout")
+    ),
     ("run.seed", "a whole number in [0, 2^63)", _number(0, _LARGEST)),
     ("run.dir", "a folder, not a file, or the name of one that can be made", lambda v, c: v is None or _can_be_folder(v)),
     (

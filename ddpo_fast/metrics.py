@@ -100,11 +100,11 @@ class MetricsWriter:
             self._open_tensorboard()  # the old one's thread has died
             raise
 
-    def write_images(self, grid: Image.Image, iteration: int) -> None:
+    def write_images(self, grid: Image.Image, name: str, iteration: int) -> None:
         if "tensorboard" in self.trackers:
-            self.tensorboard.add_image("evaluation", np.asarray(grid), iteration, dataformats="HWC")
-        for name, run in self.remote.items():
-            run.log({"evaluation": import_module(name).Image(grid)}, step=iteration)
+            self.tensorboard.add_image(name, np.asarray(grid), iteration, dataformats="HWC")
+        for tracker, run in self.remote.items():
+            run.log({name: import_module(tracker).Image(grid)}, step=iteration)
 
     def close(self) -> None:
         if "tensorboard" in self.trackers:

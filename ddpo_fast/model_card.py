@@ -35,7 +35,8 @@ def weights_folder(run_dir: Path) -> Path:
 
 def pictures(run: Run) -> dict[str, Path]:
     """The first and the last grid of images/ by the names that a card knows them by."""
-    return {"before.png": run.images[0], "after.png": run.images[-1]} if len(run.images) > 1 else {}
+    grids = run.images["eval"]
+    return {"before.png": grids[0], "after.png": grids[-1]} if len(grids) > 1 else {}
 
 
 def base_model(run: Run) -> tuple[str, bool]:
@@ -73,13 +74,20 @@ def _curve(run: Run) -> str:
         return ""
     num_rows = min(_CURVE, len(evaluated))
     chosen = [evaluated[round(i * (len(evaluated) - 1) / max(1, num_rows - 1))] for i in range(num_rows)]
+    names = {"eval": "reward", "heldout": "reward, held-out prompts"}
+    names = {name: title for name, title in names.items() if run.evaluations(name)}
     rows = [
-        f"| {row['iteration']} | {row['samples']:,} | {row['device_hours']:.3g} | {row['eval_reward_mean']:.4g} ± "
-        f"{row['eval_reward_std'] / row['eval_samples'] ** 0.5:.2g} |"
+        f"| {row['iteration']} | {row['samples']:,} | {row['device_hours']:.3g} | {' | '.join(_mean(row, name) for name in names)} |"
         for row in chosen
     ]
-    head = "| iteration | samples | device-hours | reward |\n|--:|--:|--:|--:|\n"
+    head = f"| iteration | samples | device-hours | {' | '.join(names.values())} |\n|--:|--:|--:|{'--:|' * len(names)}\n"
     return f"On a fixed evaluation set of {evaluated[-1]['eval_samples']} pictures, ± the standard error:\n\n{head}" + "\n".join(rows)
+
+
+def _mean(row: dict, name: str) -> str:
+    if row.get(f"{name}_reward_mean") is None:
+        return "–"
+    return f"{row[f'{name}_reward_mean']:.4g} ± {row[f'{name}_reward_std'] / row[f'{name}_samples'] ** 0.5:.2g}"
 
 
 def _use(sample: dict, model: str, weights: str, full: bool) -> str:

@@ -79,6 +79,12 @@ def load_prompts(
     return prompts, weights if len(set(weights)) > 1 else None
 
 
+def evaluation_prompts(prompts: str | list[str], count: int) -> list[str]:
+    """The prompts of `count` evaluation pictures: those given, or those of the named set, in turn."""
+    prompts = PROMPT_SETS[prompts] if isinstance(prompts, str) else prompts
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
 def _weighted(file: str, number: int, line: str) -> tuple[str, float]:
     weight, tab, prompt = line.strip().partition("\t")
     if not tab:

@@ -82,8 +82,8 @@ class Run:
     config: dict
     environment: dict
     """Empty where it was not recorded."""
-    images: list[Path]
-    """Grids of the evaluation set, oldest first."""
+    images: dict[str, list[Path]]
+    """Grids of each evaluation set, oldest first."""
 
     @property
     def trained(self) -> list[dict]:
@@ -92,6 +92,11 @@ class Run:
     def evaluations(self, name: str = "eval") -> list[dict]:
         """The rows with an evaluation of this name; 'eval' is the fixed evaluation set."""
         return [row for row in self.rows if row.get(f"{name}_reward_mean") is not None]
+
+    @property
+    def decides(self) -> str:
+        """The evaluation by which weights are the best: held-out prompts, where there are any."""
+        return "heldout" if self.evaluations("heldout") else "eval"
 
     @property
     def evaluation_names(self) -> list[str]:
@@ -111,7 +116,7 @@ def read_run(run_dir: Path) -> Run:
         read_metrics(run_dir),
         yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")),
         json.loads(recorded.read_text()) if recorded.exists() else {},
-        sorted((run_dir / "images").glob("*.png")),
+        {name: sorted((run_dir / "images").glob(f"{prefix}_*.png")) for name, prefix in (("eval", "iteration"), ("heldout", "heldout"))},
     )
 
 
@@ -119,7 +124,7 @@ def write_report(run_dir: Path) -> Path:
     """Writes <run_dir>/report.html from what else is there. Returns its path. Raises ValueError, see `read_run`."""
     run, path = read_run(run_dir), run_dir / "report.html"
     page = [f"<p class=lead>{_result(run)}</p>", _tiles(run), "<h2>Reward</h2>", _plots(_rewards([run]))]
-    page += _pictures([run])
+    page += _pictures([run], "eval") + _pictures([run], "heldout")
     if run.trained:
         page += ["<h2>Is it healthy?</h2>", _plots(_health([run])), "<h2>Where the time goes</h2>", _times(run)]
         page.append(_details("Every iteration", _table(_COLUMNS, [[_number(row.get(key)) for key in _COLUMNS] for row in run.rows])))
@@ -144,7 +149,13 @@ def write_comparison(run_dirs: list[Path], path: Path) -> Path:
     page = []
     for reward in dict.fromkeys(run.config["reward"]["name"] for run in runs):
         same = [run for run in runs if run.config["reward"]["name"] == reward]
-        page += [f"<h2>Reward: {html.escape(reward)}</h2>", _results(same), _plots(_rewards(same)), *_pictures(same)]
+        page += [
+            f"<h2>Reward: {html.escape(reward)}</h2>",
+            _results(same),
+            _plots(_rewards(same)),
+            *_pictures(same, "eval"),
+            *_pictures(same, "heldout"),
+        ]
     page += ["<h2>Are they healthy?</h2>", _plots(_health([run for run in runs if run.trained]))]
     page += ["<h2>What they differ in</h2>", _differences(runs)]
     write_text(path, _page(f"{len(runs)} runs", page))
@@ -152,8 +163,8 @@ def write_comparison(run_dirs: list[Path], path: Path) -> Path:
 
 
 _COLUMNS = (
-    "iteration samples reward_mean eval_reward_mean eval_diversity ratio_error clip_fraction approx_kl grad_norm time_sample_s "
-    "time_reward_s time_train_s time_eval_s device_hours bad_rewards"
+    "iteration samples reward_mean eval_reward_mean heldout_reward_mean eval_diversity ratio_error clip_fraction approx_kl grad_norm "
+    "time_sample_s time_reward_s time_train_s time_eval_s device_hours bad_rewards"
 ).split()
 
 
@@ -169,30 +180,37 @@ def _result(run: Run) -> str:
     if not evaluated:
         return "Nothing has been evaluated yet."
     before, after = evaluated[0], evaluated[-1]
+    heldout = run.evaluations("heldout")
+    ends = [f"<b>{row['heldout_reward_mean']:.4g}</b>" for row in heldout[:1] + heldout[-1:]]
     return (
-        f"Evaluation reward <b>{before['eval_reward_mean']:.4g}</b> → <b>{after['eval_reward_mean']:.4g}</b> "
+        f"Evaluation reward <b>{before['eval_reward_mean']:.4g}</b> → <b>{after['eval_reward_mean']:.4g}</b>"
+        f"{', on held-out prompts ' * bool(ends)}{' → '.join(ends)} "
         f"in {after['iteration']} iterations, {after['samples']:,} samples, {after['device_hours']:.3g} device-hours."
     )
 
 
-def _change(run: Run) -> tuple[str, str]:
-    """From the first to the last evaluation, in percent and in standard errors of the difference."""
-    evaluated = run.evaluations()
+def _change(run: Run, name: str = "eval") -> tuple[str, str]:
+    """From the first to the last evaluation of this name, in percent and in standard errors of the difference."""
+    evaluated = run.evaluations(name)
     if len(evaluated) < 2:
         return "–", "–"
     before, after = evaluated[0], evaluated[-1]
-    change = after["eval_reward_mean"] - before["eval_reward_mean"]
-    error = math.hypot(*(row["eval_reward_std"] / row["eval_samples"] ** 0.5 for row in (before, after)))
-    percent = f"{100 * change / abs(before['eval_reward_mean']):+.1f} %" if before["eval_reward_mean"] else "–"
+    old = before[f"{name}_reward_mean"]
+    change = after[f"{name}_reward_mean"] - old
+    error = math.hypot(*(row[f"{name}_reward_std"] / row[f"{name}_samples"] ** 0.5 for row in (before, after)))
+    percent = f"{100 * change / abs(old):+.1f} %" if old else "–"
     return percent, f"{change / error:+.1f}" if error else "–"
 
 
 def _tiles(run: Run) -> str:
     percent, errors = _change(run)
     tiles = {"change of the evaluation reward": percent, "the same in standard errors": errors}
-    if later := run.evaluations()[1:]:
-        best = max(later, key=lambda row: row["eval_reward_mean"])
-        tiles[f"best, after iteration {best['iteration']}"] = f"{best['eval_reward_mean']:.4g}"
+    if run.decides == "heldout":
+        percent, errors = _change(run, "heldout")
+        tiles |= {"change on held-out prompts": percent, "that in standard errors": errors}
+    if later := run.evaluations(run.decides)[1:]:
+        best = max(later, key=lambda row: row[f"{run.decides}_reward_mean"])
+        tiles[f"best, after iteration {best['iteration']}"] = f"{best[f'{run.decides}_reward_mean']:.4g}"
     if run.rows:
         last = run.rows[-1]
         tiles |= {"iterations": _number(last["iteration"]), "samples": _number(last["samples"])}
@@ -208,17 +226,26 @@ def _tiles(run: Run) -> str:
 
 
 def _results(runs: list[Run]) -> str:
-    names = ["run", "before", "after", "change", "standard errors", "samples", "device-hours", "images/s", "transitions/s"]
-    names += ["largest ratio_error", "clip_fraction, mean", "peak MiB"]
+    evaluations = [name for name in _EVALUATIONS if any(run.evaluations(name) for run in runs)]
+    names = ["run"]
+    for name in evaluations:
+        names += [f"{_EVALUATIONS[name]}before", "after", "change", "standard errors"]
+    names += ["samples", "device-hours", "images/s", "transitions/s", "largest ratio_error", "clip_fraction, mean", "peak MiB"]
     rows = []
     for run in runs:
-        evaluated = run.evaluations()
-        ends = [f"{row['eval_reward_mean']:.4g}" for row in (evaluated[0], evaluated[-1])] if evaluated else ["–", "–"]
+        cells = [html.escape(run.name)]
+        for name in evaluations:
+            evaluated = run.evaluations(name)
+            cells += [f"{row[f'{name}_reward_mean']:.4g}" for row in (evaluated[0], evaluated[-1])] if evaluated else ["–", "–"]
+            cells += _change(run, name)
         last = run.rows[-1] if run.rows else {}
         figures = [last.get("samples"), last.get("device_hours"), _mean(run, "images_per_s"), _mean(run, "transitions_per_s")]
         figures += [_largest(run, "ratio_error"), _mean(run, "clip_fraction"), last.get("peak_memory_mib")]
-        rows.append([html.escape(run.name), *ends, *_change(run), *(_number(figure) for figure in figures)])
+        rows.append([*cells, *(_number(figure) for figure in figures)])
     return _table(names, rows)
+
+
+_EVALUATIONS = {"eval": "", "heldout": "held-out prompts: "}
 
 
 def _differences(runs: list[Run]) -> str:
@@ -302,12 +329,13 @@ def _times(run: Run) -> str:
     return f"{_plots([_plot(draw, 'seconds by stage'), _table(['stage', 's', 's an iteration', 'share'], table)])}"
 
 
-def _pictures(runs: list[Run]) -> list[str]:
-    """Pictures of the evaluation set before and now, each beside those of the same prompt and noise; runs that differ in these apart."""
+def _pictures(runs: list[Run], name: str) -> list[str]:
+    """Pictures of an evaluation set before and now, each beside those of the same prompt and noise; runs that differ in these apart."""
     drawn = {}
     for run in runs:
-        grids = [grid for path in (run.images[:1] + run.images[-1:]) if (grid := _Grid(path)).prompts]
-        if len(run.images) > 1 and len(grids) == 2:
+        paths = run.images[name]
+        grids = [grid for path in (paths[:1] + paths[-1:]) if (grid := _Grid(path)).prompts]
+        if len(paths) > 1 and len(grids) == 2:
             same = (tuple(grids[0].prompts), run.config["run"]["seed"], run.config["model"]["path"], *_sampling(run.config))
             drawn.setdefault(same, []).append((run, grids))
     page = []
@@ -316,7 +344,8 @@ def _pictures(runs: list[Run]) -> list[str]:
         columns = [(before.iteration, before)]
         columns += [(now.iteration if len(runs) == 1 else run.name, now) for run, (_, now) in group]
         sets = [_set(before.prompts[i], [(label, grid, i) for label, grid in columns]) for i in range(len(before.prompts))]
-        page.append(f"<h2>Same prompts, same noise: before and now{'' if len(runs) == 1 else ': ' + html.escape(', '.join(names))}</h2>")
+        title = "Held-out prompts" if name == "heldout" else "Same prompts, same noise"
+        page.append(f"<h2>{title}: before and now{'' if len(runs) == 1 else ': ' + html.escape(', '.join(names))}</h2>")
         page.append(f"<style>{''.join(grid.style() for _, grid in columns)}</style><div class=sets>{''.join(sets[:_SHOWN])}</div>")
         if len(sets) > _SHOWN:
             page.append(_details(f"{len(sets) - _SHOWN} more", f"<div class=sets>{''.join(sets[_SHOWN:])}</div>"))

@@ -18,6 +18,8 @@ from ddpo_fast.score_accumulation import ScoreAccumulator
 
 EVAL_SAMPLE_ID = 1 << 48
 """Evaluation samples are numbered from here, training samples from 0: their noise never meets."""
+HELDOUT_SAMPLE_ID = 1 << 49
+"""And samples of held-out prompts from here."""
 
 Pairs = tuple[np.ndarray, np.ndarray]
 """Transitions of this rank: samples (B,) and steps (B,)."""

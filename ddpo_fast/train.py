@@ -56,11 +56,11 @@ from ddpo_fast.pipelines import check_model
 from ddpo_fast.plan import make_plan, plan_text, resolve_sizes
 from ddpo_fast.policy import Policy
 from ddpo_fast.preemption import StopRequest
-from ddpo_fast.prompts import PROMPT_SETS, draw_prompts, load_prompts
+from ddpo_fast.prompts import draw_prompts, evaluation_prompts, load_prompts
 from ddpo_fast.report import environment, write_report
 from ddpo_fast.rewards import Reward, Scorer, open_reward
 from ddpo_fast.rewards.isolated import START_TIMEOUT_S
-from ddpo_fast.rollout import EVAL_SAMPLE_ID, MicroBatch, Pairs, Rollout, generate, micro_batches, passes
+from ddpo_fast.rollout import EVAL_SAMPLE_ID, HELDOUT_SAMPLE_ID, MicroBatch, Pairs, Rollout, generate, micro_batches, passes
 from ddpo_fast.rwr import NoisingSchedule, denoising_loss, reward_weights
 from ddpo_fast.score_accumulation import ScoreAccumulator
 from ddpo_fast.split_unet import SplitUNet
@@ -79,6 +79,8 @@ class Setup:
     prompts: list[str]
     prompt_weights: list[float] | None
     """How often each is drawn, relative to the others; None if all are alike."""
+    evaluations: dict[str, list[str]]
+    """The prompts of each picture of the fixed evaluation sets: `eval` and, with eval.heldout, `heldout`."""
     reward: Reward
     policy: Policy
     schedule: DDIMSchedule
@@ -133,6 +135,12 @@ def prepare(config: Config) -> Setup:
     """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault."""
     check_model(config.model.path, config.model.config, config.model.vae)
     prompts, prompt_weights = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
+    count, heldout = config.eval.num_samples, config.eval.heldout
+    evaluations = {"eval": evaluation_prompts(config.eval.prompts or prompts, count)}
+    if heldout is not None:
+        evaluations["heldout"] = evaluation_prompts(heldout, count)
+        if seen := sorted(set(evaluations["heldout"]) & set(prompts)):
+            raise ValueError(f"eval.heldout={heldout}: {seen[0]!r} is a training prompt; valid are prompts that are none")
     check_optimizer(config.optimizer.name)
     check_trackers(config.run.trackers)
     deepspeed = {}
@@ -200,8 +208,8 @@ def prepare(config: Config) -> Setup:
     split = activation_cache.split(config.cache.mode, policy) if cached else None
     room = Room(retry=config.zero.stage < 3)
     return Setup(
-        config, Path(config.run.dir), rank, world_size, prompts, prompt_weights, reward, policy, schedule, ops, split, clip_range, scores,
-        noising, room, resumed, deepspeed,
+        config, Path(config.run.dir), rank, world_size, prompts, prompt_weights, evaluations, reward, policy, schedule, ops, split,
+        clip_range, scores, noising, room, resumed, deepspeed,
     )  # fmt: skip
 
 
@@ -254,7 +262,7 @@ def train(setup: Setup, stop: StopRequest) -> None:
             tqdm.write(_line(row))
         stopping = any_rank(stop.requested)
         with timer("save"):
-            if config.run.keep_best and iteration > 0 and row["eval_reward_mean"] is not None:
+            if config.run.keep_best and iteration > 0 and row[f"{_best_by(setup)}_reward_mean"] is not None:
                 _keep_best(setup, engine, state)  # before the checkpoint that says so
             if iteration % config.run.checkpoint_every == 0 or iteration == last or stopping:
                 _save(setup, engine, baseline, state)
@@ -545,41 +553,42 @@ def first_sample_id(setup: Setup, iteration: int) -> int:
 
 
 def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -> dict[str, float]:
-    """Rewards of the fixed evaluation set (same prompts and noise every time); its pictures go to <run_dir>/images/.
+    """Rewards of the fixed evaluation sets (same prompts and noise every time); their pictures go to <run_dir>/images/.
 
-    Raises BadRewards when no picture of the untrained model gets a number.
+    Raises BadRewards when no picture of a set gets a number from the untrained model.
     """
-    config = setup.config
-    prompts = config.eval.prompts or setup.prompts
-    prompts = PROMPT_SETS[prompts] if isinstance(prompts, str) else prompts
-    prompts = [prompts[i % len(prompts)] for i in range(config.eval.num_samples)]
-    mine = _block(len(prompts), setup.rank, setup.world_size)
-    _, rewards, images = sample(setup, StageTimer(setup.policy.device), EVAL_SAMPLE_ID + mine.start, prompts[mine], "eval")
-    rewards, images = all_gather(rewards), all_gather(images)
-    if setup.rank == 0:
-        shown = slice(48)
-        grid = image_grid(images[shown], prompts[shown], rewards[shown])
-        with unless_disk_full("the pictures"):
-            save_grid(grid, setup.run_dir / "images" / f"iteration_{iteration:05d}.png")
-            writer.write_images(grid, iteration)
-    finite = rewards.isfinite()
-    good = rewards[finite]
-    if not len(good):
-        if iteration == 0:
-            raise BadRewards("the reward gave no finite number for any picture of the untrained model")
-        return {}
-    result = {"eval_reward_mean": good.mean().item(), "eval_reward_std": good.std(correction=0).item(), "eval_samples": len(good)}
-    result["eval_diversity"] = diversity(images[finite])
-    state.setdefault("eval_before", result)
-    state["eval_after"] = result | {"iteration": iteration}
-    return result
+    row = {}
+    for name, prompts in setup.evaluations.items():
+        mine = _block(len(prompts), setup.rank, setup.world_size)
+        first_id = {"eval": EVAL_SAMPLE_ID, "heldout": HELDOUT_SAMPLE_ID}[name] + mine.start
+        _, rewards, images = sample(setup, StageTimer(setup.policy.device), first_id, prompts[mine], name)
+        rewards, images = all_gather(rewards), all_gather(images)
+        if setup.rank == 0:
+            shown = slice(48)
+            grid = image_grid(images[shown], prompts[shown], rewards[shown])
+            with unless_disk_full("the pictures"):
+                save_grid(grid, setup.run_dir / "images" / f"{'iteration' if name == 'eval' else name}_{iteration:05d}.png")
+                writer.write_images(grid, "evaluation" if name == "eval" else name, iteration)
+        finite = rewards.isfinite()
+        good = rewards[finite]
+        if not len(good):
+            if iteration == 0:
+                raise BadRewards(f"the reward gave no finite number for any picture of the untrained model ({name} prompts)")
+            continue
+        result = {"reward_mean": good.mean().item(), "reward_std": good.std(correction=0).item(), "samples": len(good)}
+        result["diversity"] = diversity(images[finite])
+        result = {f"{name}_{key}": value for key, value in result.items()}
+        state.setdefault(f"{name}_before", result)
+        state[f"{name}_after"] = result | {"iteration": iteration}
+        row |= result
+    return row
 
 
 METRICS = (
-    "iteration samples reward_mean reward_std eval_reward_mean eval_reward_std eval_samples eval_diversity loss ratio_error "
-    "ratio_error_step clip_fraction approx_kl kl_to_reference grad_norm skipped_updates learning_rate time_sample_s time_reward_s "
-    "time_train_s time_eval_s time_total_s images_per_s transitions transitions_per_s device_hours peak_memory_mib cache_hit_fraction "
-    "bad_rewards"
+    "iteration samples reward_mean reward_std eval_reward_mean eval_reward_std eval_samples eval_diversity heldout_reward_mean "
+    "heldout_reward_std heldout_samples heldout_diversity loss ratio_error ratio_error_step clip_fraction approx_kl kl_to_reference "
+    "grad_norm skipped_updates learning_rate time_sample_s time_reward_s time_train_s time_eval_s time_total_s images_per_s transitions "
+    "transitions_per_s device_hours peak_memory_mib cache_hit_fraction bad_rewards"
 ).split()
 """The keys of a row of metrics.jsonl; those that an iteration has no value for are null."""
 
@@ -635,12 +644,18 @@ def _open_run(setup: Setup, engine: Engine, cache: Cache, resumed_at: int) -> Me
     return MetricsWriter(setup.run_dir, resumed_at, config.run.trackers, dataclasses.asdict(config))
 
 
+def _best_by(setup: Setup) -> str:
+    """The evaluation that decides which weights are the best: by held-out prompts, where there are any."""
+    return list(setup.evaluations)[-1]
+
+
 def _keep_best(setup: Setup, engine: Engine, state: dict) -> None:
-    """Keeps the weights, as <run_dir>/best/, if none before had as high a reward on the fixed evaluation set."""
-    now = state["eval_after"]
-    if "eval_best" in state and now["eval_reward_mean"] <= state["eval_best"]["eval_reward_mean"]:
+    """Keeps the weights, as <run_dir>/best/, if none before had as high a reward in the evaluation that decides."""
+    name = _best_by(setup)
+    now, best = state[f"{name}_after"], state.get(f"{name}_best")
+    if best is not None and now[f"{name}_reward_mean"] <= best[f"{name}_reward_mean"]:
         return
-    state["eval_best"] = now
+    state[f"{name}_best"] = now
     with engine.gathered(), unless_disk_full("the best weights"):
         if setup.rank == 0:
             with new_folder(setup.run_dir / "best") as folder:
@@ -678,26 +693,28 @@ def _line(row: dict) -> str:
             text += f"  clip {row['clip_fraction']:.3f}  ratio_error {row['ratio_error']:.1e}"
         text += f"  sample {row['time_sample_s']:.1f} s  train {row['time_train_s']:.1f} s"
         text += f"  {row['skipped_updates']} updates skipped: not finite" if row["skipped_updates"] else ""
-    if row["eval_reward_mean"] is not None:
-        text += f"  evaluation {row['eval_reward_mean']:.4f} ± {row['eval_reward_std'] / row['eval_samples'] ** 0.5:.4f}"
+    for name, word in (("eval", "evaluation"), ("heldout", "held-out")):
+        if row[f"{name}_reward_mean"] is not None:
+            text += f"  {word} {row[f'{name}_reward_mean']:.4f} ± {row[f'{name}_reward_std'] / row[f'{name}_samples'] ** 0.5:.4f}"
     return text
 
 
 def _print_result(setup: Setup, state: dict) -> None:
-    before, after = state["eval_before"], state["eval_after"]
-    old, new = before["eval_reward_mean"], after["eval_reward_mean"]
-    error = sum(result["eval_reward_std"] ** 2 / result["eval_samples"] for result in (before, after)) ** 0.5
-    percent = f"{100 * (new - old) / abs(old):+.1f} %, " if old else ""
-    errors = f"{(new - old) / error:+.1f} standard errors" if error else "no spread"
-    print(
-        f"reward on the fixed evaluation set after iteration {after['iteration']}: {old:.4f} -> {new:.4f} ({percent}{errors})\n"
-        f"report: {setup.run_dir / 'report.html'}\n"
-        f"weights: {setup.run_dir / ('unet' if setup.policy.full else 'lora')}",
-        flush=True,
-    )
-    best = state.get("eval_best", after)
-    if best["iteration"] != after["iteration"]:
-        print(f"best: {best['eval_reward_mean']:.4f} after iteration {best['iteration']}: {setup.run_dir / 'best'}", flush=True)
+    for name in setup.evaluations:
+        before, after = state[f"{name}_before"], state[f"{name}_after"]
+        old, new = before[f"{name}_reward_mean"], after[f"{name}_reward_mean"]
+        error = sum(result[f"{name}_reward_std"] ** 2 / result[f"{name}_samples"] for result in (before, after)) ** 0.5
+        percent = f"{100 * (new - old) / abs(old):+.1f} %, " if old else ""
+        errors = f"{(new - old) / error:+.1f} standard errors" if error else "no spread"
+        what = "the fixed evaluation set" if name == "eval" else "held-out prompts"
+        print(f"reward on {what} after iteration {after['iteration']}: {old:.4f} -> {new:.4f} ({percent}{errors})", flush=True)
+    weights = setup.run_dir / ("unet" if setup.policy.full else "lora")
+    print(f"report: {setup.run_dir / 'report.html'}\nweights: {weights}", flush=True)
+    name = _best_by(setup)
+    best = state.get(f"{name}_best", state[f"{name}_after"])
+    if best["iteration"] != state[f"{name}_after"]["iteration"]:
+        said = f"best: {best[f'{name}_reward_mean']:.4f} after iteration {best['iteration']}"
+        print(f"{said}: {setup.run_dir / 'best'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -93,3 +93,28 @@ def test_it_can_be_left_out(options, tmp_path):  # noqa: F811
     (tmp_path / "told").write_text("0 1")
     folder = run(options(run__keep_best="false", run__iterations=1))
     assert not (folder / "best").exists() and (folder / LORA).exists()
+
+
+def test_held_out_prompts_decide_and_resume_remembers_them(options, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Evaluations give 0, 5, 9, 7 on the fixed set, held-out prompts 0, 8, 3, 6: the weights after iteration 1 stay."""
+    (tmp_path / "told").write_text("0 0 5 8 9 3")
+    folder = run(options(eval__every=1, run__iterations=2, eval__heldout='["c", "d"]'))
+    kept = weights(folder / "best")
+    (tmp_path / "told").write_text("7 6")
+    trainer.main([f"--run.dir={folder}", "--resume", "--run.iterations=3"])
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(folder / "best").items())
+    said, rows = json.loads((folder / "best" / "evaluation.json").read_text()), read_metrics(folder)
+    assert said == {key: rows[1][key] for key in said} and said["heldout_samples"] == 4
+    assert [round(row["heldout_reward_mean"], 4) for row in rows] == [0, 8, 3, 6]
+    assert [round(row["eval_reward_mean"], 4) for row in rows] == [0, 5, 9, 7]
+    out = capsys.readouterr().out
+    assert "reward on held-out prompts after iteration 3: 0.0000 -> 6.0000" in out
+    assert f"best: 8.0000 after iteration 1: {folder / 'best'}\n" in out
+    pictures = {
+        name: [path.read_bytes() for path in sorted((folder / "images").glob(f"{name}_*.png"))] for name in ("iteration", "heldout")
+    }
+    assert [len(set(files)) for files in pictures.values()] == [4, 4] and not set(pictures["iteration"]) & set(pictures["heldout"])
+    page = re.sub("<[^>]*>", " ", (folder / "report.html").read_text())
+    assert "best, after iteration 1" in page and "Held-out prompts: before and now" in page
+    card = (folder / "lora" / "README.md").read_text()
+    assert "| iteration | samples | device-hours | reward | reward, held-out prompts |" in card and "| 7 ± 0.037 | 6 ± 0.037 |" in card

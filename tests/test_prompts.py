@@ -164,8 +164,16 @@ def test_a_run_draws_by_weight_and_evaluates_on_a_named_set(tiny_model, tmp_path
         f"--reward.kwargs={kwargs}", "--lora.rank=2",
         "--sample.num_samples=8", "--sample.num_steps=2", "--sample.batch_size=8", "--eval.num_samples=4", "--run.iterations=1",
         "--train.num_minibatches=1", "--prompts.samples_per_prompt=1", f"--prompts.list={json.dumps(listed)}",
-        "--eval.prompts=unseen_animals",
+        "--eval.prompts=unseen_animals", "--eval.heldout=everyday_objects",
     ])  # fmt: skip
     seen = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
-    held_out = ["snail", "hippopotamus", "cheetah", "crocodile"]
-    assert seen == [held_out, draw_prompts(["a cat", "a dog"], 8, 1, 0, 1, [3.0, 1.0]), held_out]
+    evaluated = [["snail", "hippopotamus", "cheetah", "crocodile"], ["chair", "table", "lamp", "cup"]]
+    assert seen == [*evaluated, draw_prompts(["a cat", "a dog"], 8, 1, 0, 1, [3.0, 1.0]), *evaluated]
+
+
+def test_held_out_prompts_are_not_trained_on(tiny_model, capsys):
+    with pytest.raises(SystemExit) as exit:
+        trainer.main([f"--model.path={tiny_model}", "--prompts.limit=3", '--eval.heldout=["a snail", "dog"]'])
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.count("\n") == 1
+    assert "eval.heldout=['a snail', 'dog']: 'dog' is a training prompt" in said

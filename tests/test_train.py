@@ -214,7 +214,8 @@ def test_run_directory_is_the_contract(options):
     rows = read_metrics(folder)
     assert [row["iteration"] for row in rows] == [0, 1, 2] and [row["samples"] for row in rows] == [0, 8, 16]
     assert all(list(row) == list(rows[0]) for row in rows) and set(rows[0]) >= set(trainer.METRICS)
-    assert [key for key, value in rows[1].items() if value is None] == ["kl_to_reference"]
+    heldout = [f"heldout_{key}" for key in ("reward_mean", "reward_std", "samples", "diversity")]
+    assert [key for key, value in rows[1].items() if value is None] == [*heldout, "kl_to_reference"]
     assert all(row["ratio_error"] <= 1e-6 for row in rows[1:])
     assert sorted(p.name for p in (folder / "images").iterdir()) == [f"iteration_{i:05d}.png" for i in range(3)]
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["1", "2"]
