@@ -14,7 +14,7 @@ BOX := timeout -s INT -k 15
 DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export DS_ACCELERATOR
 
-.PHONY: demo test test-slow lint bench bench-kernels bench-reward headline kernel-table gpu gpu-kernels gpu-train gpu-peers has-gpu cuda-here clean
+.PHONY: demo test test-slow lint bench bench-kernels bench-reward bench-algorithms headline kernel-table gpu gpu-kernels gpu-train gpu-peers has-gpu cuda-here clean
 
 demo: .venv/installed  ## reinforcement learning on the embedded model: the reward rises, pictures before and after
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed ddpo_fast/train.py
@@ -42,7 +42,10 @@ bench-kernels: $(SETUP)  ## every fused operation by itself: a minute
 bench-reward: $(SETUP) $(TRL_SETUP)  ## reward per device-hour, ours against TRL: 5 seeds, half an hour; interrupted, it continues
 	$(RUN) bench.reward
 
-headline: $(SETUP)  ## README's tables and pictures of speed, anew from bench/results
+bench-algorithms: $(SETUP)  ## the paper's comparison in small, two runs at a time: hours; interrupted, it continues
+	OMP_NUM_THREADS=1 $(RUN) bench.algorithms --jobs 2
+
+headline: $(SETUP)  ## the tables and pictures of results in README.md and docs, anew from bench/results
 	$(RUN) bench.headline
 
 kernel-table: $(SETUP)  ## compiles every kernel for four GPUs and rewrites bench/results/kernel_resources.csv

@@ -73,10 +73,10 @@ class Outcome:
 
     @staticmethod
     def read(run: Run) -> "Outcome":
-        metrics, options = read_metrics(run.folder), run.config.train
+        metrics = read_metrics(run.folder)
         trained = [row for row in metrics if row["reward_mean"] is not None]
         samples, reward = np.arange(len(trained)) * run.config.sample.num_samples, np.array([row["reward_mean"] for row in trained])
-        return Outcome(samples, reward, metrics[0], metrics[-1], len(trained) * options.num_minibatches * options.inner_epochs)
+        return Outcome(samples, reward, metrics[0], metrics[-1], len(trained) * run.config.train.updates_per_iteration)
 
 
 def plan(args: argparse.Namespace) -> list[Run]:

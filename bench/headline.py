@@ -1,6 +1,6 @@
-"""What README.md shows of the results, made from the rows alone.
+"""What README.md and docs/ show of the results, made from the rows alone.
 
-    python -m bench.headline            # rewrites README.md between its two markers, docs/waterfall.png and docs/scaling.png
+    python -m bench.headline            # rewrites the pages between their two markers, docs/waterfall.png and docs/scaling.png
     python -m bench.headline --check    # exit status 1 if they are not what the rows give
 
 Of every benchmark the last run counts, for each machine kind, model and work by itself; what has no rows is left out.
@@ -178,7 +178,7 @@ def algorithms_section(rows: Rows) -> list[str]:
             spread(row, "eval_after", "eval_low", "eval_high"),
             number(row["heldout_before"]),
             spread(row, "heldout_after", "heldout_low", "heldout_high"),
-            *(ratio(row[f"{name}_diversity"]) + "x" for name in ("eval", "heldout")),
+            *(row[f"{name}_diversity"] and f"{ratio(row[f'{name}_diversity'])}x" for name in ("eval", "heldout")),
             *(number(row[name]) for name in ("queries", "updates")),
         ]
         for group in grouped(rows, "task").values()
@@ -194,8 +194,10 @@ def algorithms_section(rows: Rows) -> list[str]:
 
 @dataclass(frozen=True)
 class Section:
-    """A table of bench/rows.py as README.md shows it."""
+    """A table of bench/rows.py as a page shows it."""
 
+    page: str
+    """The file, from the root."""
     title: str
     body: Callable[[Rows], list[str]]
     block: tuple[str, ...]
@@ -210,11 +212,11 @@ class Section:
 
 
 SECTIONS = {
-    "peers": Section("Against others", peers_section, ("model", "work")),
-    "waterfall": Section("What each technique is worth", waterfall_section, ("model", "work")),
-    "scaling": Section("Scaling", scaling_section, ("model", "work"), ("axis",)),
-    "reward": Section("Reward per device-hour", reward_section, ("comparison",), ("setting",)),
-    "algorithms": Section("Algorithms", algorithms_section, (), ("task", "algorithm")),
+    "peers": Section("README.md", "Against others", peers_section, ("model", "work")),
+    "waterfall": Section("docs/performance.md", "What each technique is worth", waterfall_section, ("model", "work")),
+    "scaling": Section("docs/performance.md", "Scaling", scaling_section, ("model", "work"), ("axis",)),
+    "reward": Section("docs/performance.md", "Reward per device-hour", reward_section, ("comparison",), ("setting",)),
+    "algorithms": Section("docs/algorithms.md", "Algorithms", algorithms_section, (), ("task", "algorithm")),
 }
 
 
@@ -229,18 +231,25 @@ def source(rows: Rows) -> str:
     return "<br>".join(dict.fromkeys(lines))
 
 
-def text(tables: dict[str, Rows]) -> str:
-    """The Markdown between the markers."""
-    blocks = ["![images per second, one technique a row](docs/waterfall.png)"] if tables["waterfall"] else []
-    devices = dict.fromkeys(row["device"] for rows in tables.values() for row in rows)
+SHOWN_ON = {"waterfall": "README.md", "scaling": "docs/performance.md"}
+"""The page that shows a picture of a table, and what it is a picture of."""
+CAPTIONS = {"waterfall": "images per second, one technique a row", "scaling": "seconds an iteration along each axis"}
+
+
+def text(tables: dict[str, Rows], page: str) -> str:
+    """The Markdown between a page's markers."""
+    blocks = [f"![{CAPTIONS[name]}](docs/{name}.png)" for name, where in SHOWN_ON.items() if where == page and tables[name]]
+    sections = {name: section for name, section in SECTIONS.items() if section.page == page}
+    devices = dict.fromkeys(row["device"] for name in sections for row in tables[name])
     for device in sorted(devices, key=on_cpu):
         blocks.append(f"### {device}")
-        for name, section in SECTIONS.items():
+        for name, section in sections.items():
             rows = [row for row in tables[name] if row["device"] == device]
             for values, group in grouped(rows, *section.block).items():
-                blocks += [f"**{section.title}**{': ' * bool(values)}{', '.join(values)}", *section.body(group), source(group)]
-    blocks += ["![seconds an iteration along each axis](docs/scaling.png)"] if tables["scaling"] else []
-    return "\n\n".join(blocks)
+                title = f"**{section.title}**{': ' * bool(values)}{', '.join(values)}"
+                blocks += [title, *section.body(group), source(group)]
+    content = "\n\n".join(blocks)
+    return content.replace("](docs/", "](") if page.startswith("docs/") else content
 
 
 def middle_and_whiskers(rows: Rows, metric: str, low: str, high: str) -> tuple[list[float], list[list[float]]]:
@@ -337,23 +346,25 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.headline", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if anything would change")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="pictures go to the folder docs beside it")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs")
     args = parser.parse_args(argv)
     try:
         tables = {name: section.current(read(name, args.results)) for name, section in SECTIONS.items()}
-        old, new = filled(args.readme, text(tables))
+        pages = {args.root / page: text(tables, page) for page in dict.fromkeys(section.page for section in SECTIONS.values())}
+        pages = {path: filled(path, content) for path, content in pages.items()}
     except (OSError, ValueError) as error:
         print(f"bench.headline: {error}", file=sys.stderr)
         return 2
-    files = {name: args.readme.parent / "docs" / f"{name}.png" for name in PICTURES}
+    files = {name: args.root / "docs" / f"{name}.png" for name in PICTURES}
     stale = [name for name, file in files.items() if tables[name] and not shows(file, tables[name])]
     if args.check:
-        sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), args.readme.name, "the rows"))
+        for path, (old, new) in pages.items():
+            sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), path.name, "the rows"))
         sys.stdout.writelines(f"{files[name]}: it does not show the rows\n" for name in stale)
-        return int(bool(stale) or old != new)
-    args.readme.write_text(new, encoding="utf-8")
+        return int(bool(stale) or any(old != new for old, new in pages.values()))
+    for path, (_, new) in pages.items():
+        path.write_text(new, encoding="utf-8")
     for name in stale:
-        files[name].parent.mkdir(exist_ok=True)
         PICTURES[name](tables[name]).savefig(files[name], dpi=130, metadata={"Description": fingerprint(tables[name])})
     return 0
 

@@ -173,7 +173,7 @@ class Curve:
         trained = [row for row in metrics if row["reward_mean"] is not None]
         seconds = np.array([row["time_total_s"] - row.get("time_eval_s", 0.0) for row in trained])
         config, before = run.config, np.arange(len(trained))
-        updates = before * config.train.num_minibatches * config.train.inner_epochs
+        updates = before * config.train.updates_per_iteration
         hours = (np.cumsum(seconds) - seconds) / 3600
         reward, evaluation = np.array([row["reward_mean"] for row in trained]), metrics[-1].get("eval_reward_mean", math.nan)
         return Curve(run.seed, before * config.sample.num_samples, updates, hours, reward, evaluation)

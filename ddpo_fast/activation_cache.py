@@ -274,6 +274,9 @@ class NoCache:
     def forget(self, rows: slice, bad: Tensor) -> None:
         pass
 
+    def plan_text(self, updates: Iterable[tuple[int, int, Pairs]], dtype: torch.dtype) -> str:
+        return ""
+
     def forget_fetched(self) -> None:
         pass
 

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import typing
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, Optional, Union
@@ -17,13 +16,16 @@ from typing import Literal, NoReturn, Optional, Union
 import jsonargparse
 import yaml
 
-from ddpo_fast.gpus import GPUS, HERE, parse_devices
+from ddpo_fast.config_rules import RULES
+from ddpo_fast.gpus import HERE
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The model to improve."""
+
     path: str = str(Path(__file__).resolve().parent / "embedded" / "model")
     """Folder in diffusers format, or hub id, of a Stable Diffusion 1.x, 2.x or XL pipeline (epsilon or v-prediction); or a single
     .safetensors file, with model.config; see docs/models.md. Default: the small model that ships with the package."""
@@ -48,6 +50,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
+    """What of the UNet is trained: low-rank updates of some layers, or everything."""
+
     scope: str = "all"
     """Where LoRA goes: 'all', 'mid_up' (mid and up blocks), block names joined by commas ('up_blocks.2,up_blocks.3'),
     or 'none' = full fine-tuning of the UNet."""
@@ -73,6 +77,8 @@ PromptList = Union[list[str], dict[str, float]]
 
 @dataclass(frozen=True)
 class PromptsConfig:
+    """Prompts of the training samples."""
+
     name: Optional[PromptSet] = "simple_animals"
     """A prompt set of the paper: simple_animals (45 bare nouns), imagenet_animals (ImageNet's names of its 398 animals),
     animal_activities (135, as in 'a cat washing the dishes'), counting (315, as in 'two cats'); or one that the paper's runs have not
@@ -91,6 +97,8 @@ class PromptsConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
+    """What is maximised."""
+
     name: str = "jpeg_compressibility"
     """jpeg_compressibility | jpeg_incompressibility | embedded_alignment | aesthetic | clip_score | pickscore |
     vlm_alignment | vlm_counting | weighted_sum, see docs/rewards.md, or your own: path/to/file.py:function or package.module:function.
@@ -110,6 +118,8 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
+    """Sampling."""
+
     num_samples: int = 48
     """Pictures an iteration, over all ranks."""
     batch_size: Union[int, Literal["auto"]] = 48
@@ -128,6 +138,8 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The update."""
+
     algorithm: Literal["ddpo_is", "ddpo_sf", "rwr", "rwr_sparse"] = "ddpo_is"
     """ddpo_is: importance sampling with PPO's clip. ddpo_sf: score function (REINFORCE), exactly one update an
     iteration. rwr: reward-weighted regression, the denoising loss on own samples weighed by the softmax of their rewards; rwr_sparse: on
@@ -166,9 +178,20 @@ class TrainConfig:
     """Share of each sample's steps that is trained on, drawn anew every pass. Below 1 is another estimator, not only a
     faster one."""
 
+    @property
+    def regression(self) -> bool:
+        """Whether the algorithm is reward-weighted regression, no policy gradient."""
+        return self.algorithm in ("rwr", "rwr_sparse")
+
+    @property
+    def updates_per_iteration(self) -> int:
+        return self.num_minibatches * self.inner_epochs
+
 
 @dataclass(frozen=True)
 class BaselineConfig:
+    """What rewards are compared with: ddpo_is and ddpo_sf."""
+
     name: Literal["history", "group"] = "history"
     """What a reward is compared with. history: its prompt's last rewards, as in the paper. group: the iteration's own samples of its
     prompt, as in GRPO; buffer_size and min_count are not used, and prompts.samples_per_prompt has to be 2 or more."""
@@ -184,6 +207,8 @@ class BaselineConfig:
 
 @dataclass(frozen=True)
 class RwrConfig:
+    """Reward-weighted regression: rwr and rwr_sparse."""
+
     inverse_temperature: float = 0.2
     """beta in the weights softmax(beta r) of train.algorithm=rwr, in 1 / the reward's units; the paper's value."""
     percentile: float = 0.9
@@ -201,6 +226,8 @@ class RwrConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    """AdamW."""
+
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """adamw_8bit: bitsandbytes' AdamW with its state in 8 bits, block by block; biases, norms and tensors of less than 4,096
     elements keep 32, since a block has one scale. paged_adamw_8bit: on a GPU, that state moves to the host when memory is short."""
@@ -214,6 +241,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ZeroConfig:
+    """What is spread over the ranks, or kept in host memory."""
+
     stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 1 shards the optimizer state over the ranks, 2 the gradients too, 3 the UNet's weights as well,
     which are then gathered for every call; memory that runs out then ends the run, in sampling too, since the ranks call together.
@@ -225,12 +254,16 @@ class ZeroConfig:
 
 @dataclass(frozen=True)
 class DeepspeedConfig:
+    """DeepSpeed."""
+
     config: Optional[str] = None
     """Your own DeepSpeed JSON, merged over what these options derive; what contradicts them is refused."""
 
 
 @dataclass(frozen=True)
 class KernelsConfig:
+    """Fused operations."""
+
     backend: Literal["auto", "triton", "reference"] = "auto"
     """What runs the denoising step, the loss and, in the UNet, GroupNorm with SiLU and GEGLU. triton: fused kernels.
     reference: plain PyTorch. auto: triton on a GPU, reference elsewhere. (triton on a CPU needs TRITON_INTERPRET=1, for
@@ -239,6 +272,8 @@ class KernelsConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
+    """The UNet's attention."""
+
     backend: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "xformers", "flash_attn", "flash_attn_3", "flex"] = "auto"
     """What computes the UNet's attention. sdpa: PyTorch's function, with the kernel that it chooses; flash, cudnn, efficient,
     math: one of its kernels; xformers, flash_attn, flash_attn_3: those packages; flex: PyTorch's flex_attention. auto: on a GPU the
@@ -247,6 +282,8 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
+    """The activation cache."""
+
     mode: Literal["auto", "on", "off"] = "auto"
     """Keep what the UNet's frozen layers before the first trained one compute in the rollout, so that the update does not compute
     it again. Needs a lora.scope that leaves such layers, such as mid_up, and zero.stage below 3. auto: on where they are at least 3 %
@@ -260,6 +297,8 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """Fixed evaluation sets."""
+
     every: int = 4
     """Evaluate every so many iterations (and before the first and after the last)."""
     num_samples: int = 48
@@ -273,6 +312,8 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """The run."""
+
     dir: Optional[str] = None
     """Run directory. Default: runs/<reward>-<date>-<time>."""
     seed: int = 0
@@ -298,6 +339,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """All options of a run."""
+
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     prompts: PromptsConfig = PromptsConfig()
@@ -321,7 +364,7 @@ class Config:
             for option in dataclasses.fields(section.type):  # the parser lets a recipe's null pass everywhere
                 if getattr(getattr(self, section.name), option.name) is None and type(None) not in typing.get_args(option.type):
                     raise ValueError(_mismatch(f"{section.name}.{option.name}", str(option.type), "None"))
-        for option, valid, ok in _RULES:
+        for option, valid, ok in RULES:
             value = self[option]
             try:
                 good = ok(value, self)
@@ -329,6 +372,12 @@ class Config:
                 good = False
             if not good:
                 raise ValueError(f"{option}={value}: valid is {valid}")
+
+    @property
+    def training_guidance(self) -> float:
+        """The guidance scale of the update's loss; 1 is none."""
+        own = self.rwr.guidance_scale if self.train.regression else None
+        return self.sample.guidance_scale if own is None else own
 
     def __getitem__(self, option: str):
         section, key = option.split(".")
@@ -344,252 +393,6 @@ class Config:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
-
-
-def _number(low, high=sys.float_info.max, open_low=False):
-    """A check that a number is in [low, high], or (low, high]: neither NaN nor infinite."""
-    return lambda value, _: (value > low if open_low else value >= low) and value <= high
-
-
-def _updates_per_iteration(config: Config) -> int:
-    return config.train.num_minibatches * config.train.inner_epochs
-
-
-_LARGEST = 2**63 - 1
-_positive = _number(1, _LARGEST), "a whole number >= 1 and < 2^63"
-_SCOPE = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)(,(down_blocks\.\d+|mid_block|up_blocks\.\d+))*")
-_RULES = [
-    *(
-        (option, _positive[1], _positive[0])
-        for option in (
-            "lora.rank",
-            "prompts.samples_per_prompt",
-            "sample.num_samples",
-            "sample.decode_batch",
-            "sample.num_steps",
-            "train.num_minibatches",
-            "train.inner_epochs",
-            "baseline.min_count",
-            "rwr.num_timesteps",
-            "eval.every",
-            "eval.num_samples",
-            "run.iterations",
-            "run.checkpoint_every",
-            "run.keep_checkpoints",
-        )
-    ),
-    *(
-        (option, "a finite number > 0", _number(0, open_low=True))
-        for option in (
-            "lora.alpha",
-            "reward.timeout_s",
-            "train.learning_rate",
-            "train.clip_range",
-            "train.advantage_clip",
-            "train.max_grad_norm",
-            "rwr.inverse_temperature",
-            "optimizer.eps",
-        )
-    ),
-    *(
-        (option, f"auto, or {_positive[1]}", lambda value, _: value == "auto" or _positive[0](value, _))
-        for option in ("sample.batch_size", "train.micro_batch")
-    ),
-    (
-        "model.path",
-        "a folder with model_index.json, or a hub id such as org/name, or a .safetensors file; not a .ckpt, a pickle, which runs code when "
-        "it is loaded",
-        lambda v, c: _is_model(v) or _is_single_file(v),
-    ),
-    (
-        "model.config",
-        "with model.path=FILE.safetensors a folder with model_index.json, or a hub id such as org/name, of a pipeline of the same layout; "
-        "else null",
-        lambda v, c: (v is not None and _is_model(v)) if _is_single_file(c.model.path) else v is None,
-    ),
-    ("model.vae", "a folder with config.json, or a hub id such as org/name", lambda v, c: v is None or _is_model(v, "config.json")),
-    (
-        "lora.scope",
-        "all, mid_up, none, or block names joined by commas, such as mid_block,up_blocks.2",
-        lambda v, c: v in ("all", "mid_up", "none") or bool(_SCOPE.fullmatch(v)),
-    ),
-    ("lora.forward", "auto or separate, when lora.scope is none", lambda v, c: v != "merged" or c.lora.scope != "none"),
-    ("lora.forward", "auto or separate, with zero.stage=3, which partitions the weights", lambda v, c: v != "merged" or c.zero.stage < 3),
-    ("lora.targets", "at least one of attention, feed_forward, convolution, projection", lambda v, c: len(v) > 0),
-    ("prompts.file", "a text file with at least one line, of at most 10,000 characters each", lambda v, c: v is None or _has_lines(v)),
-    ("prompts.list", "null, when prompts.file is given", lambda v, c: v is None or c.prompts.file is None),
-    ("prompts.list", "at least one prompt; a weight is a finite number > 0", lambda v, c: v is None or _is_prompt_list(v)),
-    (
-        "prompts.name",
-        "a prompt set, unless prompts.file or prompts.list is given",
-        lambda v, c: v is not None or c.prompts.file is not None or c.prompts.list is not None,
-    ),
-    ("prompts.limit", _positive[1], lambda v, c: v is None or _positive[0](v, c)),
-    ("prompts.samples_per_prompt", "a divisor of sample.num_samples", lambda v, c: c.sample.num_samples % v == 0),
-    ("sample.guidance_scale", "a finite number >= 1; 1 is no guidance", _number(1)),
-    (
-        "sample.eta",
-        "0 < eta <= 1; at 0 DDIM is deterministic: a step has no density, so there is no policy gradient",
-        _number(0, 1, open_low=True),
-    ),
-    ("sample.num_samples", "a multiple of train.num_minibatches", lambda v, c: v % c.train.num_minibatches == 0),
-    (
-        "train.algorithm",
-        "ddpo_is, or exactly one update an iteration (train.num_minibatches=1, train.inner_epochs=1): "
-        "the score function is only unbiased on-policy",
-        lambda v, c: v != "ddpo_sf" or _updates_per_iteration(c) == 1,
-    ),
-    (
-        "train.estimator",
-        "ppo, with train.algorithm=rwr or rwr_sparse: their loss is not one of the steps that sampling makes",
-        lambda v, c: v == "ppo" or c.train.algorithm.startswith("ddpo"),
-    ),
-    (
-        "train.timestep_fraction",
-        "1, with train.algorithm=rwr or rwr_sparse; rwr.num_timesteps says how many timesteps of a sample are trained on",
-        lambda v, c: v == 1 or c.train.algorithm.startswith("ddpo"),
-    ),
-    (
-        "cache.mode",
-        "auto or off, with train.algorithm=rwr or rwr_sparse: what they train on is not what the rollout computed",
-        lambda v, c: v != "on" or c.train.algorithm.startswith("ddpo"),
-    ),
-    ("train.kl_coefficient", "a finite number >= 0", _number(0)),
-    (
-        "train.kl_coefficient",
-        "0, with train.algorithm=rwr or rwr_sparse",
-        lambda v, c: v == 0 or c.train.algorithm.startswith("ddpo"),
-    ),
-    (
-        "train.kl_coefficient",
-        "0, when lora.scope is none: the reference is the model with LoRA switched off",
-        lambda v, c: v == 0 or c.lora.scope != "none",
-    ),
-    (
-        "train.kl_coefficient",
-        "0, with train.estimator=score_accumulation, which takes the gradient of the log-prob alone",
-        lambda v, c: v == 0 or c.train.estimator == "ppo",
-    ),
-    (
-        "train.kl_coefficient",
-        "0, with zero.stage=3, which gathers weights in the order of one and the same forward pass",
-        lambda v, c: v == 0 or c.zero.stage < 3,
-    ),
-    ("rwr.percentile", "0 <= percentile < 1", lambda v, c: 0 <= v < 1),
-    ("rwr.guidance_scale", "a finite number >= 1 (1 is no guidance), or null", lambda v, c: v is None or _number(1)(v, c)),
-    (
-        "train.estimator",
-        "ppo, or exactly one update an iteration (train.num_minibatches=1, train.inner_epochs=1): a second one's gradient is not known "
-        "while sampling",
-        lambda v, c: v == "ppo" or _updates_per_iteration(c) == 1,
-    ),
-    (
-        "train.estimator",
-        "ppo, when lora.scope is none: a gradient of the whole UNet for every sample would not fit",
-        lambda v, c: v == "ppo" or c.lora.scope != "none",
-    ),
-    (
-        "train.estimator",
-        "ppo, with zero.stage=3: a sample's gradient is taken from whole weights",
-        lambda v, c: v == "ppo" or c.zero.stage < 3,
-    ),
-    ("model.compile", "false, with zero.stage=3, which gathers weights between the UNet's layers", lambda v, c: not v or c.zero.stage < 3),
-    (
-        "train.gradient_checkpointing",
-        "false, with model.compile=true, which decides itself what to keep for backward",
-        lambda v, c: not v or not c.model.compile,
-    ),
-    (
-        "train.gradient_checkpointing",
-        "false, with train.estimator=score_accumulation",
-        lambda v, c: not v or c.train.estimator == "ppo",
-    ),
-    ("zero.stage", "0, 1, 2 or 3", lambda v, c: type(v) is int),  # true is in a Literal that has 1
-    (
-        "zero.offload",
-        "none, optimizer with zero.stage 1 to 3, or all with zero.stage=3",
-        lambda v, c: c.zero.stage >= {"none": 0, "optimizer": 1, "all": 3}[v],
-    ),
-    (
-        "zero.offload",
-        "none, unless optimizer.name=adamw; paged_adamw_8bit moves its state to the host by itself",
-        lambda v, c: v == "none" or c.optimizer.name == "adamw",
-    ),
-    ("train.timestep_fraction", "0 < fraction <= 1", _number(0, 1, open_low=True)),
-    ("reward.max_bad_fraction", "0 <= fraction <= 1", _number(0, 1)),
-    (
-        "baseline.name",
-        "history, or group with prompts.samples_per_prompt of at least 2: a single sample has nothing to be compared with",
-        lambda v, c: v == "history" or c.prompts.samples_per_prompt > 1 or not c.train.algorithm.startswith("ddpo"),
-    ),
-    ("baseline.buffer_size", "a whole number >= baseline.min_count and < 2^63", lambda v, c: c.baseline.min_count <= v <= _LARGEST),
-    ("optimizer.betas", "two numbers in [0, 1)", lambda v, c: len(v) == 2 and all(0 <= b < 1 for b in v)),
-    ("optimizer.weight_decay", "a finite number >= 0", _number(0)),
-    *((option, "a number of MiB >= 0", lambda v, c: v is None or _number(0)(v, c)) for option in ("cache.device_mib", "cache.host_mib")),
-    (
-        "cache.mode",
-        "auto or off, with train.estimator=score_accumulation: no transition is visited twice",
-        lambda v, c: v != "on" or c.train.estimator == "ppo",
-    ),
-    ("cache.mode", "auto or off, with zero.stage=3, which gathers weights for whole calls", lambda v, c: v != "on" or c.zero.stage < 3),
-    ("cache.mode", "auto or off, when lora.scope is none: nothing is frozen", lambda v, c: v != "on" or c.lora.scope != "none"),
-    *(
-        (option, "a prompt set or a list with at least one prompt, or null", lambda v, c: v is None or len(v) > 0)
-        for option in ("eval.prompts", "eval.heldout")
-    ),
-    ("run.seed", "a whole number in [0, 2^63)", _number(0, _LARGEST)),
-    ("run.dir", "a folder, not a file, or the name of one that can be made", lambda v, c: v is None or _can_be_folder(v)),
-    (
-        "run.dir",
-        "the directory of a run with a checkpoint, when run.resume is set",
-        lambda v, c: not c.run.resume or (v is not None and _has_checkpoint(v)),
-    ),
-    (
-        "run.dir",
-        "a directory that holds no run yet; to continue the one in it, add --resume",
-        lambda v, c: c.run.resume or v is None or not _has_checkpoint(v),
-    ),
-    (
-        "run.plan",
-        f"here, or one of {', '.join(GPUS)}, or several of them as in 8xH200",
-        lambda v, c: v is None or parse_devices(v) is not None,
-    ),
-]
-
-
-def _has_checkpoint(run_dir: str) -> bool:
-    return any(path.name.isdigit() for path in Path(run_dir, "checkpoints").glob("*"))
-
-
-def _is_model(path: str, config: str = "model_index.json") -> bool:
-    if Path(path).exists():
-        return Path(path, config).is_file()
-    if Path(path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        return False
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
-
-
-def _is_single_file(path: str) -> bool:
-    return Path(path).suffix == ".safetensors" and Path(path).is_file()
-
-
-def _is_prompt_list(prompts: PromptList) -> bool:
-    weights = prompts.values() if isinstance(prompts, dict) else []
-    return len(prompts) > 0 and all(0 < weight <= sys.float_info.max for weight in weights)
-
-
-def _has_lines(path: str) -> bool:
-    if not Path(path).is_file():  # nor a device or a pipe, which may never end
-        return False
-    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    return any(line.strip() for line in lines) and max(map(len, lines)) <= 10_000 and not any("\0" in line for line in lines)
-
-
-def _can_be_folder(path: str) -> bool:
-    with suppress(FileNotFoundError):
-        os.lstat(path)  # raises OSError for a name that is too long, or behind a file
-    there = next(folder for folder in (Path(path), *Path(path).absolute().parents) if os.path.lexists(folder))
-    return bool(path.strip()) and path.isprintable() and there.is_dir() and os.access(there, os.W_OK)
 
 
 def _parser() -> jsonargparse.ArgumentParser:

@@ -62,14 +62,13 @@ class Work:
     @classmethod
     def of(cls, config) -> "Work":
         """The work of a config's iterations."""
-        sample, train, regression = config.sample, config.train, config.train.algorithm in ("rwr", "rwr_sparse")
-        trained_steps = config.rwr.num_timesteps if regression else max(1, round(train.timestep_fraction * sample.num_steps))
-        own = config.rwr.guidance_scale if regression else None
+        sample, train = config.sample, config.train
+        trained_steps = config.rwr.num_timesteps if train.regression else max(1, round(train.timestep_fraction * sample.num_steps))
         return cls(
             sample.num_samples, sample.batch_size, sample.num_steps, 1 if sample.guidance_scale == 1 else 2,
             train.num_minibatches, train.inner_epochs, train.micro_batch, trained_steps,
             config.optimizer.name, config.zero.stage, sample.decode_batch, score_accumulation=train.estimator == "score_accumulation",
-            offload=config.zero.offload, regression=regression, update_rows=None if own is None else 1 if own == 1 else 2,
+            offload=config.zero.offload, regression=train.regression, update_rows=1 if config.training_guidance == 1 else 2,
         )  # fmt: skip
 
     def share(self, num_devices: int) -> int:

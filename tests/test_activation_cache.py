@@ -22,7 +22,7 @@ from test_launch import deepspeed
 from test_train import run, untimed, weights
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ddpo_fast import activation_cache, memory
+from ddpo_fast import activation_cache, memory, run_directory
 from ddpo_fast import train as trainer
 from ddpo_fast.activation_cache import DEVICE, HOST, ActivationCache, budgets_mib
 from ddpo_fast.checkpoint import list_checkpoints
@@ -45,7 +45,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Runs without their page, plans without timing this machine."""
-    monkeypatch.setattr(trainer, "write_report", lambda folder: None)
+    monkeypatch.setattr(run_directory, "write_report", lambda folder: None)
     monkeypatch.setattr(activation_cache, "matmul_flops", lambda dtype, device: 1e12)
 
 
@@ -358,8 +358,8 @@ def test_a_wrong_option_is_one_line(options, capsys, changed, message):
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
 def test_a_unet_that_cannot_be_split_is_one_line(options, capsys, monkeypatch, mode):
-    predict_noise = trainer.Policy.predict_noise
-    monkeypatch.setattr(trainer.Policy, "predict_noise", lambda *args: predict_noise(*args) + predict_noise(*args))
+    predict_noise = Policy.predict_noise
+    monkeypatch.setattr(Policy, "predict_noise", lambda *args: predict_noise(*args) + predict_noise(*args))
     with pytest.raises(SystemExit, match="2"):
         trainer.main(options(cache__mode=mode))
     assert capsys.readouterr().err == f"error: cache.mode={mode}: this UNet calls a block twice; valid is off\n"

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from test_launch import deepspeed
 from test_train import options, relative_error, rewards_file, run, untimed, weights  # noqa: F401
 
+from ddpo_fast import preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.advantages import PromptBaseline, make_baseline
 from ddpo_fast.config import CacheConfig, parse
@@ -21,6 +22,7 @@ from ddpo_fast.kernels.reference import normal_noise
 from ddpo_fast.losses import kl_loss
 from ddpo_fast.metrics import StageTimer, read_metrics
 from ddpo_fast.plan import Work, iteration_flop, with_cache
+from ddpo_fast.policy import Policy
 from ddpo_fast.rollout import Rollout
 from ddpo_fast.rwr import FIRST_NOISE_STEP, NoisingSchedule, denoising_loss, reward_weights
 
@@ -308,7 +310,7 @@ def test_group_advantages_without_bad_rewards_and_over_the_standard_deviation_of
 
 def test_a_run_with_group_advantages(options, monkeypatch):  # noqa: F811
     """The update gets each group's rewards less their mean, over their standard deviation; the checkpoint remembers none."""
-    seen, update, batches, open_reward = [], trainer.update, [], trainer.open_reward
+    seen, update, batches, open_reward = [], trainer.update, [], preparation.open_reward
 
     def noting(setup, engine, rollout, advantages, *rest):
         seen.append(advantages)
@@ -319,7 +321,7 @@ def test_a_run_with_group_advantages(options, monkeypatch):  # noqa: F811
         return lambda images, prompts: batches.append((prompts, reward(images, prompts))) or batches[-1][1]
 
     monkeypatch.setattr(trainer, "update", noting)
-    monkeypatch.setattr(trainer, "open_reward", recording)
+    monkeypatch.setattr(preparation, "open_reward", recording)
     folder = run(options(baseline__name="group", prompts__samples_per_prompt=4, eval__every=9, sample__num_steps=3))
     _, *iterations, _ = batches  # between the evaluations
     assert len(iterations) == len(seen) == 2
@@ -460,6 +462,6 @@ def test_a_run_with_a_kl_penalty(options, changed):  # noqa: F811
 
 
 def test_without_a_coefficient_there_is_no_reference(options, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(trainer.Policy, "predict_reference_noise", lambda *args: pytest.fail("it was computed"))
+    monkeypatch.setattr(Policy, "predict_reference_noise", lambda *args: pytest.fail("it was computed"))
     monkeypatch.setattr(trainer, "kl_loss", lambda *args: pytest.fail("it was computed"))
     assert read_metrics(run(options(run__iterations=1, eval__every=9, **SMALL)))[1]["kl_to_reference"] is None

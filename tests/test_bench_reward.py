@@ -331,8 +331,8 @@ def test_real_runs_killed_and_continued(bench, monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(reward, "run_process", run)
-    publish = trainer._publish
-    monkeypatch.setattr(trainer, "_publish", lambda *args: killed(*args) if len(resumed) == 3 else publish(*args))
+    publish = trainer.publish
+    monkeypatch.setattr(trainer, "publish", lambda *args: killed(*args) if len(resumed) == 3 else publish(*args))
     with pytest.raises(KeyboardInterrupt):
         bench(*options)
     assert bench(*options) == 0

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ddpo_fast import config as config_module
+from ddpo_fast import preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.config import Config, parse, parse_or_exit
 
@@ -272,7 +273,7 @@ def paths(tmp_path_factory, tiny_model) -> Iterator[dict[str, Path]]:
 
 @pytest.mark.parametrize("arguments, message", BAD)
 def test_bad_options_are_one_line_and_exit_2(arguments, message, paths, one_parser, capsys, monkeypatch):
-    monkeypatch.setattr(trainer, "Policy", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(preparation, "Policy", lambda *a: pytest.fail("the model was loaded"))
     model = [] if "--model.path" in arguments else ["--model.path", str(paths["tiny"])]
     with pytest.raises(SystemExit) as exit_:
         trainer.main([*model, *arguments.format(**paths).split()])

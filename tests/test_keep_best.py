@@ -12,6 +12,7 @@ from test_train import options, run, weights  # noqa: F401
 from ddpo_fast import sample
 from ddpo_fast import train as trainer
 from ddpo_fast.metrics import read_metrics
+from ddpo_fast.policy import Policy
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 
@@ -37,13 +38,13 @@ def redness(images, prompts):
 
 def test_the_best_evaluation_is_kept_and_resume_remembers_it(options, tmp_path, monkeypatch, capsys):  # noqa: F811
     """5 iterations whose evaluations give 9 (untrained: does not count), 1, 3, 2, 3, 2.5, with a stop after the third."""
-    exported, export = {}, trainer.Policy.export
+    exported, export = {}, Policy.export
 
     def watch(policy, folder):
         export(policy, folder)
         exported[folder.name, len(exported)] = load_file(folder / LORA)
 
-    monkeypatch.setattr(trainer.Policy, "export", watch)
+    monkeypatch.setattr(Policy, "export", watch)
     (tmp_path / "told").write_text("9 1 3 2")
     argv = options(eval__every=1, run__iterations=3)
     folder = run(argv)
@@ -75,14 +76,14 @@ def test_the_best_evaluation_is_kept_and_resume_remembers_it(options, tmp_path, 
 def test_a_run_killed_before_the_checkpoint_evaluates_and_keeps_again(options, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "told").write_text("0 1 2")
     argv = options(eval__every=1, run__iterations=2)
-    save = trainer._save
-    monkeypatch.setattr(trainer, "_save", lambda *args: save(*args) if args[-1]["iteration"] < 2 else 1 / 0)
+    save = trainer.save
+    monkeypatch.setattr(trainer, "save", lambda *args: save(*args) if args[-1]["iteration"] < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(argv)
     folder = tmp_path / "run"
     kept = weights(folder / "best")
     assert json.loads((folder / "best" / "evaluation.json").read_text())["iteration"] == 2
-    monkeypatch.setattr(trainer, "_save", save)
+    monkeypatch.setattr(trainer, "save", save)
     (tmp_path / "told").write_text("2")
     trainer.main([f"--run.dir={folder}", "--resume"])
     assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(folder / "best").items())

@@ -84,10 +84,15 @@ def test_nothing_imports_what_runs_the_rest(module):
 @pytest.mark.parametrize(
     "module, allowed",
     [
-        ("ddpo_fast.config", {"ddpo_fast/train.py", "ddpo_fast/sample.py", "ddpo_fast/rewards/server.py"}),
-        ("ddpo_fast.activation_cache", {"ddpo_fast/train.py"}),
+        ("ddpo_fast.preparation", {"ddpo_fast/train.py", "ddpo_fast/run_directory.py"}),
+        ("ddpo_fast.run_directory", {"ddpo_fast/train.py"}),
+        ("ddpo_fast.config", {"ddpo_fast/train.py", "ddpo_fast/preparation.py", "ddpo_fast/sample.py", "ddpo_fast/rewards/server.py"}),
+        ("ddpo_fast.activation_cache", {"ddpo_fast/train.py", "ddpo_fast/preparation.py"}),
         ("ddpo_fast.rollout", {"ddpo_fast/train.py", "ddpo_fast/sample.py", "ddpo_fast/activation_cache.py"}),
-        ("ddpo_fast.policy", {"ddpo_fast/train.py", "ddpo_fast/sample.py", "ddpo_fast/rollout.py", "ddpo_fast/activation_cache.py"}),
+        (
+            "ddpo_fast.policy",
+            {f"ddpo_fast/{name}.py" for name in ("train", "preparation", "sample", "rollout", "activation_cache")},
+        ),
     ],
 )
 def test_imports_go_from_the_leaves_to_the_trainer(module, allowed):

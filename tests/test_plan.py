@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import predict
+from ddpo_fast import preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.config import OptimizerConfig, parse
 from ddpo_fast.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, architecture, count_model, flop_counter
@@ -509,8 +510,8 @@ def test_plan_on_the_command_line(argument, plan):
 
 @pytest.fixture
 def nothing_starts(monkeypatch, tmp_path):
-    for name in ("prepare", "init_distributed", "Policy"):
-        monkeypatch.setattr(trainer, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    for module, name in ((trainer, "prepare"), (preparation, "init_distributed"), (preparation, "Policy")):
+        monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     monkeypatch.chdir(tmp_path)
     yield
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from test_train import options, rewards_file, run  # noqa: F401
 
+from ddpo_fast import preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.metrics import read_metrics
 
@@ -82,7 +83,7 @@ def test_default_is_tensorboard_and_imports_no_other(options, stand_ins):  # noq
 
 def test_one_that_is_not_installed_is_one_line_before_a_model_is_loaded(options, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr("ddpo_fast.metrics.find_spec", lambda name: None if name == "wandb" else "there")
-    monkeypatch.setattr(trainer, "Policy", None)
+    monkeypatch.setattr(preparation, "Policy", None)
     with pytest.raises(SystemExit, match="2"):
         trainer.main(options(run__trackers='["tensorboard","wandb"]'))
     assert capsys.readouterr().err == "error: run.trackers=['tensorboard', 'wandb']: wandb is not installed; pip install wandb\n"

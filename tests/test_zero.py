@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from test_launch import ENVIRONMENT, ROOT, _ports, deepspeed
 
-from ddpo_fast import deepspeed_options
+from ddpo_fast import deepspeed_options, preparation, run_directory
 from ddpo_fast import train as trainer
 from ddpo_fast.config import parse
 from ddpo_fast.engine import Engine, init_distributed
@@ -78,7 +78,7 @@ def weights(argv: list[str]) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(trainer, "write_report", lambda folder: None)
+    monkeypatch.setattr(run_directory, "write_report", lambda folder: None)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def plain(make):
     """What each of the runs comes to in one process, at stage 0: weights by (trained, optimizer)."""
     results = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "write_report", lambda folder: None)
+        patch.setattr(run_directory, "write_report", lambda folder: None)
         for trained, optimizer in product(TRAINED, ("adamw", "adamw_8bit")):
             argv = make(f"plain-{trained}-{optimizer}", trained, optimizer)
             trainer.main(argv)
@@ -248,7 +248,7 @@ def test_half_precision_at_stage_3_has_fp32_masters_and_skips_what_is_not_finite
     ],
 )
 def test_contradictions_are_one_line_before_a_model_loads(tiny_model, tmp_path, capsys, monkeypatch, user, message):
-    monkeypatch.setattr(trainer, "Policy", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(preparation, "Policy", lambda *a: pytest.fail("the model was loaded"))
     (tmp_path / "ds.json").write_text(user if isinstance(user, str) else json.dumps(user))
     with pytest.raises(SystemExit, match="2"):
         trainer.main([f"--model.path={tiny_model}", f"--deepspeed.config={tmp_path / 'ds.json'}", "--zero.stage=2"])

@@ -1,0 +1,252 @@
+"""What each option's value must be, beyond its type: alone, and together with other options."""
+
+import os
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from ddpo_fast.gpus import GPUS, parse_devices
+
+
+def _number(low, high=sys.float_info.max, open_low=False):
+    """A check that a number is in [low, high], or (low, high]: neither NaN nor infinite."""
+    return lambda value, _: (value > low if open_low else value >= low) and value <= high
+
+
+_LARGEST = 2**63 - 1
+_positive = _number(1, _LARGEST), "a whole number >= 1 and < 2^63"
+_SCOPE = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)(,(down_blocks\.\d+|mid_block|up_blocks\.\d+))*")
+RULES = [
+    *(
+        (option, _positive[1], _positive[0])
+        for option in (
+            "lora.rank",
+            "prompts.samples_per_prompt",
+            "sample.num_samples",
+            "sample.decode_batch",
+            "sample.num_steps",
+            "train.num_minibatches",
+            "train.inner_epochs",
+            "baseline.min_count",
+            "rwr.num_timesteps",
+            "eval.every",
+            "eval.num_samples",
+            "run.iterations",
+            "run.checkpoint_every",
+            "run.keep_checkpoints",
+        )
+    ),
+    *(
+        (option, "a finite number > 0", _number(0, open_low=True))
+        for option in (
+            "lora.alpha",
+            "reward.timeout_s",
+            "train.learning_rate",
+            "train.clip_range",
+            "train.advantage_clip",
+            "train.max_grad_norm",
+            "rwr.inverse_temperature",
+            "optimizer.eps",
+        )
+    ),
+    *(
+        (option, f"auto, or {_positive[1]}", lambda value, _: value == "auto" or _positive[0](value, _))
+        for option in ("sample.batch_size", "train.micro_batch")
+    ),
+    (
+        "model.path",
+        "a folder with model_index.json, or a hub id such as org/name, or a .safetensors file; not a .ckpt, a pickle, which runs code when "
+        "it is loaded",
+        lambda v, c: _is_model(v) or _is_single_file(v),
+    ),
+    (
+        "model.config",
+        "with model.path=FILE.safetensors a folder with model_index.json, or a hub id such as org/name, of a pipeline of the same layout; "
+        "else null",
+        lambda v, c: (v is not None and _is_model(v)) if _is_single_file(c.model.path) else v is None,
+    ),
+    ("model.vae", "a folder with config.json, or a hub id such as org/name", lambda v, c: v is None or _is_model(v, "config.json")),
+    (
+        "lora.scope",
+        "all, mid_up, none, or block names joined by commas, such as mid_block,up_blocks.2",
+        lambda v, c: v in ("all", "mid_up", "none") or bool(_SCOPE.fullmatch(v)),
+    ),
+    ("lora.forward", "auto or separate, when lora.scope is none", lambda v, c: v != "merged" or c.lora.scope != "none"),
+    ("lora.forward", "auto or separate, with zero.stage=3, which partitions the weights", lambda v, c: v != "merged" or c.zero.stage < 3),
+    ("lora.targets", "at least one of attention, feed_forward, convolution, projection", lambda v, c: len(v) > 0),
+    ("prompts.file", "a text file with at least one line, of at most 10,000 characters each", lambda v, c: v is None or _has_lines(v)),
+    ("prompts.list", "null, when prompts.file is given", lambda v, c: v is None or c.prompts.file is None),
+    ("prompts.list", "at least one prompt; a weight is a finite number > 0", lambda v, c: v is None or _is_prompt_list(v)),
+    (
+        "prompts.name",
+        "a prompt set, unless prompts.file or prompts.list is given",
+        lambda v, c: v is not None or c.prompts.file is not None or c.prompts.list is not None,
+    ),
+    ("prompts.limit", _positive[1], lambda v, c: v is None or _positive[0](v, c)),
+    ("prompts.samples_per_prompt", "a divisor of sample.num_samples", lambda v, c: c.sample.num_samples % v == 0),
+    ("sample.guidance_scale", "a finite number >= 1; 1 is no guidance", _number(1)),
+    (
+        "sample.eta",
+        "0 < eta <= 1; at 0 DDIM is deterministic: a step has no density, so there is no policy gradient",
+        _number(0, 1, open_low=True),
+    ),
+    ("sample.num_samples", "a multiple of train.num_minibatches", lambda v, c: v % c.train.num_minibatches == 0),
+    (
+        "train.algorithm",
+        "ddpo_is, or exactly one update an iteration (train.num_minibatches=1, train.inner_epochs=1): "
+        "the score function is only unbiased on-policy",
+        lambda v, c: v != "ddpo_sf" or c.train.updates_per_iteration == 1,
+    ),
+    (
+        "train.estimator",
+        "ppo, with train.algorithm=rwr or rwr_sparse: their loss is not one of the steps that sampling makes",
+        lambda v, c: v == "ppo" or not c.train.regression,
+    ),
+    (
+        "train.timestep_fraction",
+        "1, with train.algorithm=rwr or rwr_sparse; rwr.num_timesteps says how many timesteps of a sample are trained on",
+        lambda v, c: v == 1 or not c.train.regression,
+    ),
+    (
+        "cache.mode",
+        "auto or off, with train.algorithm=rwr or rwr_sparse: what they train on is not what the rollout computed",
+        lambda v, c: v != "on" or not c.train.regression,
+    ),
+    ("train.kl_coefficient", "a finite number >= 0", _number(0)),
+    (
+        "train.kl_coefficient",
+        "0, with train.algorithm=rwr or rwr_sparse",
+        lambda v, c: v == 0 or not c.train.regression,
+    ),
+    (
+        "train.kl_coefficient",
+        "0, when lora.scope is none: the reference is the model with LoRA switched off",
+        lambda v, c: v == 0 or c.lora.scope != "none",
+    ),
+    (
+        "train.kl_coefficient",
+        "0, with train.estimator=score_accumulation, which takes the gradient of the log-prob alone",
+        lambda v, c: v == 0 or c.train.estimator == "ppo",
+    ),
+    (
+        "train.kl_coefficient",
+        "0, with zero.stage=3, which gathers weights in the order of one and the same forward pass",
+        lambda v, c: v == 0 or c.zero.stage < 3,
+    ),
+    ("rwr.percentile", "0 <= percentile < 1", lambda v, c: 0 <= v < 1),
+    ("rwr.guidance_scale", "a finite number >= 1 (1 is no guidance), or null", lambda v, c: v is None or _number(1)(v, c)),
+    (
+        "train.estimator",
+        "ppo, or exactly one update an iteration (train.num_minibatches=1, train.inner_epochs=1): a second one's gradient is not known "
+        "while sampling",
+        lambda v, c: v == "ppo" or c.train.updates_per_iteration == 1,
+    ),
+    (
+        "train.estimator",
+        "ppo, when lora.scope is none: a gradient of the whole UNet for every sample would not fit",
+        lambda v, c: v == "ppo" or c.lora.scope != "none",
+    ),
+    (
+        "train.estimator",
+        "ppo, with zero.stage=3: a sample's gradient is taken from whole weights",
+        lambda v, c: v == "ppo" or c.zero.stage < 3,
+    ),
+    ("model.compile", "false, with zero.stage=3, which gathers weights between the UNet's layers", lambda v, c: not v or c.zero.stage < 3),
+    (
+        "train.gradient_checkpointing",
+        "false, with model.compile=true, which decides itself what to keep for backward",
+        lambda v, c: not v or not c.model.compile,
+    ),
+    (
+        "train.gradient_checkpointing",
+        "false, with train.estimator=score_accumulation",
+        lambda v, c: not v or c.train.estimator == "ppo",
+    ),
+    ("zero.stage", "0, 1, 2 or 3", lambda v, c: type(v) is int),  # true is in a Literal that has 1
+    (
+        "zero.offload",
+        "none, optimizer with zero.stage 1 to 3, or all with zero.stage=3",
+        lambda v, c: c.zero.stage >= {"none": 0, "optimizer": 1, "all": 3}[v],
+    ),
+    (
+        "zero.offload",
+        "none, unless optimizer.name=adamw; paged_adamw_8bit moves its state to the host by itself",
+        lambda v, c: v == "none" or c.optimizer.name == "adamw",
+    ),
+    ("train.timestep_fraction", "0 < fraction <= 1", _number(0, 1, open_low=True)),
+    ("reward.max_bad_fraction", "0 <= fraction <= 1", _number(0, 1)),
+    (
+        "baseline.name",
+        "history, or group with prompts.samples_per_prompt of at least 2: a single sample has nothing to be compared with",
+        lambda v, c: v == "history" or c.prompts.samples_per_prompt > 1 or c.train.regression,
+    ),
+    ("baseline.buffer_size", "a whole number >= baseline.min_count and < 2^63", lambda v, c: c.baseline.min_count <= v <= _LARGEST),
+    ("optimizer.betas", "two numbers in [0, 1)", lambda v, c: len(v) == 2 and all(0 <= b < 1 for b in v)),
+    ("optimizer.weight_decay", "a finite number >= 0", _number(0)),
+    *((option, "a number of MiB >= 0", lambda v, c: v is None or _number(0)(v, c)) for option in ("cache.device_mib", "cache.host_mib")),
+    (
+        "cache.mode",
+        "auto or off, with train.estimator=score_accumulation: no transition is visited twice",
+        lambda v, c: v != "on" or c.train.estimator == "ppo",
+    ),
+    ("cache.mode", "auto or off, with zero.stage=3, which gathers weights for whole calls", lambda v, c: v != "on" or c.zero.stage < 3),
+    ("cache.mode", "auto or off, when lora.scope is none: nothing is frozen", lambda v, c: v != "on" or c.lora.scope != "none"),
+    *(
+        (option, "a prompt set or a list with at least one prompt, or null", lambda v, c: v is None or len(v) > 0)
+        for option in ("eval.prompts", "eval.heldout")
+    ),
+    ("run.seed", "a whole number in [0, 2^63)", _number(0, _LARGEST)),
+    ("run.dir", "a folder, not a file, or the name of one that can be made", lambda v, c: v is None or _can_be_folder(v)),
+    (
+        "run.dir",
+        "the directory of a run with a checkpoint, when run.resume is set",
+        lambda v, c: not c.run.resume or (v is not None and _has_checkpoint(v)),
+    ),
+    (
+        "run.dir",
+        "a directory that holds no run yet; to continue the one in it, add --resume",
+        lambda v, c: c.run.resume or v is None or not _has_checkpoint(v),
+    ),
+    (
+        "run.plan",
+        f"here, or one of {', '.join(GPUS)}, or several of them as in 8xH200",
+        lambda v, c: v is None or parse_devices(v) is not None,
+    ),
+]
+"""(option, what is valid in words, whether (value, config) is)."""
+
+
+def _has_checkpoint(run_dir: str) -> bool:
+    return any(path.name.isdigit() for path in Path(run_dir, "checkpoints").glob("*"))
+
+
+def _is_model(path: str, config: str = "model_index.json") -> bool:
+    if Path(path).exists():
+        return Path(path, config).is_file()
+    if Path(path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        return False
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
+
+
+def _is_single_file(path: str) -> bool:
+    return Path(path).suffix == ".safetensors" and Path(path).is_file()
+
+
+def _is_prompt_list(prompts: list[str] | dict[str, float]) -> bool:
+    weights = prompts.values() if isinstance(prompts, dict) else []
+    return len(prompts) > 0 and all(0 < weight <= sys.float_info.max for weight in weights)
+
+
+def _has_lines(path: str) -> bool:
+    if not Path(path).is_file():  # nor a device or a pipe, which may never end
+        return False
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    return any(line.strip() for line in lines) and max(map(len, lines)) <= 10_000 and not any("\0" in line for line in lines)
+
+
+def _can_be_folder(path: str) -> bool:
+    with suppress(FileNotFoundError):
+        os.lstat(path)  # raises OSError for a name that is too long, or behind a file
+    there = next(folder for folder in (Path(path), *Path(path).absolute().parents) if os.path.lexists(folder))
+    return bool(path.strip()) and path.isprintable() and there.is_dir() and os.access(there, os.W_OK)

@@ -1,0 +1,182 @@
+"""From a config to what a run is made of: options checked, cheapest first, then the model, engine and cache."""
+
+import math
+import re
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ddpo_fast import activation_cache, attention_backends, checkpoint, deepspeed_options, kernels
+from ddpo_fast.activation_cache import NO_CACHE, ActivationCache, Cache
+from ddpo_fast.config import Config
+from ddpo_fast.ddim import DDIMSchedule
+from ddpo_fast.engine import Engine, all_gather, broadcast, init_distributed
+from ddpo_fast.fused_unet import fuse
+from ddpo_fast.kernels import Ops
+from ddpo_fast.lora import merges
+from ddpo_fast.losses import scaled_clip_range
+from ddpo_fast.memory import Room, free_mib, local_ranks
+from ddpo_fast.metrics import check_trackers
+from ddpo_fast.optimizer import check_optimizer, make_optimizer
+from ddpo_fast.pipelines import check_model
+from ddpo_fast.plan import resolve_sizes
+from ddpo_fast.policy import Policy
+from ddpo_fast.prompts import evaluation_prompts, load_prompts
+from ddpo_fast.rewards import Reward, open_reward
+from ddpo_fast.rewards.isolated import START_TIMEOUT_S
+from ddpo_fast.rwr import NoisingSchedule
+from ddpo_fast.score_accumulation import ScoreAccumulator
+from ddpo_fast.split_unet import SplitUNet
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of once the options have been found good."""
+
+    config: Config
+    run_dir: Path
+    rank: int
+    world_size: int
+    prompts: list[str]
+    prompt_weights: list[float] | None
+    """How often each is drawn, relative to the others; None if all are alike."""
+    evaluations: dict[str, list[str]]
+    """The prompts of each picture of the fixed evaluation sets: `eval` and, with eval.heldout, `heldout`."""
+    reward: Reward
+    policy: Policy
+    schedule: DDIMSchedule
+    ops: Ops
+    split: SplitUNet | None
+    """Where the activation cache takes up the UNet; None without one."""
+    clip_range: float
+    """`train.clip_range` scaled to this model's latents."""
+    scores: ScoreAccumulator | None
+    """What takes the gradient during sampling; None where `update` does."""
+    noising: NoisingSchedule | None
+    """What reward-weighted regression trains on; None for the policy gradient."""
+    room: Room
+    """What has been found to fit into memory."""
+    checkpoint: Path | None
+    """What to continue from; None for a new run."""
+    deepspeed: dict
+    """The user's own DeepSpeed options."""
+
+
+def prepare(config: Config) -> Setup:
+    """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault."""
+    check_model(config.model.path, config.model.config, config.model.vae)
+    prompts, prompt_weights = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
+    evaluations = evaluation_sets(config, prompts)
+    check_optimizer(config.optimizer.name)
+    check_trackers(config.run.trackers)
+    deepspeed = {}
+    if config.deepspeed.config is not None:
+        ours = deepspeed_options.stated(config.zero.stage, config.zero.offload, config.train.max_grad_norm)
+        deepspeed = deepspeed_options.read(config.deepspeed.config, ours)
+    num_calls = config.sample.num_samples if config.sample.batch_size == "auto" else config.sample.num_samples // config.sample.batch_size
+    call_s = config.reward.timeout_s + config.reward.isolate * max(START_TIMEOUT_S, config.reward.timeout_s)
+    rank, world_size, device = init_distributed(timeout_s=1800 + call_s * (1 + num_calls))
+    ops = kernels.select(config.kernels.backend, device)
+    reward = open_reward(config.reward.name, config.reward.kwargs, config.reward.timeout_s, config.reward.isolate)
+    for option, multiple in (("sample.num_samples", world_size * config.train.num_minibatches), ("eval.num_samples", world_size)):
+        if config[option] % multiple:
+            raise ValueError(f"{option}={config[option]}: valid is a multiple of {multiple} with {world_size} ranks")
+    resumed = checkpoint.find(Path(config.run.dir), rank) if config.run.resume else None
+    if resumed and (config.zero.stage == 3 or config.zero.stage > 0 and config.optimizer.name != "adamw"):
+        before = checkpoint.read_state(resumed)["world_size"]
+        if world_size != before:
+            raise ValueError(
+                f"zero.stage={config.zero.stage}: the optimizer's state is sharded over {before} ranks; --resume wants as many"
+            )
+    if config.model.dtype == "auto":
+        config = config.replace(model__dtype="fp16" if device.type == "cuda" else "fp32")
+    free = all_gather(torch.tensor([free_mib(device, local_ranks())])).min().item()
+    config = resolve_sizes(config, free, world_size, device.type == "cuda")
+    reward_name = re.sub(r"[^\w.-]+", "-", Path(config.reward.name).name)[:100]
+    run_dir = config.run.dir or f"runs/{reward_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = config.replace(run__dir=broadcast(run_dir))
+    config, policy = load_policy(config, rank, world_size, device, ops)
+    schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
+    clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
+    noising = NoisingSchedule.from_scheduler(policy.pipe.scheduler, device) if config.train.regression else None
+    if noising is not None and config.rwr.num_timesteps > noising.num_steps:
+        raise ValueError(f"rwr.num_timesteps={config.rwr.num_timesteps}: valid is 1 to {noising.num_steps}, the model's training steps")
+    scores = None
+    if config.train.estimator == "score_accumulation":
+        scores = ScoreAccumulator(policy.unet, ops, config.sample.guidance_scale, clip_range)
+    if config.model.share_guidance and config.sample.guidance_scale != 1 and config.training_guidance != 1:
+        try:
+            policy.share_guidance()
+        except ValueError as error:
+            raise ValueError(f"model.share_guidance=true: {error}; valid is false") from None
+    cached = scores is None and noising is None and config.zero.stage < 3
+    split = activation_cache.split(config.cache.mode, policy) if cached else None
+    room = Room(retry=config.zero.stage < 3)
+    return Setup(
+        config, Path(config.run.dir), rank, world_size, prompts, prompt_weights, evaluations, reward, policy, schedule, ops, split,
+        clip_range, scores, noising, room, resumed, deepspeed,
+    )  # fmt: skip
+
+
+def evaluation_sets(config: Config, prompts: list[str]) -> dict[str, list[str]]:
+    """The prompts of each picture of `Setup.evaluations`. Raises ValueError for a held-out one that is among those trained on."""
+    count, heldout = config.eval.num_samples, config.eval.heldout
+    evaluations = {"eval": evaluation_prompts(config.eval.prompts or prompts, count)}
+    if heldout is not None:
+        evaluations["heldout"] = evaluation_prompts(heldout, count)
+        if seen := sorted(set(evaluations["heldout"]) & set(prompts)):
+            raise ValueError(f"eval.heldout={heldout}: {seen[0]!r} is a training prompt; valid are prompts that are none")
+    return evaluations
+
+
+def load_policy(config: Config, rank: int, world_size: int, device: torch.device, ops: Ops) -> tuple[Config, Policy]:
+    """The model as the run computes with it: LoRA, attention, fused operations; and the config with the attention that was chosen."""
+    torch.manual_seed(config.run.seed)  # LoRA's initial weights
+    lora, model = config.lora, config.model
+    policy = Policy(model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config)
+    policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
+    steps = config.rwr.num_timesteps if config.train.regression else config.sample.num_steps
+    transitions = config.sample.num_samples // world_size // config.train.num_minibatches * steps
+    num_rows = min(32, config.train.micro_batch, transitions) * (1 if config.training_guidance == 1 else 2)
+    call = partial(policy.example_call, 2)
+    choice = attention_backends.resolve(config.attention.backend, policy.unet, call, num_rows, policy.dtype, device)
+    backend, measured = broadcast(choice)  # times differ from rank to rank
+    attention_backends.set_attention(policy.unet, backend)
+    if measured and rank == 0:
+        print(measured, flush=True)
+    config = config.replace(attention__backend=backend)
+    if ops.backend == "triton":
+        fuse(policy.unet, ops)
+    if merges(lora.forward, lora.scope, policy.dtype, config.zero.stage):
+        policy.merge_lora()
+    if config.train.gradient_checkpointing:
+        policy.checkpoint_gradients()
+    return config, policy
+
+
+def make_engine(setup: Setup) -> Engine:
+    """The engine of a run's optimizer, through which the policy's UNet runs from now on."""
+    config, policy, zero = setup.config, setup.policy, setup.config.zero
+    optimizer = make_optimizer(config.optimizer, policy.trainable_parameters(), config.train.learning_rate, on_host=zero.offload != "none")
+    engine = Engine(
+        policy.unet, optimizer, zero_stage=zero.stage, offload=zero.offload, options=setup.deepspeed,
+        max_grad_norm=config.train.max_grad_norm, dtype=policy.dtype,
+    )  # fmt: skip
+    # backward in sampling is none of the engine's
+    policy.attach(engine.module if setup.scores is None else policy.unet, partitioned=zero.stage == 3)
+    if config.model.compile:
+        (setup.split or policy.unet).compile()
+    return engine
+
+
+def make_cache(setup: Setup) -> Cache:
+    """The run's activation cache; one that never holds anything if the UNet is not split."""
+    if setup.split is None:
+        return NO_CACHE
+    config, policy = setup.config, setup.policy
+    num_rows = 1 if config.sample.guidance_scale == 1 else 2
+    device_mib, host_mib = activation_cache.budgets_mib(config.cache.device_mib, config.cache.host_mib, policy.device)
+    return ActivationCache(setup.split, policy.example_call, num_rows, policy.device, device_mib, host_mib)
