@@ -302,7 +302,7 @@ class EvalConfig:
     every: int = 4
     """Evaluate every so many iterations (and before the first and after the last)."""
     num_samples: int = 48
-    """Pictures of the fixed evaluation set: same prompts, same noise every time."""
+    """Pictures of each fixed evaluation set: same prompts, same noise every time."""
     prompts: Optional[Union[PromptSet, list[str]]] = None
     """Prompts of the evaluation set, in turn: a list, or the name of a prompt set. Default: the training prompts."""
     heldout: Optional[Union[PromptSet, list[str]]] = None
