@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ddpo_fast.files import write_text
+from ddpo_fast.files import new_file, write_text
 
 
 class StageTimer:
@@ -172,7 +172,8 @@ def save_grid(grid: Image.Image, path: Path) -> None:
     """Writes a grid as PNG, with its `info["grid"]` as text of that name, so that whoever opens the file has that, too."""
     text = PngInfo()
     text.add_itxt("grid", grid.info["grid"])
-    grid.save(path, pnginfo=text)
+    with new_file(path) as partial:  # a kill or a full disk would leave half a picture, which nobody can open
+        grid.save(partial, "PNG", pnginfo=text)
 
 
 def diversity(images: Tensor) -> float | None:
