@@ -77,7 +77,7 @@ RULES = [
     ("lora.targets", "at least one of attention, feed_forward, convolution, projection", lambda v, c: len(v) > 0),
     ("prompts.file", "a text file with at least one line, of at most 10,000 characters each", lambda v, c: v is None or _has_lines(v)),
     ("prompts.list", "null, when prompts.file is given", lambda v, c: v is None or c.prompts.file is None),
-    ("prompts.list", "at least one prompt; a weight is a finite number > 0", lambda v, c: v is None or _is_prompt_list(v)),
+    ("prompts.list", "at least one prompt, a text; a weight is a finite number > 0", lambda v, c: v is None or _is_prompt_list(v)),
     (
         "prompts.name",
         "a prompt set, unless prompts.file or prompts.list is given",
@@ -133,6 +133,11 @@ RULES = [
         "train.kl_coefficient",
         "0, with zero.stage=3, which gathers weights in the order of one and the same forward pass",
         lambda v, c: v == 0 or c.zero.stage < 3,
+    ),
+    (
+        "train.kl_coefficient",
+        "0, with model.compile=true: to switch LoRA off and on between calls makes torch.compile give the UNet up",
+        lambda v, c: v == 0 or not c.model.compile,
     ),
     ("rwr.percentile", "0 <= percentile < 1", lambda v, c: 0 <= v < 1),
     ("rwr.guidance_scale", "a finite number >= 1 (1 is no guidance), or null", lambda v, c: v is None or _number(1)(v, c)),
@@ -235,7 +240,8 @@ def _is_single_file(path: str) -> bool:
 
 def _is_prompt_list(prompts: list[str] | dict[str, float]) -> bool:
     weights = prompts.values() if isinstance(prompts, dict) else []
-    return len(prompts) > 0 and all(0 < weight <= sys.float_info.max for weight in weights)
+    is_text = all(isinstance(prompt, str) for prompt in prompts)  # the parser takes any key of a mapping
+    return is_text and len(prompts) > 0 and all(0 < weight <= sys.float_info.max for weight in weights)
 
 
 def _has_lines(path: str) -> bool:

@@ -15,10 +15,21 @@ logger = logging.getLogger("ddpo_fast")
 
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text under another name, then renames it."""
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Gives another name to write a file under, which takes the name `path` once the block has ended well; else it goes."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    os.replace(partial, path)
+    try:
+        yield partial
+        flush(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

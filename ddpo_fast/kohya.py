@@ -9,7 +9,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ddpo_fast.files import flush
+from ddpo_fast.files import new_file
 
 
 def write_kohya(run_dir: Path, output: Path) -> None:
@@ -34,10 +34,8 @@ def write_kohya(run_dir: Path, output: Path) -> None:
     metadata = {
         "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha), "ss_output_name": output.stem,
     }  # fmt: skip
-    partial = output.with_name(f".{output.name}.partial")
-    save_file(converted, partial, metadata)
-    flush(partial)
-    partial.replace(output)
+    with new_file(output) as partial:
+        save_file(converted, partial, metadata)
 
 
 def main(argv: list[str] | None = None) -> None:

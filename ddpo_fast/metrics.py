@@ -1,16 +1,19 @@
 """What a run records: metrics.jsonl, TensorBoard and other trackers, stage times, grids of pictures."""
 
 import json
+import logging
 import math
 import os
 import re
 import resource
 import secrets
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +22,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ddpo_fast.files import write_text
+from ddpo_fast.files import new_file, write_text
+
+logger = logging.getLogger("ddpo_fast")
 
 
 class StageTimer:
@@ -51,16 +56,25 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def check_trackers(names: list[str]) -> None:
-    """Raises ValueError for one that is not installed."""
+    """Raises ValueError for one that is not installed or, on rank 0, whose service does not know us."""
     if missing := [name for name in names if find_spec(name) is None]:
         raise ValueError(f"run.trackers={names}: {', '.join(missing)} is not installed; pip install {' '.join(missing)}")
+    if "wandb" not in names or os.environ.get("RANK", "0") != "0" or os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    try:
+        import_module("wandb").login()
+    except Exception as error:
+        reason = " ".join(f"{error}".split())
+        raise ValueError(
+            f"run.trackers={names}: wandb: {reason}; valid is after `wandb login`, with WANDB_API_KEY, or with WANDB_MODE=offline"
+        ) from None
 
 
 class MetricsWriter:
     """Appends one row an iteration to <run_dir>/metrics.jsonl and to the trackers. Rows after `iteration` are dropped from the file first.
 
     tensorboard writes to <run_dir>/tensorboard/; wandb and trackio, imported when asked for, begin a run with `config`, or go on with it if
-    `iteration` is not -1.
+    `iteration` is not -1. One of these two that raises is left out from then on, with a warning.
     """
 
     def __init__(self, run_dir: Path, iteration: int, trackers: list[str], config: dict):
@@ -69,7 +83,8 @@ class MetricsWriter:
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.unwritten: list[dict] = []
         self._open_tensorboard(purge_step=iteration + 1)
-        self.remote = _begin([name for name in trackers if name != "tensorboard"], run_dir, iteration, config)
+        self.remote = {}
+        self._begin([name for name in trackers if name != "tensorboard"], run_dir, iteration, config)
 
     def _open_tensorboard(self, **options) -> None:
         if "tensorboard" in self.trackers:
@@ -88,8 +103,7 @@ class MetricsWriter:
             raise
         self.unwritten.clear()
         values = {name: value for name, value in row.items() if value is not None and name != "iteration"}
-        for run in self.remote.values():
-            run.log(values, step=row["iteration"])
+        self._tell(lambda name, run: run.log(values, step=row["iteration"]))
         if "tensorboard" not in self.trackers:
             return
         try:
@@ -103,30 +117,42 @@ class MetricsWriter:
     def write_images(self, grid: Image.Image, name: str, iteration: int) -> None:
         if "tensorboard" in self.trackers:
             self.tensorboard.add_image(name, np.asarray(grid), iteration, dataformats="HWC")
-        for tracker, run in self.remote.items():
-            run.log({name: import_module(tracker).Image(grid)}, step=iteration)
+        self._tell(lambda tracker, run: run.log({name: import_module(tracker).Image(grid)}, step=iteration))
 
     def close(self) -> None:
         if "tensorboard" in self.trackers:
             self.tensorboard.close()
-        for run in self.remote.values():
-            run.finish()
+        self._tell(lambda name, run: run.finish())
 
+    def _tell(self, what: Callable[[str, Any], object]) -> None:
+        """Calls what(name, run) for wandb's and trackio's runs."""
+        for name, run in list(self.remote.items()):
+            with self._unless_it_raises(name):
+                what(name, run)
 
-def _begin(trackers: list[str], run_dir: Path, iteration: int, config: dict) -> dict:
-    """Begins, or goes on with, runs of wandb and trackio. What they are called there is in <run_dir>/tracker_id from the first time on."""
-    id_file, name = run_dir / "tracker_id", run_dir.resolve().name
-    if trackers and (iteration < 0 or not id_file.exists()):
-        write_text(id_file, f"{re.sub(r'[^a-zA-Z0-9_-]', '-', name)}-{secrets.token_hex(4)}")
-    runs = {}
-    for tracker in trackers:
-        options = {"project": os.environ.get(f"{tracker.upper()}_PROJECT", "ddpo_fast"), "config": config, "resume": "allow"}
-        if tracker == "wandb":
-            options |= {"name": name, "id": id_file.read_text(), "dir": str(run_dir)}
-        else:
-            options["name"] = id_file.read_text()  # trackio goes by the name
-        runs[tracker] = import_module(tracker).init(**options)
-    return runs
+    @contextmanager
+    def _unless_it_raises(self, name: str) -> Iterator[None]:
+        """Around what a tracker does: a service that fails must not end a run, whose rows are in metrics.jsonl."""
+        try:
+            yield
+        except Exception as error:
+            self.remote.pop(name, None)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            logger.warning("%s failed (%s); the run goes on without it, with all of its numbers in %s", name, reason, self.path)
+
+    def _begin(self, trackers: list[str], run_dir: Path, iteration: int, config: dict) -> None:
+        """Begins, or goes on with, runs of wandb and trackio. What they are called there is in <run_dir>/tracker_id from the first time."""
+        id_file, name = run_dir / "tracker_id", run_dir.resolve().name
+        if trackers and (iteration < 0 or not id_file.exists()):
+            write_text(id_file, f"{re.sub(r'[^a-zA-Z0-9_-]', '-', name)}-{secrets.token_hex(4)}")
+        for tracker in trackers:
+            options = {"project": os.environ.get(f"{tracker.upper()}_PROJECT", "ddpo_fast"), "config": config, "resume": "allow"}
+            if tracker == "wandb":
+                options |= {"name": name, "id": id_file.read_text(), "dir": str(run_dir)}
+            else:
+                options["name"] = id_file.read_text()  # trackio goes by the name
+            with self._unless_it_raises(tracker):
+                self.remote[tracker] = import_module(tracker).init(**options)
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
@@ -172,7 +198,8 @@ def save_grid(grid: Image.Image, path: Path) -> None:
     """Writes a grid as PNG, with its `info["grid"]` as text of that name, so that whoever opens the file has that, too."""
     text = PngInfo()
     text.add_itxt("grid", grid.info["grid"])
-    grid.save(path, pnginfo=text)
+    with new_file(path) as partial:  # a kill or a full disk would leave half a picture, which nobody can open
+        grid.save(partial, "PNG", pnginfo=text)
 
 
 def diversity(images: Tensor) -> float | None:

@@ -1,5 +1,6 @@
 """README.md beside the trained weights: what they are, what they were trained for, what it gave, how to load them."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,8 +12,10 @@ from ddpo_fast.report import Run, read_run
 
 _OPTIONS = (
     "train.algorithm lora.scope lora.targets lora.rank lora.alpha prompts.name prompts.file sample.num_samples sample.num_steps "
-    "sample.guidance_scale sample.eta train.num_minibatches train.inner_epochs train.learning_rate train.clip_range run.seed"
+    "sample.guidance_scale sample.eta train.num_minibatches train.inner_epochs train.learning_rate run.seed"
 ).split()
+_DDPO_OPTIONS = ("train.clip_range", "train.kl_coefficient", "baseline.name")
+_RWR_OPTIONS = ("rwr.inverse_temperature", "rwr.percentile", "rwr.population", "rwr.guidance_scale", "rwr.num_timesteps")
 _CURVE = 12
 """Rows of the curve, at most."""
 
@@ -22,7 +25,7 @@ def write_card(run_dir: Path) -> None:
     run, folder = read_run(run_dir), weights_folder(run_dir)
     for name, path in pictures(run).items():
         shutil.copyfile(path, folder / name)
-    write_text(folder / "README.md", card(run, str(folder), run.config["model"]["path"]))
+    write_text(folder / "README.md", card(run, str(folder), public=False))
 
 
 def weights_folder(run_dir: Path) -> Path:
@@ -42,12 +45,18 @@ def pictures(run: Run) -> dict[str, Path]:
 def base_model(run: Run) -> tuple[str, bool]:
     """What a run's model is called, of a local path its last part, and whether that is a hub id."""
     path = run.config["model"]["path"]
-    on_hub = not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
-    return path if on_hub else Path(path).name, on_hub
+    return (path, True) if _is_on_hub(path) else (Path(path).name, False)
 
 
-def card(run: Run, weights: str, model: str) -> str:
-    """The model card of a run, with the folders or hub ids to load its weights and model from; of other paths it has the last part."""
+def _is_on_hub(path: str) -> bool:
+    return not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
+
+
+def card(run: Run, weights: str, public: bool) -> str:
+    """The model card of a run. weights: folder or hub id to load them from.
+
+    public: of a local model, too, only the path's last part is in it, as of other paths in any case.
+    """
     options, full = run.config, run.config["lora"]["scope"] == "none"
     (base, on_hub), reward = base_model(run), Path(options["reward"]["name"]).name
     tags = ["text-to-image", "stable-diffusion", "ddpo", "reinforcement-learning", *([] if full else ["lora"])]
@@ -63,7 +72,7 @@ def card(run: Run, weights: str, model: str) -> str:
     if pictures(run):
         parts.append("The same prompts and the same noise, before and after; below each picture its reward:")
         parts.append("![before](before.png)\n\n![after](after.png)")
-    parts += ["## Use", _use(options["sample"], model, weights, full), "## Training", _training(run)]
+    parts += ["## Use", _use(options, weights, full, public), "## Training", _training(run)]
     content = "\n\n".join(part for part in parts if part) + "\n"
     return str(ModelCard(content))
 
@@ -90,14 +99,23 @@ def _mean(row: dict, name: str) -> str:
     return f"{row[f'{name}_reward_mean']:.4g} ± {row[f'{name}_reward_std'] / row[f'{name}_samples'] ** 0.5:.2g}"
 
 
-def _use(sample: dict, model: str, weights: str, full: bool) -> str:
-    load = f'pipe.load_lora_weights("{weights}")'
-    if full:
-        load = f'pipe.unet = UNet2DConditionModel.from_pretrained("{weights}")'
+def _use(config: dict, weights: str, full: bool, public: bool) -> str:
+    sample, model = config["sample"], config["model"]
+    names = {name: Path(path).name if public and not _is_on_hub(path) else path for name, path in model.items() if isinstance(path, str)}
+    classes, arguments = {"DDIMScheduler", "UNet2DConditionModel"} if full else {"DDIMScheduler"}, f'"{names["path"]}"'
+    pipeline, constructor = "DiffusionPipeline", "from_pretrained"
+    if "config" in names:  # a single file, which does not say what it is of
+        index = Path(model["config"], "model_index.json")
+        pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"] if index.is_file() else "StableDiffusionPipeline"
+        constructor, arguments = "from_single_file", f'{arguments}, config="{names["config"]}"'
+    if "vae" in names:
+        arguments += f', vae=AutoencoderKL.from_pretrained("{names["vae"]}")'
+        classes.add("AutoencoderKL")
+    load = f'pipe.unet = UNet2DConditionModel.from_pretrained("{weights}")' if full else f'pipe.load_lora_weights("{weights}")'
     call = f"num_inference_steps={sample['num_steps']}, guidance_scale={sample['guidance_scale']}, eta={sample['eta']}"
     return (
-        f"```python\nfrom diffusers import DDIMScheduler, DiffusionPipeline{', UNet2DConditionModel' if full else ''}\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{model}")\n{load}\n'
+        f"```python\nfrom diffusers import {', '.join(sorted({*classes, pipeline}))}\n\n"
+        f"pipe = {pipeline}.{constructor}({arguments})\n{load}\n"
         f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)\n"
         f'image = pipe("a prompt", {call}).images[0]\n```'
     )
@@ -105,12 +123,15 @@ def _use(sample: dict, model: str, weights: str, full: bool) -> str:
 
 def _training(run: Run) -> str:
     values = {"reward.name": Path(run.config["reward"]["name"]).name}
-    for option in _OPTIONS:
+    is_ddpo = run.config["train"]["algorithm"].startswith("ddpo")
+    for option in (*_OPTIONS, *(_DDPO_OPTIONS if is_ddpo else _RWR_OPTIONS)):
         section, key = option.split(".")
-        value = run.config[section].get(key)  # the run may be older than the option
+        value = run.config.get(section, {}).get(key)  # the run may be older than the option
         values[option] = Path(value).name if option == "prompts.file" and value else value
     values |= run.environment
-    if run.config["prompts"]["file"]:
+    if listed := run.config["prompts"].get("list"):
+        values["prompts.list"] = f"{len(listed)} of its own"
+    if listed or run.config["prompts"]["file"]:
         del values["prompts.name"]
     rows = [f"| {name} | {value} |" for name, value in values.items() if value is not None]
     return "| | |\n|---|---|\n" + "\n".join(rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from ddpo_fast.model_card import base_model, card, pictures, weights_folder
+from ddpo_fast.model_card import card, pictures, weights_folder
 from ddpo_fast.report import read_run
 
 _FAULTS = (ValueError, OSError, *HfHubHTTPError.__bases__)
@@ -26,7 +26,7 @@ def push(run_dir: Path, repo_id: str, private: bool) -> str:
         raise ValueError(f"REPO_ID={repo_id}: there is no token for the hub; `hf auth login`, or HF_TOKEN in the environment, gives it one")
     files = {path.name: path for path in sorted(folder.iterdir())} | pictures(run)
     files |= {name: run_dir / name for name in ("config.yaml", "metrics.jsonl")}
-    files["README.md"] = card(run, repo_id, base_model(run)[0]).encode()
+    files["README.md"] = card(run, repo_id, public=True).encode()
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     hub = HfApi()
     repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id

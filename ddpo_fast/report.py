@@ -368,12 +368,15 @@ def _set(prompt: str, pictures: list[tuple[str, "_Grid", int]]) -> str:
 class _Grid:
     """A file of images/, shown picture by picture though it is in the page once: a window over one background.
 
-    One that does not say what is on it, see `metrics.save_grid`, has no prompts.
+    One that does not say what is on it, see `metrics.save_grid`, or cannot be read, has no prompts.
     """
 
     def __init__(self, path: Path):
-        with Image.open(path) as image:
-            image.load()
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except OSError:  # a report is written in the middle of a run, which somebody's broken picture must not end
+            image = Image.new("RGB", (1, 1))
         self.path, self.image = path, image
         self.iteration = re.sub(r"\D+0*(?=\d)", "iteration ", path.stem)
         self.name = f"g{hashlib.sha256(bytes(path.resolve())).hexdigest()[:12]}"

@@ -115,9 +115,10 @@ def main(argv: list[str] | None = None) -> None:
         seeds = args.seed * len(args.prompts)
         weights = args.run_dir / "best" if args.best else args.run_dir
         before, after = before_and_after(weights, read_config(args.run_dir, changed), prompts, seeds)
-    except ValueError as error:
+        grid = save(args.output or args.run_dir / "samples", prompts, seeds, before, after)
+    except (ValueError, OSError) as error:
         user_error(error)
-    print(save(args.output or args.run_dir / "samples", prompts, seeds, before, after))
+    print(grid)
 
 
 if __name__ == "__main__":

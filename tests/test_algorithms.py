@@ -248,7 +248,7 @@ def test_rwr_leaves_bad_rewards_out(options, rewards_file):  # noqa: F811
     "stage, extra",
     [
         (2, ["--train.algorithm=rwr", "--rwr.num_timesteps=2"]),
-        pytest.param(0, ["--train.kl_coefficient=3", "--train.clip_range=1e3"], marks=pytest.mark.slow),
+        *(pytest.param(stage, ["--train.kl_coefficient=3", "--train.clip_range=1e3"], marks=pytest.mark.slow) for stage in (0, 1, 2)),
     ],
 )
 def test_two_ranks_have_the_gradient_of_one(tiny_model, tmp_path, stage, extra):

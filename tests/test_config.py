@@ -57,6 +57,7 @@ BAD = [  # arguments, what the line must say
         "train.kl_coefficient=1.0: valid is 0, with train.estimator=score_accumulation",
     ),
     ("--train.kl_coefficient 1 --zero.stage 3", "train.kl_coefficient=1.0: valid is 0, with zero.stage=3"),
+    ("--train.kl_coefficient 1 --model.compile true", "train.kl_coefficient=1.0: valid is 0, with model.compile=true"),
     ("--rwr.inverse_temperature 0", "rwr.inverse_temperature=0.0: valid is a finite number > 0"),
     ("--rwr.percentile 1", "rwr.percentile=1.0: valid is 0 <= percentile < 1"),
     ("--rwr.guidance_scale 0.5", "rwr.guidance_scale=0.5: valid is a finite number >= 1 (1 is no guidance), or null"),
@@ -114,7 +115,7 @@ BAD = [  # arguments, what the line must say
     ("--deepspeed.config /nowhere.json", "deepspeed.config=/nowhere.json: cannot be read"),
     ("--eval.every 0", "eval.every=0: valid is"),
     ("--prompts.list []", "prompts.list=[]: valid is at least one prompt"),
-    ('--prompts.list {{"a":0}}', "prompts.list={{'a': 0.0}}: valid is at least one prompt; a weight is a finite number > 0"),
+    ('--prompts.list {{"a":0}}', "prompts.list={{'a': 0.0}}: valid is at least one prompt, a text; a weight is a finite number > 0"),
     ("--prompts.list [a] --prompts.file {some_lines}", "prompts.list=['a']: valid is null, when prompts.file is given"),
     ("--prompts.file {bad_weight}", "line 1 has weight '0'; valid is a number > 0, a tab, a prompt"),
     ("--eval.prompts animals", "eval.prompts=animals: expected Literal['simple_animals', "),
@@ -323,6 +324,11 @@ def is_bad(option: str, text: str) -> bool:
 
 
 GENERATED = [(option, text) for option in OPTIONS for text in VALUES if is_bad(option, text)]
+
+
+def test_a_prompt_that_is_a_number_is_refused():
+    with pytest.raises(ValueError, match=r"^prompts.list=\{1984: 1.0\}: valid is at least one prompt, a text; a weight is"):
+        parse(["--prompts.list={1984: 1.0}"])
 
 
 @pytest.mark.parametrize("option, text", GENERATED, ids=lambda value: value if len(value) < 30 else f"{value[:9]}-{len(value)}")

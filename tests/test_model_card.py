@@ -1,5 +1,6 @@
 """The model card: what it says is true, its snippet works, and what goes to the hub has no local paths in it."""
 
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -50,9 +51,46 @@ def test_what_it_says(tmp_path):
 
 
 def test_long_curve_is_thinned_out_and_keeps_its_ends(tmp_path):
-    text = card(read_run(written(tmp_path / "run", reward=[float(i) for i in range(100)])), "w", "m")
+    text = card(read_run(written(tmp_path / "run", reward=[float(i) for i in range(100)])), "w", public=False)
     iterations = [int(i) for i in re.findall(r"^\| (\d+) \|", text, re.M)]
     assert len(iterations) == 12 and iterations[0] == 0 and iterations[-1] == 99 and iterations == sorted(set(iterations))
+
+
+def rows(folder) -> dict[str, str]:
+    """The table of options."""
+    text = card(read_run(folder), "w", public=True)
+    assert "/secret" not in text
+    return dict(re.findall(r"^\| ([a-z_]+\.[a-z_]+) \| (.*) \|$", text, re.M))
+
+
+def test_the_table_has_the_prompts_and_the_options_that_were_used(tmp_path):
+    folder = written(tmp_path / "run")
+    found = rows(folder)
+    assert found["prompts.file"] == "prompts.txt" and "prompts.name" not in found and found["train.clip_range"] == "0.0001"
+    rwr = {"inverse_temperature": 0.2, "percentile": 0.9, "population": "prompt", "guidance_scale": None, "num_timesteps": 10}
+    changed = WHOLE | {"model": {"path": "m"}, "rwr": rwr, "train": WHOLE["train"] | {"algorithm": "rwr_sparse"}}
+    changed["prompts"] = {"name": "simple_animals", "file": None, "list": ["a", "b", "c"]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(changed))
+    found = rows(folder)
+    assert found["prompts.list"] == "3 of its own" and not {"prompts.name", "prompts.file", "train.clip_range"} & set(found)
+    assert found["rwr.percentile"] == "0.9" and found["rwr.num_timesteps"] == "10" and "rwr.guidance_scale" not in found
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_snippet_for_a_single_file_and_another_vae(tmp_path, public):
+    folder, configs = written(tmp_path / "run"), tmp_path / "configs"
+    configs.mkdir()
+    (configs / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    model = {"path": "/secret/xl.safetensors", "config": str(configs), "vae": "org/vae", "dtype": "fp16"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(WHOLE | {"model": model}))
+    snippet = re.search(r"```python\n(.*?)```", card(read_run(folder), "me/lora", public), re.S)[1]
+    path, config = ("xl.safetensors", "configs") if public else (model["path"], configs)
+    assert snippet.splitlines()[:4] == [
+        "from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline",
+        "",
+        f'pipe = StableDiffusionXLPipeline.from_single_file("{path}", config="{config}", vae=AutoencoderKL.from_pretrained("org/vae"))',
+        'pipe.load_lora_weights("me/lora")',
+    ]
 
 
 @pytest.mark.parametrize("scope", ["all", "none"])

@@ -389,12 +389,17 @@ def test_a_part_that_fails_fails_the_sum_with_its_reason(tmp_path):
         ({"jpeg_compressibility": {"weight": 1, "arguments": {}}}, r"jpeg_compressibility=.*: valid is {weight: ..., kwargs: {...}}"),
         ({"jpeg_compressibility": 1, "beauty": 1}, "reward.kwargs.rewards.beauty: reward.name=beauty: valid is one of"),
         ({"aesthetic": 1}, "reward.kwargs.rewards.aesthetic: reward.kwargs.weights=None: valid is the file sac"),
+        ({"http://u:secret@h/": 1}, "reward.name: valid is an address without user name and password"),
+        ({"http://u:secret@h/": "1"}, "reward.kwargs.rewards.an address=1: valid is a finite weight"),
+        ({"http://h/": {"weight": 1, "kwargs": {}}}, "rewards.an address=.*: valid is a weight alone; the server is given its arguments"),
+        ({1: 1}, "reward.kwargs.rewards: 1 is no name of a reward"),
         ({"jpeg_compressibility": {"weight": 1, "kwargs": {"a": 1}}}, r"rewards.jpeg_compressibility: reward.kwargs={'a': 1}: .*take them"),
     ],
 )
 def test_wrong_parts_of_a_sum_are_refused(rewards, reason):
-    with pytest.raises(ValueError, match=f"^.*{reason}.*$"):
+    with pytest.raises(ValueError, match=f"^.*{reason}.*$") as error:
         load_reward("weighted_sum", {"rewards": rewards})
+    assert "secret" not in str(error.value)
 
 
 # --- a vision-language model's answer ---

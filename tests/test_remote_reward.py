@@ -133,6 +133,23 @@ def test_the_server_program_scores_as_the_function_does(monkeypatch):
         ask(url)
 
 
+def test_a_server_is_one_of_a_weighted_sum():
+    """And a picture that it has no reward for has none; an answer that does not come in time is no answer."""
+    with raw_server(GOOD) as (url, requests):
+        reward = open_reward("weighted_sum", {"rewards": {url: 2, "jpeg_compressibility": {"weight": 0.5}}}, 10.0, isolate=False)
+        found = reward(IMAGES, PROMPTS)
+    expected = 2 * torch.tensor([1, 2.5, torch.nan]) + 0.5 * torch.as_tensor(jpeg_compressibility(IMAGES, PROMPTS))
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=0, equal_nan=True)
+    assert json.loads(requests[0].partition(b"\r\n\r\n")[2])["prompts"] == PROMPTS
+    with raw_server(GOOD, pause_s=0.1) as (url, _):
+        reward = open_reward("weighted_sum", {"rewards": {url: 1}, "timeout_s": 0.3}, 60.0, isolate=False)
+        with pytest.raises(RewardError, match="127.0.0.1:.* (took longer than reward.timeout_s=0.3|could not be asked)"):
+            reward(IMAGES, PROMPTS)
+    for timeout_s in (0, float("inf"), "1", True):
+        with pytest.raises(ValueError, match=f"reward.kwargs.timeout_s={timeout_s}: valid is a finite number > 0"):
+            open_reward("weighted_sum", {"rewards": {url: 1}, "timeout_s": timeout_s}, 60.0, isolate=False)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -187,6 +187,15 @@ def test_nothing_finite(tmp_path):
     assert [label for label, _ in shown(Page(report.write_report(folder)))][1] == "<a> & b, iteration 2: no reward"
 
 
+def test_a_picture_that_cannot_be_read_is_not_shown(tmp_path):
+    folder = make_run(tmp_path / "run")
+    whole = (folder / "images" / "iteration_00002.png").read_bytes()
+    for damaged in (b"", whole[:20], whole[: len(whole) // 2]):
+        (folder / "images" / "iteration_00003.png").write_bytes(damaged)
+        page = Page(report.write_report(folder))
+        assert not shown(page) and "Evaluation reward 1 → 3" in " ".join(" ".join(page.text).split())
+
+
 def test_diversity_is_the_mean_distance_of_pairs():
     images = torch.randint(0, 256, (5, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     small = images.numpy().astype(float) / 255

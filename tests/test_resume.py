@@ -121,10 +121,10 @@ def test_no_checkpoint_left_is_one_clear_error(copy, capsys):
 DISK = """
 import resource
 calls = 0
-def redness(images, prompts):  # call 1 evaluates, 2 to 4 are of iterations 1 to 3
+def redness(images, prompts):  # calls 1, 4 and 6 evaluate, 2, 3 and 5 are of iterations 1 to 3
     global calls
     calls += 1
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if calls == 3 else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if calls in (3, 4) else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
 """
 
@@ -137,13 +137,16 @@ def any_file_size():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
 def test_a_disk_that_is_full_for_a_while(options, any_file_size, tmp_path, caplog):  # noqa: F811
-    """No file may grow past 20 kB while iteration 2 is saved: writing fails as on a full disk, for real."""
+    """No file may grow past 10 kB while iteration 2 is evaluated and saved: writing fails as on a full disk, for real."""
     (tmp_path / "disk.py").write_text(DISK)
-    whole = run(options("whole", run__iterations=3, eval__every=3, reward__name=f"{tmp_path}/disk.py:redness"))
-    (tmp_path / "free.py").write_text(DISK.replace("calls == 3", "False"))
-    free = run(options("free", run__iterations=3, eval__every=3, reward__name=f"{tmp_path}/free.py:redness"))
+    whole = run(options("whole", run__iterations=3, eval__every=2, reward__name=f"{tmp_path}/disk.py:redness"))
+    (tmp_path / "free.py").write_text(DISK.replace("calls in (3, 4)", "False"))
+    free = run(options("free", run__iterations=3, eval__every=2, reward__name=f"{tmp_path}/free.py:redness"))
     messages = [record.message for record in caplog.records if "could not be written" in record.message]
-    assert [message.split(" could")[0] for message in messages] == ["the metrics", "checkpoint 2", "the weights", "the report"]
+    assert [message.split(" could")[0] for message in messages] == [
+        "the pictures", "the metrics", "the best weights", "checkpoint 2", "the weights", "the report",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (whole / "images").iterdir()) == ["iteration_00000.png", "iteration_00003.png"]  # none is half
     assert all("\n" not in message for message in messages)
     assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["1", "3"]
     assert untimed(read_metrics(whole)) == untimed(read_metrics(free))

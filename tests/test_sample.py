@@ -84,6 +84,16 @@ def test_mistakes_are_one_line(finished, capsys, tmp_path):
         assert re.fullmatch(r"error: .*\n", error) and message in error
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
+    black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    monkeypatch.setattr(sample, "read_config", lambda *args: None)
+    monkeypatch.setattr(sample, "before_and_after", lambda *args: (black, black))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        sample.main([str(tmp_path), "a", "--output", str(tmp_path / "file")])
+    assert re.fullmatch(r"error: .*File exists.*\n", capsys.readouterr().err)
+
+
 def test_weights_that_cannot_be_loaded_are_named(finished, tmp_path):
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     path = folder / "lora" / "pytorch_lora_weights.safetensors"

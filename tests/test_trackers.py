@@ -7,11 +7,12 @@ from types import ModuleType
 
 import pytest
 import yaml
+from PIL import Image
 from test_train import options, rewards_file, run  # noqa: F401
 
 from ddpo_fast import preparation
 from ddpo_fast import train as trainer
-from ddpo_fast.metrics import read_metrics
+from ddpo_fast.metrics import MetricsWriter, check_trackers, read_metrics
 
 
 class StandIn(ModuleType):
@@ -20,28 +21,39 @@ class StandIn(ModuleType):
     def __init__(self, name):
         super().__init__(name)
         self.__spec__ = ModuleSpec(name, None)
-        self.runs = []
+        self.runs, self.logins, self.broken = [], [], {}
+
+    def login(self):
+        self.logins.append("login" not in self.broken)
+        self.fail("login")
+
+    def fail(self, call):
+        if call in self.broken:
+            raise ConnectionError(self.broken[call])
 
     def init(self, **said):
+        self.fail("init")
         self.runs.append({"options": said, "rows": {}, "pictures": {}, "open": True})
-        return StandInRun(self.runs[-1])
+        return StandInRun(self.runs[-1], self.fail)
 
     def Image(self, picture):
         return ("image", picture.size)
 
 
 class StandInRun:
-    def __init__(self, kept):
-        self.kept = kept
+    def __init__(self, kept, fail):
+        self.kept, self.fail = kept, fail
 
     def log(self, values, step):
         assert self.kept["open"]
+        self.fail(f"log {step}" if "evaluation" not in values else f"picture {step}")
         kind = "pictures" if "evaluation" in values else "rows"
         assert step not in self.kept[kind]
         self.kept[kind][step] = values
 
     def finish(self):
         self.kept["open"] = False
+        self.fail("finish")
 
 
 @pytest.fixture
@@ -49,7 +61,8 @@ def stand_ins(monkeypatch):
     modules = {name: StandIn(name) for name in ("wandb", "trackio")}
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.delenv(f"{name.upper()}_PROJECT", raising=False)
+        for variable in ("PROJECT", "MODE"):
+            monkeypatch.delenv(f"{name.upper()}_{variable}", raising=False)
     return modules
 
 
@@ -87,3 +100,39 @@ def test_one_that_is_not_installed_is_one_line_before_a_model_is_loaded(options,
     with pytest.raises(SystemExit, match="2"):
         trainer.main(options(run__trackers='["tensorboard","wandb"]'))
     assert capsys.readouterr().err == "error: run.trackers=['tensorboard', 'wandb']: wandb is not installed; pip install wandb\n"
+
+
+@pytest.mark.parametrize("call", ["init", "picture 1", "log 1", "finish"])
+def test_one_that_fails_is_warned_of_once_and_left_out(stand_ins, tmp_path, caplog, call):
+    """wandb fails from `call` on; trackio and metrics.jsonl get every row all the same."""
+    calls = ["init", "picture 1", "log 1", "picture 2", "log 2", "finish"]
+    stand_ins["wandb"].broken = dict.fromkeys(calls[calls.index(call) :], "no\nroute")
+    writer = MetricsWriter(tmp_path, -1, ["wandb", "trackio"], {})
+    for iteration in (0, 1, 2):
+        writer.write_images(Image.new("RGB", (8, 8)), iteration)
+        writer.write({"iteration": iteration, "loss": 0.5})
+    writer.close()
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("wandb failed (ConnectionError: no route); the run goes on without it") and "metrics.jsonl" in message
+    (other,) = stand_ins["trackio"].runs
+    assert list(other["rows"]) == list(other["pictures"]) == [0, 1, 2] and not other["open"]
+    assert [row["iteration"] for row in read_metrics(tmp_path)] == [0, 1, 2]
+    reached = [(list(run["pictures"]), list(run["rows"])) for run in stand_ins["wandb"].runs]
+    assert reached == {"init": [], "picture 1": [([0], [0])], "log 1": [([0, 1], [0])], "finish": [([0, 1, 2], [0, 1, 2])]}[call]
+
+
+def test_who_is_not_known_to_wandb_is_told_so_before_a_model_is_loaded(options, stand_ins, monkeypatch, capsys):  # noqa: F811
+    stand_ins["wandb"].broken = {"login": "No API key configured.\nUse `wandb login`."}
+    monkeypatch.setattr(trainer, "Policy", None)
+    with pytest.raises(SystemExit, match="2"):
+        trainer.main(options(run__trackers='["wandb"]'))
+    assert capsys.readouterr().err == (
+        "error: run.trackers=['wandb']: wandb: No API key configured. Use `wandb login`.; valid is after `wandb login`, with "
+        "WANDB_API_KEY, or with WANDB_MODE=offline\n"
+    )
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_trackers(["wandb", "trackio"])
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("RANK", "1")
+    check_trackers(["wandb"])
+    assert stand_ins["wandb"].logins == [False] and not stand_ins["trackio"].logins

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpo_fast.memory import release_memory
 from ddpo_fast.rewards.function import RewardError, RewardMemoryError, in_background, load_reward, score
 from ddpo_fast.rewards.isolated import IsolatedReward
-from ddpo_fast.rewards.remote import RemoteReward
+from ddpo_fast.rewards.remote import RemoteReward, is_address
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def open_reward(name: str, kwargs: dict, timeout_s: float, isolate: bool) -> Rew
 
     Raises ValueError, naming the option at fault.
     """
-    if name.lower().startswith(("http://", "https://")):
+    if is_address(name):
         if isolate:
             raise ValueError("reward.isolate=True: valid is False for a remote reward, which runs in another process already")
         if kwargs:

@@ -6,28 +6,30 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.rewards.function import call, load_reward
+from ddpo_fast.rewards.remote import RemoteReward, is_address
 
 
 class WeightedSum:
     """sum over rewards i of weight_i reward_i(images, prompts)."""
 
-    def __init__(self, rewards: dict):
-        """rewards: by its name, each one's weight, or {weight: ..., kwargs: {...}} for one that takes arguments.
+    def __init__(self, rewards: dict, timeout_s: float = 600.0):
+        """rewards: by its name, each one's weight, or {weight: ..., kwargs: {...}} for one that takes arguments; a server by its address.
 
-        Raises ValueError, naming the reward at fault, for one that cannot be loaded, before any picture is made.
+        timeout_s: what a server may take. Raises ValueError, naming the reward at fault, for one that cannot be loaded, before any picture
+        is made.
         """
         if not isinstance(rewards, dict) or not rewards:
             raise ValueError(f"reward.kwargs.rewards={rewards}: valid is {{name: weight, ...}} with at least one reward")
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
+            raise ValueError(f"reward.kwargs.timeout_s={timeout_s}: valid is a finite number > 0")
         self.parts = []
         for name, part in rewards.items():
-            part = part if isinstance(part, dict) else {"weight": part}
-            weight, kwargs = part.get("weight"), part.get("kwargs", {})
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-                raise ValueError(
-                    f"reward.kwargs.rewards.{name}={rewards[name]}: valid is a finite weight, or {{weight: ..., kwargs: {{...}}}}"
-                )
-            if not isinstance(kwargs, dict) or not part.keys() <= {"weight", "kwargs"}:
-                raise ValueError(f"reward.kwargs.rewards.{name}={rewards[name]}: valid is {{weight: ..., kwargs: {{...}}}}")
+            if not isinstance(name, str):
+                raise ValueError(f"reward.kwargs.rewards: {name} is no name of a reward")
+            if is_address(name):
+                self.parts.append((_weight("an address", part, with_arguments=False), RemoteReward(name, timeout_s)))
+                continue
+            weight, kwargs = _weight(name, part), part.get("kwargs", {}) if isinstance(part, dict) else {}
             try:
                 self.parts.append((weight, load_reward(name, kwargs)))
             except ValueError as error:
@@ -38,3 +40,16 @@ class WeightedSum:
         # a reward may change its images
         scores = [weight * call(reward, images.clone(), prompts) for weight, reward in self.parts]
         return torch.stack(scores).sum(0)
+
+
+def _weight(name: str, part: object, with_arguments: bool = True) -> float:
+    """What `rewards` says the weight is of one of them. Raises ValueError if it does not, or says more than there is."""
+    keys = {"weight", "kwargs"} if with_arguments else {"weight"}
+    given = part if isinstance(part, dict) else {"weight": part}
+    weight = given.get("weight")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise ValueError(f"reward.kwargs.rewards.{name}={part}: valid is a finite weight, or {{weight: ..., kwargs: {{...}}}}")
+    if not given.keys() <= keys or not isinstance(given.get("kwargs", {}), dict):
+        valid = "{weight: ..., kwargs: {...}}" if with_arguments else "a weight alone; the server is given its arguments"
+        raise ValueError(f"reward.kwargs.rewards.{name}={part}: valid is {valid}")
+    return weight
