@@ -109,7 +109,7 @@ def test_one_that_fails_is_warned_of_once_and_left_out(stand_ins, tmp_path, capl
     stand_ins["wandb"].broken = dict.fromkeys(calls[calls.index(call) :], "no\nroute")
     writer = MetricsWriter(tmp_path, -1, ["wandb", "trackio"], {})
     for iteration in (0, 1, 2):
-        writer.write_images(Image.new("RGB", (8, 8)), iteration)
+        writer.write_images(Image.new("RGB", (8, 8)), "evaluation", iteration)
         writer.write({"iteration": iteration, "loss": 0.5})
     writer.close()
     (message,) = [record.getMessage() for record in caplog.records]
