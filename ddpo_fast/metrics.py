@@ -103,7 +103,7 @@ class MetricsWriter:
             raise
         self.unwritten.clear()
         values = {name: value for name, value in row.items() if value is not None and name != "iteration"}
-        self._tell(lambda name, run: run.log(values, step=row["iteration"]))
+        self._tell(lambda _, run: run.log(values, step=row["iteration"]))
         if "tensorboard" not in self.trackers:
             return
         try:
@@ -122,23 +122,23 @@ class MetricsWriter:
     def close(self) -> None:
         if "tensorboard" in self.trackers:
             self.tensorboard.close()
-        self._tell(lambda name, run: run.finish())
+        self._tell(lambda _, run: run.finish())
 
     def _tell(self, what: Callable[[str, Any], object]) -> None:
-        """Calls what(name, run) for wandb's and trackio's runs."""
-        for name, run in list(self.remote.items()):
-            with self._unless_it_raises(name):
-                what(name, run)
+        """Calls what(tracker, run) for wandb's and trackio's runs."""
+        for tracker, run in list(self.remote.items()):
+            with self._unless_it_raises(tracker):
+                what(tracker, run)
 
     @contextmanager
-    def _unless_it_raises(self, name: str) -> Iterator[None]:
+    def _unless_it_raises(self, tracker: str) -> Iterator[None]:
         """Around what a tracker does: a service that fails must not end a run, whose rows are in metrics.jsonl."""
         try:
             yield
         except Exception as error:
-            self.remote.pop(name, None)
+            self.remote.pop(tracker, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            logger.warning("%s failed (%s); the run goes on without it, with all of its numbers in %s", name, reason, self.path)
+            logger.warning("%s failed (%s); the run goes on without it, with all of its numbers in %s", tracker, reason, self.path)
 
     def _begin(self, trackers: list[str], run_dir: Path, iteration: int, config: dict) -> None:
         """Begins, or goes on with, runs of wandb and trackio. What they are called there is in <run_dir>/tracker_id from the first time."""

@@ -123,7 +123,7 @@ def test_one_that_fails_is_warned_of_once_and_left_out(stand_ins, tmp_path, capl
 
 def test_who_is_not_known_to_wandb_is_told_so_before_a_model_is_loaded(options, stand_ins, monkeypatch, capsys):  # noqa: F811
     stand_ins["wandb"].broken = {"login": "No API key configured.\nUse `wandb login`."}
-    monkeypatch.setattr(trainer, "Policy", None)
+    monkeypatch.setattr(preparation, "Policy", None)
     with pytest.raises(SystemExit, match="2"):
         trainer.main(options(run__trackers='["wandb"]'))
     assert capsys.readouterr().err == (
