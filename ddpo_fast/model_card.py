@@ -116,7 +116,7 @@ def _use(config: dict, weights: str, full: bool, public: bool) -> str:
     return (
         f"```python\nfrom diffusers import {', '.join(sorted({*classes, pipeline}))}\n\n"
         f"pipe = {pipeline}.{constructor}({arguments})\n{load}\n"
-        f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)\n"
+        f'pipe.scheduler = DDIMScheduler.from_config({{"clip_sample": False, **pipe.scheduler.config}})\n'
         f'image = pipe("a prompt", {call}).images[0]\n```'
     )
 

@@ -111,10 +111,14 @@ def read_run(run_dir: Path) -> Run:
         if not (run_dir / name).is_file():
             raise ValueError(f"RUN_DIR={run_dir}: there is no {name} in it; valid is the directory of a run")
     recorded = run_dir / "environment.json"
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"RUN_DIR={run_dir}: its config.yaml is damaged: {' '.join(str(error).split())}") from None
     return Run(
         run_dir.resolve().name,
         read_metrics(run_dir),
-        yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")),
+        config,
         json.loads(recorded.read_text()) if recorded.exists() else {},
         {name: sorted((run_dir / "images").glob(f"{prefix}_*.png")) for name, prefix in (("eval", "iteration"), ("heldout", "heldout"))},
     )
@@ -293,7 +297,11 @@ _LABELS = {"eval": "fixed evaluation Â± s.e.", "heldout": "held-out evaluation Â
 
 
 def _health(runs: list[Run]) -> list[str]:
-    names = ("ratio_error", "clip_fraction", "approx_kl", "grad_norm")
+    names = [
+        name
+        for name in ("ratio_error", "clip_fraction", "approx_kl", "kl_to_reference", "grad_norm")
+        if any(row.get(name) is not None for run in runs for row in run.rows)
+    ]
     return [_plot(lambda axis, name=name: _lines(axis, runs, name, name), name) for name in names]
 
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 from ddpo_fast import checkpoint
 from ddpo_fast.advantages import PromptBaseline
@@ -12,6 +15,8 @@ from ddpo_fast.metrics import MetricsWriter
 from ddpo_fast.model_card import write_card
 from ddpo_fast.preparation import Setup
 from ddpo_fast.report import environment, write_report
+
+logger = logging.getLogger("ddpo_fast")
 
 METRICS = (
     "iteration samples reward_mean reward_std eval_reward_mean eval_reward_std eval_samples eval_diversity heldout_reward_mean "
@@ -68,10 +73,18 @@ def publish(setup: Setup, engine: Engine) -> None:
     with engine.gathered(), unless_disk_full("the weights"):
         if setup.rank == 0:
             setup.policy.export(setup.run_dir)
-            write_card(setup.run_dir)
+            _describe("the model card", write_card, setup.run_dir)
     if setup.rank == 0:
-        with unless_disk_full("the report"):
-            write_report(setup.run_dir)
+        _describe("the report", write_report, setup.run_dir)
+
+
+def _describe(what: str, write: Callable[[Path], object], run_dir: Path) -> None:
+    """Writes what only describes the run, and so can be made again from what else is there: no fault of it is a reason to end a run."""
+    try:
+        write(run_dir)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.warning("%s could not be written (%s); the run goes on", what, reason)
 
 
 def save(setup: Setup, engine: Engine, baseline: PromptBaseline, state: dict) -> None:

@@ -104,7 +104,7 @@ def test_page_of_a_run(tmp_path):
         "sample 2.0 1.00 25.0 % reward 1.0 0.50 12.5 % train 4.0 2.00 50.0 % eval 0.5 0.25 6.2 % rest 0.5 0.25 6.2 % total 8.0 4.00" in text
     )
     assert "learning_rate: 0.001" in text and "not recorded" in text
-    assert sum(tag == "img" for tag, _ in page.tags) == 3 + 4 + 1
+    assert sum(tag == "img" for tag, _ in page.tags) == 3 + 3 + 1
 
 
 def test_page_asks_for_nothing_and_runs_nothing(tmp_path):
@@ -168,6 +168,20 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit, match="2"):
             report.main(argv)
         assert capsys.readouterr().err == f"error: {message}\n"
+    (one / "config.yaml").write_text("model: {path: [")
+    with pytest.raises(SystemExit, match="2"):
+        report.main([str(one)])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: RUN_DIR={one}: its config.yaml is damaged: ") and said.count("\n") == 1
+
+
+def test_the_kl_penalty_is_watched_where_there_is_one(tmp_path):
+    pages = [
+        Page(report.write_report(make_run(tmp_path / name, **extra)))
+        for name, extra in (("without", {}), ("with", {"kl_to_reference": 0.5}))
+    ]
+    alts = [[attributes["alt"] for tag, attributes in page.tags if tag == "img"] for page in pages]
+    assert set(alts[1]) - set(alts[0]) == {"kl_to_reference"} and "approx_kl" in alts[0]
 
 
 def test_run_that_has_only_begun(tmp_path):

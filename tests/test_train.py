@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpo_fast import preparation
+from ddpo_fast import preparation, run_directory
 from ddpo_fast import train as trainer
 from ddpo_fast.checkpoint import list_checkpoints
 from ddpo_fast.config import parse
@@ -227,6 +227,18 @@ def test_run_directory_is_the_contract(options):
     assert json.loads((folder / "environment.json").read_text())["devices"] == 1
     again = parse([f"--config={folder / 'config.yaml'}", f"--run.dir={folder}-again"])
     assert again.model.dtype == "fp32" and again.lora.rank == 2 and not again.run.resume
+
+
+def test_a_report_that_cannot_be_made_does_not_end_the_run(options, monkeypatch, caplog):
+    monkeypatch.setattr(run_directory, "write_report", lambda folder: 1 / 0)
+    monkeypatch.setattr(run_directory, "write_card", lambda folder: {}["key"])
+    folder = run(options(run__iterations=1))
+    assert weights(folder) and not (folder / "report.html").exists()
+    messages = [record.message for record in caplog.records if "could not be written" in record.message]
+    assert messages == 2 * [  # with iteration 0's checkpoint and with iteration 1's
+        "the model card could not be written (KeyError: 'key'); the run goes on",
+        "the report could not be written (ZeroDivisionError: division by zero); the run goes on",
+    ]
 
 
 def test_readme_snippet_loads_the_trained_policy_in_plain_diffusers(options, tiny_model, monkeypatch, tmp_path):
