@@ -63,6 +63,8 @@ def open_pipeline(
         with _in_one_line(f"model.vae={vae}"):
             parts["vae"] = AutoencoderKL.from_pretrained(vae, dtype=dtype, use_safetensors=True)
     parts |= {"add_watermarker": False} if is_sdxl else {"safety_checker": None, "requires_safety_checker": False}
+    if config is None:
+        parts |= _text_encoders(path, dtype)
     with _in_one_line(f"model.path={path}"):
         if config is None:
             pipe = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **parts)
@@ -80,6 +82,23 @@ def open_pipeline(
     if is_sdxl and dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.float()
     return pipe
+
+
+def _text_encoders(path: str, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The text encoders of a folder or hub id, by their part's name. Raises ValueError for one whose file lacks a weight, which
+    transformers draws at random and tells only who asks."""
+    option, encoders = f"model.path={path}", {}
+    index = _read_config(option, path, DiffusionPipeline)
+    for part in ("text_encoder", "text_encoder_2"):
+        if (name := (index.get(part) or [None, None])[1]) is None:
+            continue
+        with _in_one_line(option):
+            encoders[part], found = getattr(transformers, name).from_pretrained(
+                path, subfolder=part, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"{option}: {part}/*.safetensors lack {missing[0]}")
+    return encoders
 
 
 def _checked_class(path: str, config: str | None, vae: str | None) -> type:

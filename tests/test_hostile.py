@@ -60,6 +60,7 @@ BAD_MODELS = {
     "tensor of another shape": lambda m: retensor(m / f"{UNET}.safetensors", resize),
     "tensor of another name": lambda m: retensor(m / f"{UNET}.safetensors", rename),
     "vae's tensor of another name": lambda m: retensor(m / f"{VAE}.safetensors", rename),
+    "text encoder's tensor of another name": lambda m: retensor(m / f"{TEXT}.safetensors", rename),
     "unet without a config": lambda m: (m / "unet/config.json").unlink(),
     "config is a list": lambda m: (m / "unet/config.json").write_text("[]"),
     "config is binary": lambda m: (m / "vae/config.json").write_bytes(bytes(range(256))),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_pipeline
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_sdxl import make_sdxl
 
 from ddpo_fast import train as trainer
@@ -248,6 +248,24 @@ def test_a_file_that_cannot_be_opened_is_one_line(single_files, tmp_path, capsys
     places = {"file": file, "folder": folder, "configs": configs, "tmp": tmp_path, "other": single_files["sdxl"][2]}
     changed = {} if config is None else {"model__config": config.format(**places)}
     assert re.search(message, error_of(options(tmp_path, path.format(**places), **changed), capsys))
+
+
+@pytest.mark.parametrize(
+    "kind, part, tensor",
+    [
+        ("sd", "text_encoder", "final_layer_norm.weight"),
+        ("sdxl", "text_encoder", "encoder.layers.0.mlp.fc1.bias"),
+        ("sdxl", "text_encoder_2", "text_projection.weight"),
+    ],
+)
+def test_a_text_encoder_that_lacks_a_weight_is_refused(single_files, tmp_path, capsys, kind, part, tensor):
+    """transformers itself would draw it at random."""
+    model = shutil.copytree(single_files[kind][0], tmp_path / "model")
+    tensors = load_file(model / part / "model.safetensors")
+    (name,) = [name for name in tensors if name.endswith(tensor)]
+    save_file({key: tensors[key] for key in tensors if key != name}, model / part / "model.safetensors", metadata={"format": "pt"})
+    error = error_of(options(tmp_path, model), capsys)
+    assert re.fullmatch(rf"error: model.path={model}: {part}/\*.safetensors lack [\w.]*{tensor}\n", error)
 
 
 def change(path: Path, **values) -> None:

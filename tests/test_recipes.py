@@ -1,0 +1,240 @@
+"""The recipes in configs/: their numbers beside the paper's and its port's, what their headers say, and that they start."""
+
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_model_rewards import aesthetic, bert, no_network, vlm  # noqa: F401
+from test_sdxl import make_sdxl
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    DebertaConfig,
+    DebertaModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from ddpo_fast import plan, run_directory
+from ddpo_fast import train as trainer
+from ddpo_fast.config import Config, parse
+from ddpo_fast.metrics import read_metrics
+from ddpo_fast.prompts import load_prompts
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+LORA = [name for name in RECIPES if name.startswith(("sd15_", "sdxl_"))]
+SECONDS = {"s": 1, "min": 60, "h": 3600}
+PREDICTED = re.compile(
+    r"^#   (?P<devices>(?:\dx)?[\w-]+)(?: \(\d+ GB\))?(?: with (?P<options>--[^:,]*))?(?:, the reward on (?P<reward>the CPU|another GPU))?:"
+    r" (?P<time>[\d.]+) (?P<unit>s|min|h) an iteration, (?P<rate>[\d,]+) samples an hour$",
+    re.M,
+)
+"""A line of a header: what --plan says for these devices."""
+
+
+def command(name: str, *more: str) -> list[str]:
+    return ["--config", str(CONFIGS / f"{name}.yaml"), *more]
+
+
+def header(name: str) -> str:
+    """A recipe's comment, a deeper indented line joined to the one before."""
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    return re.sub(r"\n#     ", " ", "\n".join(line for line in lines if line.startswith("#")))
+
+
+# --- what they say ---
+
+
+def test_there_is_one_for_each_model_and_reward():
+    tasks = ("compressibility", "incompressibility", "aesthetic", "alignment")
+    assert sorted(LORA) == sorted(f"{model}_{task}" for model in ("sd15", "sdxl") for task in tasks)
+    assert set(RECIPES) - set(LORA) == {f"embedded_{task}" for task in (*tasks[:2], tasks[3])} | {"sd14_paper_compressibility"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_header(name):
+    """Purpose, source, hardware, time and samples an hour, expected reward, and a command that runs this file."""
+    text = header(name)
+    assert [line for line in (CONFIGS / f"{name}.yaml").read_text().splitlines() if len(line) > 140] == []
+    assert text.startswith("# Pictures ") and re.search(r"^# Paper: DDPO \(arXiv:2305\.13301\) section 5\.[123]", text, re.M)
+    assert re.search("^# Hardware: ", text, re.M) and re.search("^# Expected: ", text, re.M) and "samples an hour" in text
+    (said,) = re.findall("^# Command: (.*)", text, re.M)
+    assert re.fullmatch(rf"deepspeed (--num_gpus 8 )?ddpo_fast/train\.py --config configs/{name}\.yaml", said)
+    if not name.startswith("embedded"):
+        devices = [line["devices"] for line in PREDICTED.finditer(text)] + re.findall("^#   ([^:]*): does not fit", text, re.M)
+        assert {device.split()[0] for device in devices} >= {"RTX-3080", "RTX-3090", "A100-80GB", "8xH100"}  # 10, 24, 80 GB, 8 GPUs
+
+
+# --- the paper's numbers ---
+
+PORT = {  # samples and updates an iteration, iterations, buffer, min_count, prompt set and its size, reward
+    "compressibility": (256, 4, 100, 16, 16, "imagenet_animals", 398, "jpeg_compressibility"),
+    "incompressibility": (256, 4, 100, 16, 16, "imagenet_animals", 398, "jpeg_incompressibility"),
+    "aesthetic": (256, 2, 200, 32, 16, "simple_animals", 45, "aesthetic"),
+    "alignment": (288, 2, 200, 32, 16, "animal_activities", 135, "vlm_alignment"),
+}
+
+
+def derived(config: Config) -> tuple:
+    updates, prompts = config.train.num_minibatches * config.train.inner_epochs, load_prompts(config.prompts.name, None)[0]
+    return (
+        config.sample.num_samples, updates, config.run.iterations, config.baseline.buffer_size, config.baseline.min_count,
+        config.prompts.name, len(set(prompts)), config.reward.name,
+    )  # fmt: skip
+
+
+def check_what_all_share(config: Config) -> None:
+    sample, train, optimizer = config.sample, config.train, config.optimizer
+    assert (sample.num_steps, sample.guidance_scale, sample.eta) == (50, 5.0, 1.0)
+    assert (train.algorithm, train.clip_range, train.max_grad_norm, train.timestep_fraction) == ("ddpo_is", 1e-4, 1.0, 1.0)
+    assert (optimizer.name, optimizer.betas, optimizer.eps, optimizer.weight_decay) == ("adamw", [0.9, 0.999], 1e-8, 1e-4)
+    assert (config.prompts.samples_per_prompt, config.prompts.limit, train.kl_coefficient) == (1, None, 0)
+    assert (config.baseline.name, config.baseline.std, config.model.dtype) == ("history", "prompt", "auto")  # fp16 on a GPU
+    assert all(sample.num_samples % (train.num_minibatches * ranks) == 0 == config.eval.num_samples % ranks for ranks in (1, 8))
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_numbers_are_those_of_the_papers_port(name):
+    """LoRA of rank 4 in every attention, lr 3e-4; for SDXL, too, which the headers say."""
+    config = parse(command(name))
+    check_what_all_share(config)
+    assert derived(config) == PORT[name.split("_")[1]]
+    assert (config.lora.scope, config.lora.targets, config.lora.rank, config.lora.alpha) == ("all", ["attention"], 4, 4.0)
+    assert (config.train.learning_rate, config.train.advantage_clip) == (3e-4, 5.0)
+    assert "(rank 4 on attention, lr 3e-4)" in header(name)
+    path = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}[name[:4]]
+    assert config.model.path == path and (name[:4] == "sd15" or "the port's for SD" in header(name))
+
+
+def test_numbers_are_those_of_the_paper():
+    """51,200 samples in 200 iterations, 4 updates by minibatches of 64, the whole UNet at lr 1e-5; advantages up to 10 in its JAX code."""
+    config = parse(command("sd14_paper_compressibility"))
+    check_what_all_share(config)
+    assert derived(config) == (256, 4, 200, 16, 16, "imagenet_animals", 398, "jpeg_compressibility")
+    assert config.sample.num_samples // config.train.num_minibatches == 64 and config.sample.num_samples * config.run.iterations == 51_200
+    assert (config.lora.scope, config.train.learning_rate, config.train.advantage_clip) == ("none", 1e-5, 10.0)
+    assert config.model.path == "CompVis/stable-diffusion-v1-4" and "clipped at 10" in header("sd14_paper_compressibility").replace(
+        "\n#  ", ""
+    )
+
+
+# --- what --plan predicts ---
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """Each model is counted once for all recipes that train the same of it."""
+    found, count_model = {}, plan.count_model
+
+    def count_once(arch, dtype, lora, **kwargs):
+        key = repr((arch, dtype, lora, kwargs))
+        if key not in found:
+            found[key] = count_model(arch, dtype, lora, **kwargs)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "count_model", count_once)
+        yield
+
+
+def size_gib(make, bytes_each: int) -> float:
+    with torch.device("meta"):
+        network: nn.Module = make()
+    return sum(parameter.numel() for parameter in network.parameters()) * bytes_each / 2**30
+
+
+@pytest.fixture(scope="module")
+def weights_gib() -> dict[str, list[float]]:
+    """GiB that each of a reward's networks takes, by the configs of their checkpoints, as the reward loads them."""
+    vit = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
+    clip = CLIPVisionConfig(**vit, image_size=224, projection_dim=768)
+    llama = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    llava = LlavaConfig(vision_config=CLIPVisionConfig(**vit, image_size=336, projection_dim=768), text_config=llama)
+    deberta = DebertaConfig(
+        vocab_size=50265, hidden_size=1024, intermediate_size=4096, num_hidden_layers=48, num_attention_heads=16, relative_attention=True,
+        pos_att_type=["c2p", "p2c"], position_biased_input=False, type_vocab_size=0, max_position_embeddings=512,
+    )  # fmt: skip
+    return {
+        "jpeg_compressibility": [], "jpeg_incompressibility": [],
+        "aesthetic": [size_gib(lambda: CLIPVisionModelWithProjection(clip), 4)],
+        "vlm_alignment": [size_gib(lambda: LlavaForConditionalGeneration(llava), 2), size_gib(lambda: DebertaModel(deberta), 4)],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("embedded")])
+def test_headers_say_what_the_reward_takes(name, weights_gib):
+    text, config = " ".join(header(name).replace("#", " ").split()), parse(command(name))
+    for size in weights_gib[config.reward.name]:
+        assert f"{size:.2f} GiB" in text
+    if config.reward.name == "vlm_alignment":  # 32 layers' keys and values in fp16 of 576 tokens a picture, 20 a question, 64 an answer
+        kept = config.sample.batch_size * (576 + 20 + 64) * 32 * 2 * 4096 * 2 / 2**30
+        assert f"{kept:.1f} GiB of keys and values while {config.sample.batch_size} pictures" in text
+        assert f"8 ranks take {8 * sum(weights_gib['vlm_alignment']):.0f} GiB" in text
+
+
+@pytest.mark.parametrize(
+    "name", [name if name.startswith("sd15") else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES if name.startswith("sd")]
+)
+def test_headers_say_what_the_plan_does(name, counted, weights_gib):
+    """Time and samples an hour; that it fits, with the reward's weights beside it unless they are said to be elsewhere, and only then."""
+    text, config, count = header(name), parse(command(name)), 0
+    for line in PREDICTED.finditer(text):
+        more = (line["options"] or "").split()
+        found = plan.make_plan(parse(command(name, f"--plan={line['devices']}", *more)))
+        said = float(line["time"]) * SECONDS[line["unit"]], float(line["rate"].replace(",", ""))
+        assert (sum(found.seconds.values()), found.samples_per_hour) == pytest.approx(said, rel=0.03), line[0]
+        assert found.advice == [], line[0]
+        memory, peak = found.device.memory_mib / 1024, max(plan.phases_mib(found.memory).values()) / 1024
+        room = (1 - plan.USABLE) * memory if config.sample.batch_size == "auto" else plan.USABLE * memory - peak
+        assert (sum(weights_gib[config.reward.name]) <= room) == (line["reward"] is None), line[0]
+        if more:
+            assert plan.make_plan(parse(command(name, f"--plan={line['devices']}"))).advice, f"{line[0]}: it does without these options"
+        count += 1
+    for device in re.findall(r"^#   ([\w-]+) \(\d+ GB\): does not fit", text, re.M):
+        assert plan.make_plan(parse(command(name, f"--plan={device}"))).advice, device
+        count += 1
+    assert count >= 4
+
+
+def test_a_plan_needs_neither_the_model_nor_a_run_directory(counted, monkeypatch, tmp_path, capsys):
+    for function in ("prepare", "init_distributed", "Policy"):
+        monkeypatch.setattr(trainer, function, lambda *_, function=function: pytest.fail(f"{function} was called"))
+    monkeypatch.chdir(tmp_path)
+    trainer.main(command("sd15_compressibility", "--plan=2xH200"))
+    out = capsys.readouterr().out
+    assert "memory of one rank of 2 x H200" in out and "128 samples x 50 steps" in out and out.endswith("it fits\n")
+    assert "frozen weights        1,799  unet 1,639, vae 160" in out  # the text encoder is there only while prompts are new
+    assert "797,184 in fp32" in out and list(tmp_path.iterdir()) == []
+
+
+# --- they start ---
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory, tiny_model) -> SimpleNamespace:
+    return SimpleNamespace(sd14=tiny_model, sd15=tiny_model, sdxl=make_sdxl(tmp_path_factory.mktemp("sdxl")))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_starts(name, stand_ins, counted, aesthetic, vlm, bert, tmp_path, monkeypatch):  # noqa: F811
+    """A whole iteration with the recipe's options on a small model of its kind, in fp32; its reward's networks are small ones, too."""
+    kwargs = {"aesthetic": aesthetic, "vlm_alignment": {"vlm": vlm, "bert": bert, "layer": 2, "dtype": "fp32"}}
+    config = parse(command(name))
+    num_samples = max(config.train.num_minibatches, config.prompts.samples_per_prompt)
+    more = [f"--run.dir={tmp_path}/run", f"--sample.num_samples={num_samples}", "--sample.num_steps=2", "--eval.num_samples=2"]
+    if not name.startswith("embedded"):
+        more.append(f"--model.path={getattr(stand_ins, name[:4])}")
+    if config.reward.name in kwargs:
+        more.append(f"--reward.kwargs={kwargs[config.reward.name]}")
+    monkeypatch.setattr(run_directory, "write_report", lambda folder: None)
+    trainer.main(command(name, *more, "--run.iterations=1"))
+    before, row = read_metrics(tmp_path / "run")
+    assert math.isfinite(before["eval_reward_mean"]) and math.isfinite(row["reward_mean"]) and row["bad_rewards"] == 0
+    assert row["transitions"] == 2 * num_samples and 0 < row["grad_norm"] < math.inf and row["skipped_updates"] == 0
+    assert row["ratio_error"] <= (1e-5 if config.lora.scope == "none" else 1e-6)
