@@ -20,7 +20,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from ddpo_fast import plan, run_directory
+from ddpo_fast import plan, preparation, run_directory
 from ddpo_fast import train as trainer
 from ddpo_fast.config import Config, parse
 from ddpo_fast.metrics import read_metrics
@@ -203,8 +203,8 @@ def test_headers_say_what_the_plan_does(name, counted, weights_gib):
 
 
 def test_a_plan_needs_neither_the_model_nor_a_run_directory(counted, monkeypatch, tmp_path, capsys):
-    for function in ("prepare", "init_distributed", "Policy"):
-        monkeypatch.setattr(trainer, function, lambda *_, function=function: pytest.fail(f"{function} was called"))
+    for module, name in ((trainer, "prepare"), (preparation, "init_distributed"), (preparation, "Policy")):
+        monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     monkeypatch.chdir(tmp_path)
     trainer.main(command("sd15_compressibility", "--plan=2xH200"))
     out = capsys.readouterr().out
@@ -235,6 +235,7 @@ def test_it_starts(name, stand_ins, counted, aesthetic, vlm, bert, tmp_path, mon
     monkeypatch.setattr(run_directory, "write_report", lambda folder: None)
     trainer.main(command(name, *more, "--run.iterations=1"))
     before, row = read_metrics(tmp_path / "run")
+    assert (before["heldout_reward_mean"] is None) == name.startswith("embedded")
     assert math.isfinite(before["eval_reward_mean"]) and math.isfinite(row["reward_mean"]) and row["bad_rewards"] == 0
     assert row["transitions"] == 2 * num_samples and 0 < row["grad_norm"] < math.inf and row["skipped_updates"] == 0
     assert row["ratio_error"] <= (1e-5 if config.lora.scope == "none" else 1e-6)
