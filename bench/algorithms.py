@@ -101,10 +101,9 @@ def summarize(task: str, name: str, group: dict[int, Outcome]) -> dict:
     figures |= {"queries": outcomes[0].after["samples"], "updates": outcomes[0].updates}
     for place in ("eval", "heldout"):
         for when in ("before", "after"):
-            rewards = np.array([getattr(outcome, when)[f"{place}_reward_mean"] for outcome in outcomes])
-            figures[f"{place}_{when}"] = float(rewards.mean())
-        low, high = interval(rewards)
+            figures[f"{place}_{when}"] = float(np.mean([getattr(outcome, when)[f"{place}_reward_mean"] for outcome in outcomes]))
         if len(group) > 1:
+            low, high = interval(np.array([outcome.after[f"{place}_reward_mean"] for outcome in outcomes]))
             figures |= {f"{place}_low": float(low), f"{place}_high": float(high)}
         diversity = [outcome.after[f"{place}_diversity"] / outcome.before[f"{place}_diversity"] for outcome in outcomes]
         figures[f"{place}_diversity"] = float(np.mean(diversity))
@@ -118,9 +117,10 @@ def verdict(task: str, groups: dict[str, dict[int, Outcome]]) -> str:
     words = [f"{first} {means[first]:.4g}"]
     for name in others:
         seeds = groups[first].keys() & groups[name].keys()
-        after = [[groups[which][seed].after["eval_reward_mean"] for seed in seeds] for which in (name, first)]
-        low, high = interval(np.array(after[0]) - np.array(after[1]))
-        words.append(f"{name} {means[name]:.4g} ({low:+.3g} to {high:+.3g})" if len(seeds) > 1 else f"{name} {means[name]:.4g}")
+        words.append(f"{name} {means[name]:.4g}")
+        if len(seeds) > 1:
+            after = [np.array([groups[which][seed].after["eval_reward_mean"] for seed in seeds]) for which in (name, first)]
+            words[-1] += " ({:+.3g} to {:+.3g})".format(*interval(after[0] - after[1]))
     return f"{task}: {', '.join(words)}"
 
 
@@ -135,7 +135,7 @@ def plot(results: dict[str, dict[str, dict[int, Outcome]]], path: Path) -> None:
             axis.fill_between(samples, *interval(curves), color=color, alpha=0.15, linewidth=0)
             for evaluation, marker, shift in (("eval", "o", 0), ("heldout", "D", 0.05)):
                 ends = np.array([outcome.after[f"{evaluation}_reward_mean"] for outcome in outcomes])
-                spread = [[ends.mean() - ends.min()], [ends.max() - ends.mean()]]
+                spread = np.maximum(0, [[ends.mean() - ends.min()], [ends.max() - ends.mean()]])
                 x, face = queries * (1.04 + shift + 0.008 * place), color if evaluation == "eval" else "none"
                 axis.errorbar(x, ends.mean(), spread, color=color, marker=marker, markerfacecolor=face, markersize=5, capsize=2)
         axis.set(title=task, xlabel="reward queries")
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         except RuntimeError as error:
             tqdm.write(f"{run.folder}: failed: {error}")
         bar.update()
-        return run.finished()
+        return run.finished() and all(read_metrics(run.folder)[-1][f"{place}_reward_mean"] is not None for place in ("eval", "heldout"))
 
     with tqdm(total=len(runs), desc="runs", unit="run", dynamic_ncols=True) as bar, ThreadPoolExecutor(args.jobs) as pool:
         finished = list(pool.map(execute, runs))

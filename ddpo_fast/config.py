@@ -185,6 +185,7 @@ class TrainConfig:
 
     @property
     def updates_per_iteration(self) -> int:
+        """Optimizer updates of an iteration: minibatches x epochs."""
         return self.num_minibatches * self.inner_epochs
 
 
@@ -453,7 +454,9 @@ def _check_resumed(config: Config) -> None:
         raise ValueError(f"run.dir={config.run.dir}: its config.yaml is missing or damaged, so --resume cannot know how the run began")
     for section, values in dataclasses.asdict(config).items():
         for key, value in values.items():
-            option, before = f"{section}.{key}", began.get(section, {}).get(key, value)  # an option that is newer than the run is free
+            option = f"{section}.{key}"
+            # an option that is newer than the run is free, but for the one without whose iteration 0 there is no before
+            before = began.get(section, {}).get(key, None if option == "eval.heldout" else value)
             if value != before and option not in _FREE_ON_RESUME and (option, value) not in _RESOLVED:
                 raise ValueError(f"{option}={value}: the run in run.dir={config.run.dir} began with {before}; --resume keeps it")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 logger = logging.getLogger("ddpo_fast")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,9 +66,8 @@ def unless_disk_full(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if isinstance(error, OSError) and error.errno not in full:
+        if isinstance(error, OSError) and error.errno not in DISK_FULL:
             raise
-        if isinstance(error, SafetensorError) and not str(error).endswith(tuple(f"(os error {number})" for number in full)):
+        if isinstance(error, SafetensorError) and not str(error).endswith(tuple(f"(os error {number})" for number in DISK_FULL)):
             raise
         logger.warning("%s could not be written (%s); the run goes on", what, error)

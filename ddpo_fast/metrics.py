@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ddpo_fast.files import new_file, write_text
+from ddpo_fast.files import DISK_FULL, new_file, write_text
 
 logger = logging.getLogger("ddpo_fast")
 
@@ -55,26 +55,28 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def check_trackers(names: list[str]) -> None:
-    """Raises ValueError for one that is not installed or, on rank 0, whose service does not know us."""
+def check_installed(names: list[str]) -> None:
+    """Raises ValueError for a tracker that is not installed."""
     if missing := [name for name in names if find_spec(name) is None]:
         raise ValueError(f"run.trackers={names}: {', '.join(missing)} is not installed; pip install {' '.join(missing)}")
-    if "wandb" not in names or os.environ.get("RANK", "0") != "0" or os.environ.get("WANDB_MODE", "online") != "online":
-        return
+
+
+def tracker_fault(names: list[str]) -> str | None:
+    """What keeps a tracker from beginning: wandb without a key for its service. For the one rank that begins them."""
+    if "wandb" not in names or os.environ.get("WANDB_MODE", "online") != "online":
+        return None
     try:
         import_module("wandb").login()
     except Exception as error:
         reason = " ".join(f"{error}".split())
-        raise ValueError(
-            f"run.trackers={names}: wandb: {reason}; valid is after `wandb login`, with WANDB_API_KEY, or with WANDB_MODE=offline"
-        ) from None
+        return f"run.trackers={names}: wandb: {reason}; valid is after `wandb login`, with WANDB_API_KEY, or with WANDB_MODE=offline"
 
 
 class MetricsWriter:
     """Appends one row an iteration to <run_dir>/metrics.jsonl and to the trackers. Rows after `iteration` are dropped from the file first.
 
     tensorboard writes to <run_dir>/tensorboard/; wandb and trackio, imported when asked for, begin a run with `config`, or go on with it if
-    `iteration` is not -1. One of these two that raises is left out from then on, with a warning.
+    `iteration` is not -1. One of these two that raises later is left out from then on, with a warning.
     """
 
     def __init__(self, run_dir: Path, iteration: int, trackers: list[str], config: dict):
@@ -136,6 +138,8 @@ class MetricsWriter:
         try:
             yield
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise
             self.remote.pop(tracker, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             logger.warning("%s failed (%s); the run goes on without it, with all of its numbers in %s", tracker, reason, self.path)
@@ -151,8 +155,7 @@ class MetricsWriter:
                 options |= {"name": name, "id": id_file.read_text(), "dir": str(run_dir)}
             else:
                 options["name"] = id_file.read_text()  # trackio goes by the name
-            with self._unless_it_raises(tracker):
-                self.remote[tracker] = import_module(tracker).init(**options)
+            self.remote[tracker] = import_module(tracker).init(**options)
 
 
 def read_metrics(run_dir: Path) -> list[dict]:

@@ -1,10 +1,10 @@
 """README.md beside the trained weights: what they are, what they were trained for, what it gave, how to load them."""
 
-import json
 import re
 import shutil
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from ddpo_fast.files import write_text
@@ -105,8 +105,7 @@ def _use(config: dict, weights: str, full: bool, public: bool) -> str:
     classes, arguments = {"DDIMScheduler", "UNet2DConditionModel"} if full else {"DDIMScheduler"}, f'"{names["path"]}"'
     pipeline, constructor = "DiffusionPipeline", "from_pretrained"
     if "config" in names:  # a single file, which does not say what it is of
-        index = Path(model["config"], "model_index.json")
-        pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"] if index.is_file() else "StableDiffusionPipeline"
+        pipeline = DiffusionPipeline.load_config(model["config"])["_class_name"]
         constructor, arguments = "from_single_file", f'{arguments}, config="{names["config"]}"'
     if "vae" in names:
         arguments += f', vae=AutoencoderKL.from_pretrained("{names["vae"]}")'

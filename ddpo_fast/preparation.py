@@ -19,7 +19,7 @@ from ddpo_fast.kernels import Ops
 from ddpo_fast.lora import merges
 from ddpo_fast.losses import scaled_clip_range
 from ddpo_fast.memory import Room, free_mib, local_ranks
-from ddpo_fast.metrics import check_trackers
+from ddpo_fast.metrics import check_installed, tracker_fault
 from ddpo_fast.optimizer import check_optimizer, make_optimizer
 from ddpo_fast.pipelines import check_model
 from ddpo_fast.plan import resolve_sizes
@@ -71,7 +71,7 @@ def prepare(config: Config) -> Setup:
     prompts, prompt_weights = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
     evaluations = evaluation_sets(config, prompts)
     check_optimizer(config.optimizer.name)
-    check_trackers(config.run.trackers)
+    check_installed(config.run.trackers)
     deepspeed = {}
     if config.deepspeed.config is not None:
         ours = deepspeed_options.stated(config.zero.stage, config.zero.offload, config.train.max_grad_norm)
@@ -79,6 +79,8 @@ def prepare(config: Config) -> Setup:
     num_calls = config.sample.num_samples if config.sample.batch_size == "auto" else config.sample.num_samples // config.sample.batch_size
     call_s = config.reward.timeout_s + config.reward.isolate * max(START_TIMEOUT_S, config.reward.timeout_s)
     rank, world_size, device = init_distributed(timeout_s=1800 + call_s * (1 + num_calls))
+    if fault := broadcast(tracker_fault(config.run.trackers) if rank == 0 else None):
+        raise ValueError(fault)
     ops = kernels.select(config.kernels.backend, device)
     reward = open_reward(config.reward.name, config.reward.kwargs, config.reward.timeout_s, config.reward.isolate)
     for option, multiple in (("sample.num_samples", world_size * config.train.num_minibatches), ("eval.num_samples", world_size)):
@@ -128,7 +130,9 @@ def evaluation_sets(config: Config, prompts: list[str]) -> dict[str, list[str]]:
     if heldout is not None:
         evaluations["heldout"] = evaluation_prompts(heldout, count)
         if seen := sorted(set(evaluations["heldout"]) & set(prompts)):
-            raise ValueError(f"eval.heldout={heldout}: {seen[0]!r} is a training prompt; valid are prompts that are none")
+            raise ValueError(
+                f"eval.heldout={heldout}: {seen[0]!r} is a training prompt; valid are prompts that are not trained on, or null"
+            )
     return evaluations
 
 

@@ -84,7 +84,7 @@ def _describe(what: str, write: Callable[[Path], object], run_dir: Path) -> None
         write(run_dir)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        logger.warning("%s could not be written (%s); the run goes on", what, reason)
+        logger.warning("%s could not be written (%s); the run goes on", what, reason, exc_info=True)
 
 
 def save(setup: Setup, engine: Engine, baseline: PromptBaseline, state: dict) -> None:

@@ -446,7 +446,8 @@ def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -
         good = rewards[finite]
         if not len(good):
             if iteration == 0:
-                raise BadRewards(f"the reward gave no finite number for any picture of the untrained model ({name} prompts)")
+                option = "eval.prompts" if name == "eval" else "eval.heldout"
+                raise BadRewards(f"the reward gave no finite number for any picture of the untrained model on the prompts of {option}")
             continue
         result = {"reward_mean": good.mean().item(), "reward_std": good.std(correction=0).item(), "samples": len(good)}
         result["diversity"] = diversity(images[finite])

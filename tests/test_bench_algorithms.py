@@ -8,6 +8,7 @@ import pytest
 from bench import algorithms, reward, rows
 from ddpo_fast.config import parse
 from ddpo_fast.embedded.vocabulary import SUBJECTS
+from ddpo_fast.prompts import load_prompts
 
 AFTER = {"ddpo_is": 3.0, "ddpo_sf": 2.0, "rwr": 1.0, "rwr_sparse": 0.5}
 
@@ -52,10 +53,8 @@ def test_every_run_of_a_task_has_as_many_queries_and_nothing_held_out_is_trained
     queries = {}
     for config in trainer.started:
         queries.setdefault(config.reward.name, set()).add(config.run.iterations * config.sample.num_samples)
-        trained = set(SUBJECTS[:45])  # the animals of the recipes' prompts
-        assert (
-            config.prompts.name == "simple_animals" and not set(config.eval.heldout) & trained and set(config.eval.heldout) < set(SUBJECTS)
-        )
+        trained, _ = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
+        assert not set(config.eval.heldout) & set(trained) and set(config.eval.heldout) < set(SUBJECTS)
         assert config.run.seed == 5 and config.eval.every > config.run.iterations
     assert queries == {"jpeg_compressibility": {336}, "jpeg_incompressibility": {336}, "embedded_alignment": {768}}
 

@@ -223,7 +223,16 @@ def measured(bench, folder: Path) -> None:
         comparison="compressibility", setting="trl", hours_to_target=0.11, hours_low=0.1, hours_high=0.12, target=-2.0, reached="5 of 5"
     )
     bench.add(folder, "reward", reward | dict(reward_per_hour=8.182, samples=1336))
-    ends = dict(eval_before=0.5, eval_after=0.75, eval_low=0.7, eval_high=0.8, heldout_before=0.25, heldout_after=0.3, eval_diversity=0.125)
+    ends = dict(
+        eval_before=0.5,
+        eval_after=0.75,
+        eval_low=0.7,
+        eval_high=0.8,
+        heldout_before=0.25,
+        heldout_after=0.3,
+        eval_diversity=0.125,
+        heldout_diversity=0.5,
+    )
     for task in ("alignment", "compressibility"):
         bench.add(folder, "algorithms", *(ends | dict(task=task, algorithm=name, queries=768) for name in ("DDPO_IS", "RWR")))
 
@@ -263,7 +272,7 @@ def text(readme: Path) -> str:
         "commit abc1234: `python -m bench.x`</sub><br><sub>2026-01-02, ",
         "| TRL | 8.18 | 0.110 (0.100 to 0.120) | -2 | 5 of 5 | - | 1,336 |\n",
         "before\n\n<!-- bench:begin -->\n![seconds an iteration along each axis](scaling.png)\n\n### ",
-        "| **alignment** | DDPO_IS | 0.500 | 0.750 (0.700 to 0.800) | 0.250 | 0.300 | 0.12x | 768 |\n|  | RWR | 0.500 |",
+        "| **alignment** | DDPO_IS | 0.500 | 0.750 (0.700 to 0.800) | 0.250 | 0.300 | 0.12x | 0.50x | 768 |\n|  | RWR | 0.500 |",
         "![reward against reward queries, by algorithm](algorithms.png)",
     ],
 )

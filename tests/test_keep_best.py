@@ -90,6 +90,17 @@ def test_a_run_killed_before_the_checkpoint_evaluates_and_keeps_again(options, t
     assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(folder).items())
 
 
+def test_held_out_prompts_cannot_be_added_halfway(options, tmp_path, capsys):  # noqa: F811
+    """A run that began before there was such an option has no evaluation of them before it, either."""
+    (tmp_path / "told").write_text("0 1")
+    folder = run(options(run__iterations=1))
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("  heldout: null\n", ""))
+    with pytest.raises(SystemExit, match="2"):
+        trainer.main([f"--run.dir={folder}", "--resume", "--run.iterations=2", '--eval.heldout=["c"]'])
+    assert "eval.heldout=['c']: the run in run.dir=" in capsys.readouterr().err
+
+
 def test_it_can_be_left_out(options, tmp_path):  # noqa: F811
     (tmp_path / "told").write_text("0 1")
     folder = run(options(run__keep_best="false", run__iterations=1))
@@ -99,7 +110,8 @@ def test_it_can_be_left_out(options, tmp_path):  # noqa: F811
 def test_held_out_prompts_decide_and_resume_remembers_them(options, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Evaluations give 0, 5, 9, 7 on the fixed set, held-out prompts 0, 8, 3, 6: the weights after iteration 1 stay."""
     (tmp_path / "told").write_text("0 0 5 8 9 3")
-    folder = run(options(eval__every=1, run__iterations=2, eval__heldout='["c", "d"]'))
+    same = '["c", "d"]'  # whose noise is another all the same
+    folder = run(options(eval__every=1, run__iterations=2, eval__prompts=same, eval__heldout=same))
     kept = weights(folder / "best")
     (tmp_path / "told").write_text("7 6")
     trainer.main([f"--run.dir={folder}", "--resume", "--run.iterations=3"])

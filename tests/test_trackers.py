@@ -1,5 +1,6 @@
 """run.trackers, with stand-ins for wandb and trackio that keep what they are told."""
 
+import errno
 import re
 import sys
 from importlib.machinery import ModuleSpec
@@ -12,7 +13,7 @@ from test_train import options, rewards_file, run  # noqa: F401
 
 from ddpo_fast import preparation
 from ddpo_fast import train as trainer
-from ddpo_fast.metrics import MetricsWriter, check_trackers, read_metrics
+from ddpo_fast.metrics import MetricsWriter, read_metrics, tracker_fault
 
 
 class StandIn(ModuleType):
@@ -102,10 +103,10 @@ def test_one_that_is_not_installed_is_one_line_before_a_model_is_loaded(options,
     assert capsys.readouterr().err == "error: run.trackers=['tensorboard', 'wandb']: wandb is not installed; pip install wandb\n"
 
 
-@pytest.mark.parametrize("call", ["init", "picture 1", "log 1", "finish"])
+@pytest.mark.parametrize("call", ["picture 1", "log 1", "finish"])
 def test_one_that_fails_is_warned_of_once_and_left_out(stand_ins, tmp_path, caplog, call):
     """wandb fails from `call` on; trackio and metrics.jsonl get every row all the same."""
-    calls = ["init", "picture 1", "log 1", "picture 2", "log 2", "finish"]
+    calls = ["picture 1", "log 1", "picture 2", "log 2", "finish"]
     stand_ins["wandb"].broken = dict.fromkeys(calls[calls.index(call) :], "no\nroute")
     writer = MetricsWriter(tmp_path, -1, ["wandb", "trackio"], {})
     for iteration in (0, 1, 2):
@@ -118,7 +119,30 @@ def test_one_that_fails_is_warned_of_once_and_left_out(stand_ins, tmp_path, capl
     assert list(other["rows"]) == list(other["pictures"]) == [0, 1, 2] and not other["open"]
     assert [row["iteration"] for row in read_metrics(tmp_path)] == [0, 1, 2]
     reached = [(list(run["pictures"]), list(run["rows"])) for run in stand_ins["wandb"].runs]
-    assert reached == {"init": [], "picture 1": [([0], [0])], "log 1": [([0, 1], [0])], "finish": [([0, 1, 2], [0, 1, 2])]}[call]
+    assert reached == {"picture 1": [([0], [0])], "log 1": [([0, 1], [0])], "finish": [([0, 1, 2], [0, 1, 2])]}[call]
+
+
+def test_one_that_cannot_begin_ends_the_run(stand_ins, tmp_path):
+    stand_ins["wandb"].broken = {"init": "no route"}
+    with pytest.raises(ConnectionError, match="no route"):
+        MetricsWriter(tmp_path, -1, ["wandb", "trackio"], {})
+
+
+def test_a_full_disk_is_no_fault_of_the_tracker(stand_ins, tmp_path, caplog, monkeypatch):
+    """What a tracker writes fails with the metrics, once; it gets the next row."""
+    writer = MetricsWriter(tmp_path, -1, ["wandb"], {})
+    log, full = writer.remote["wandb"].log, [OSError(errno.ENOSPC, "No space left on device")]
+
+    def once_full(*args, **kwargs):
+        if full:
+            raise full.pop()
+        log(*args, **kwargs)
+
+    monkeypatch.setattr(writer.remote["wandb"], "log", once_full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.write({"iteration": 0, "loss": 0.5})
+    writer.write({"iteration": 1, "loss": 0.5})
+    assert list(stand_ins["wandb"].runs[0]["rows"]) == [1] and not caplog.records
 
 
 def test_who_is_not_known_to_wandb_is_told_so_before_a_model_is_loaded(options, stand_ins, monkeypatch, capsys):  # noqa: F811
@@ -131,8 +155,5 @@ def test_who_is_not_known_to_wandb_is_told_so_before_a_model_is_loaded(options, 
         "WANDB_API_KEY, or with WANDB_MODE=offline\n"
     )
     monkeypatch.setenv("WANDB_MODE", "offline")
-    check_trackers(["wandb", "trackio"])
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("RANK", "1")
-    check_trackers(["wandb"])
+    assert tracker_fault(["wandb", "trackio"]) is None
     assert stand_ins["wandb"].logins == [False] and not stand_ins["trackio"].logins

@@ -96,7 +96,7 @@ class RemoteReward:
                 if len(answer) > MAX_ANSWER_BYTES:
                     raise RewardError(f"{self.server} answered with more than {MAX_ANSWER_BYTES} bytes")
                 if time.monotonic() > deadline:
-                    raise RewardError(f"{self.server} took longer than reward.timeout_s={self.timeout_s}")
+                    raise RewardError(f"{self.server} took longer than timeout_s={self.timeout_s}")
         return response.status, bytes(answer)
 
     def _parse(self, body: bytes, count: int) -> list[float]:
