@@ -442,7 +442,7 @@ _FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-_RESOLVED = {("model.dtype", "auto"), ("attention.backend", "auto")}
+_RESOLVED = ("model.dtype", "auto"), ("attention.backend", "auto")
 """What a run's config.yaml has the outcome of."""
 
 
