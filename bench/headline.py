@@ -169,7 +169,19 @@ def reward_section(rows: Rows) -> list[str]:
 
 def algorithms_section(rows: Rows) -> list[str]:
     """An algorithm a row, all tasks below each other."""
-    header = ["", "", "evaluation before", "after", "held-out before", "after", "diversity", "held-out diversity", "queries", "updates"]
+    header = [
+        "",
+        "",
+        "evaluation before",
+        "after",
+        "held-out before",
+        "after",
+        "diversity",
+        "held-out diversity",
+        "queries",
+        "updates",
+        "seeds",
+    ]
     lines = [
         [
             f"**{row['task']}**" if place == 0 else "",
@@ -179,7 +191,7 @@ def algorithms_section(rows: Rows) -> list[str]:
             number(row["heldout_before"]),
             spread(row, "heldout_after", "heldout_low", "heldout_high"),
             *(row[f"{name}_diversity"] and f"{ratio(row[f'{name}_diversity'])}x" for name in ("eval", "heldout")),
-            *(number(row[name]) for name in ("queries", "updates")),
+            *(row[name] for name in ("queries", "updates", "seeds")),
         ]
         for group in grouped(rows, "task").values()
         for place, row in enumerate(group)
