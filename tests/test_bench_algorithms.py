@@ -1,6 +1,7 @@
 """The comparison of algorithms: which runs it makes, what is equal between them, and the statistics, computed by hand."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,13 @@ class FakeTrainer:
     """Stands for the trainer's process: the evaluation after the last update is AFTER of the algorithm, plus the seed."""
 
     def __init__(self, monkeypatch):
-        self.started, self.fail_in = [], ""
+        self.started, self.fail_in, self.one_at_a_time = [], "", threading.Lock()  # the parser is for one thread
         monkeypatch.setattr(reward, "run_process", self)
 
     def __call__(self, command: list[str]) -> None:
         folder = Path(command[command.index("--run.dir") + 1])
-        config = parse(command[2 : command.index("--run.dir")])
+        with self.one_at_a_time:
+            config = parse(command[2 : command.index("--run.dir")])
         self.started.append(config)
         if self.fail_in and self.fail_in in str(folder):
             raise RuntimeError("exit status 1\nthe reason")
