@@ -1,9 +1,18 @@
-from setuptools import setup
+import importlib.util
 
-setup(
+import setuptools
+
+if importlib.util.find_spec("wheel") is None and tuple(map(int, setuptools.__version__.split(".")[:2])) < (70, 1):
+    raise SystemExit(  # pip --no-build-isolation takes what is installed, and this one's own error does not say what is missing
+        f"setuptools {setuptools.__version__} cannot build ddpo_fast without the package wheel; first: pip install 'setuptools>=77'"
+    )
+
+setuptools.setup(
     name="ddpo_fast",
     version="0.1.0",
     description="Fast reinforcement learning of text-to-image diffusion models (DDPO) with DeepSpeed",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE", "NOTICE", "ddpo_fast/*/NOTICE"],
     python_requires=">=3.11,<3.14",
     packages=["ddpo_fast", "ddpo_fast.kernels", "ddpo_fast.rewards", "ddpo_fast.embedded"],
     package_dir={"ddpo_fast.kernels": "kernels"},  # a top-level `kernels` is another project's name
@@ -35,7 +44,6 @@ setup(
     ],
     entry_points={"console_scripts": ["ddpo-fast-sample = ddpo_fast.sample:main"]},
     extras_require={
-        "gpu": ["xformers"],
         "build": ["cairosvg"],
         "trackers": ["wandb", "trackio"],
         "test": ["scipy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "hypothesis"],
