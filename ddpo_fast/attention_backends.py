@@ -4,6 +4,7 @@ A back end is one of diffusers' attention dispatcher, which PyTorch's kernels, x
 R UNet rows, L queries, M keys, H heads, D channels of a head.
 """
 
+import importlib
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -22,6 +23,8 @@ BACKENDS = {
 """Our names, those of attention.backend, and the dispatcher's. Its others have no backward pass or download their kernel."""
 PACKAGES = {"xformers": "xformers", "flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface"}
 """What a back end needs to be installed, beyond PyTorch."""
+ON_CPU = ("auto", "sdpa", "flash", "math")
+"""Values of attention.backend that have a backward pass on a CPU."""
 ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """Norm of a back end's difference from fp32 math, over that one's norm, above which it is not used."""
 
@@ -94,10 +97,40 @@ def _installed(backend: str) -> bool:
     return backend not in PACKAGES or importlib.util.find_spec(PACKAGES[backend]) is not None
 
 
+def _one_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def fault(backend: str, device: torch.device) -> str | None:
+    """Why a value of attention.backend cannot run on a device with what is installed; None if nothing is known against it.
+
+    A package whose kernels were built for another PyTorch fails when it is imported; xformers warns instead, and keeps the error.
+    """
+    if device.type == "cpu" and backend not in ON_CPU:
+        return "it needs a GPU, and this run is on a CPU"
+    package = PACKAGES.get(backend)
+    if package is None:
+        return None
+    if not _installed(backend):
+        return f"the package {package} is not installed"
+    try:
+        importlib.import_module(package)
+        error = importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception if backend == "xformers" else None
+    except Exception as raised:  # whatever a linker or a package's own check says
+        error = raised
+    return error and f"the package {package} does not load in PyTorch {torch.__version__}: {_one_line(error)}"
+
+
+def require(backend: str, device: torch.device) -> None:
+    """Raises ValueError for a value of attention.backend that cannot run on a device with what is installed."""
+    if reason := fault(backend, device):
+        raise ValueError(f"attention.backend={backend}: it cannot run here: {reason}; valid is auto or sdpa")
+
+
 def check(backend: str, shape: Shape, num_rows: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     """Tries a back end forward and backward; returns a function that does it again. Raises RuntimeError with the reason if it cannot."""
-    if not _installed(backend):
-        raise RuntimeError(f"the package {PACKAGES[backend]} is not installed")
+    if reason := fault(backend, device):
+        raise RuntimeError(reason)
     queries, keys, heads, channels = shape
     generator = torch.Generator(device).manual_seed(0)
     q, k, v, g = (
@@ -114,7 +147,8 @@ def check(backend: str, shape: Shape, num_rows: int, dtype: torch.dtype, device:
         few = [tensor[:1].detach() for tensor in (q, k, v)]
         out = dispatch_attention_fn(*few, backend=AttentionBackendName(BACKENDS[backend])).float()
     except Exception as error:  # each back end has its own
-        raise RuntimeError(" ".join(str(error).split()) or type(error).__name__) from error
+        call = f"{queries} queries, {keys} keys, {heads} heads of {channels} channels, {str(dtype).removeprefix('torch.')}"
+        raise RuntimeError(f"it refuses {call}: {_one_line(error)}") from error
     exact = F.scaled_dot_product_attention(*(tensor.float().transpose(1, 2) for tensor in few)).transpose(1, 2)
     off = ((out - exact).norm() / exact.norm()).item()
     if not off <= ERROR[dtype]:

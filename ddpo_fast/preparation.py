@@ -82,6 +82,7 @@ def prepare(config: Config) -> Setup:
     if fault := broadcast(tracker_fault(config.run.trackers) if rank == 0 else None):
         raise ValueError(fault)
     ops = kernels.select(config.kernels.backend, device)
+    attention_backends.require(config.attention.backend, device)
     reward = open_reward(config.reward.name, config.reward.kwargs, config.reward.timeout_s, config.reward.isolate)
     for option, multiple in (("sample.num_samples", world_size * config.train.num_minibatches), ("eval.num_samples", world_size)):
         if config[option] % multiple:

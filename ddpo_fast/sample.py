@@ -4,12 +4,8 @@ ddpo-fast-sample RUN_DIR "a prompt" ... [--seed 0 1 2] [--output FOLDER]     or 
 """
 
 import argparse
-import logging
 import re
 from pathlib import Path
-
-# on a CPU with AVX512-BF16 it warns that a 4-bit kernel cannot be downloaded, which nothing here uses
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import torch
 from PIL import Image

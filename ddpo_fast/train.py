@@ -25,9 +25,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import zip_longest
 
-# on a CPU with AVX512-BF16 it warns that a 4-bit kernel cannot be downloaded, which nothing here uses
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
 import torch
 from torch import Tensor
 from tqdm import tqdm

@@ -1,14 +1,27 @@
 """Attention back ends: each computes what PyTorch's own does, the fastest is found, what cannot run says why."""
 
+import re
+import sys
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from test_train import options, rewards_file, run, untimed, weights  # noqa: F401
 
-from ddpo_fast import attention_backends
-from ddpo_fast.attention_backends import DispatchedAttention, attention_shapes, check, choose, resolve, set_attention
+from ddpo_fast import attention_backends, preparation
+from ddpo_fast.attention_backends import (
+    ON_CPU,
+    PACKAGES,
+    DispatchedAttention,
+    attention_shapes,
+    check,
+    choose,
+    require,
+    resolve,
+    set_attention,
+)
 from ddpo_fast.config import parse
 from ddpo_fast.metrics import read_metrics
 from ddpo_fast.policy import Policy
@@ -98,18 +111,86 @@ def test_a_wrong_result_is_not_used(monkeypatch):
         check("math", (16, 5, 2, 8), 2, torch.float32, CPU)
 
 
+@pytest.mark.parametrize("backend", ["xformers", "flash_attn", "flash_attn_3", "cudnn", "efficient", "flex"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU they can run")
+def test_what_needs_a_gpu_is_an_error_before_the_model_is_loaded(options, backend, monkeypatch):  # noqa: F811
+    """Whether its package is installed or not."""
+    config = parse(options(attention__backend=backend, model__path="hub/unread"))
+    monkeypatch.setattr(preparation, "check_model", lambda *model: None)
+    line = f"attention.backend={backend}: it cannot run here: it needs a GPU, and this run is on a CPU; valid is auto or sdpa"
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        preparation.prepare(config)
+
+
+def test_what_a_cpu_runs_is_not_refused():
+    for backend in ON_CPU:
+        require(backend, CPU)
+
+
+CANNOT_LOAD = "raise ImportError('flash_attn_2_cuda.so:\\n undefined symbol: _ZN3c104cuda9SetDeviceEi')"
+CPP_LIB = """
+import logging
+_cpp_library_load_exception = {0}
+if _cpp_library_load_exception: logging.getLogger("xformers").warning("WARNING[XFORMERS]: %s", _cpp_library_load_exception)
+"""
+
+
 @pytest.mark.parametrize(
-    "backend, reason",
+    "backend, files, reason",
     [
-        ("xformers", "the package xformers is not installed"),
-        ("flash_attn", "the package flash_attn is not installed"),
-        ("cudnn", "No viable backend"),
+        ("xformers", {}, "the package xformers is not installed"),
+        ("flash_attn", {}, "the package flash_attn is not installed"),
+        ("flash_attn_3", {}, "the package flash_attn_interface is not installed"),
+        ("flash_attn", {"flash_attn.py": CANNOT_LOAD}, "the package flash_attn does not load in PyTorch {}: flash_attn_2_cuda.so: undef"),
+        (
+            "flash_attn_3",
+            {"flash_attn_interface.py": "import x_"},
+            "the package flash_attn_interface does not load in PyTorch {}: No module",
+        ),
+        ("flash_attn", {"flash_attn.py": ""}, None),
+        ("xformers", {"xformers/__init__.py": "from . import _cpp_lib", "xformers/_cpp_lib.py": CPP_LIB.format(None)}, None),
+        (
+            "xformers",
+            {"xformers/__init__.py": "from . import _cpp_lib", "xformers/_cpp_lib.py": CPP_LIB.format("OSError('built for\\n  2.10')")},
+            "the package xformers does not load in PyTorch {}: built for 2.10",
+        ),
+        (
+            "xformers",
+            {"xformers/__init__.py": "raise ImportError('Requires Flash-Attention version >=2.7.1')"},
+            "the package xformers does not load in PyTorch {}: Requires Flash-Attention version >=2.7.1",
+        ),
+        ("flash_attn", {"flash_attn.py": "raise ImportError"}, "the package flash_attn does not load in PyTorch {}: ImportError"),
     ],
 )
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU they can run")
-def test_what_cannot_run_is_an_error_with_the_reason(policy, backend, reason):
-    with pytest.raises(ValueError, match=f"attention.backend={backend}: it cannot run here: {reason}.*; valid is auto or sdpa"):
-        resolve(backend, policy.unet, lambda: policy.example_call(2), 4, torch.float32, CPU)
+def test_a_package_that_cannot_be_used_is_an_error_with_the_reason(tmp_path, monkeypatch, caplog, backend, files, reason):
+    """Stand-ins for packages that are missing, work, or were built for another PyTorch; their own warnings are not passed on."""
+    for name, source in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    packages = tuple(PACKAGES.values())
+    with mock.patch.dict(sys.modules):  # restores them all
+        for name in [name for name in sys.modules if name.split(".")[0] in packages]:
+            del sys.modules[name]
+        if not files:
+            sys.modules[PACKAGES[backend]] = None  # as good as not installed
+        if reason is None:
+            require(backend, torch.device("cuda"))
+        else:
+            line = f"attention.backend={backend}: it cannot run here: {reason.format(torch.__version__)}"
+            with pytest.raises(ValueError, match=f"^{re.escape(line)}.*; valid is auto or sdpa$"):
+                require(backend, torch.device("cuda"))
+    assert caplog.records == []
+
+
+def test_a_kernel_that_refuses_the_shapes_is_an_error_with_them(policy, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("No operator found\n  for `memory_efficient_attention_forward`")
+
+    monkeypatch.setattr(attention_backends, "dispatch_attention_fn", refuse)
+    reason = r"it refuses \d+ queries, \d+ keys, 2 heads of \d+ channels, float32: No operator found for"
+    with pytest.raises(ValueError, match=f"attention.backend=flash: it cannot run here: {reason} .*; valid is auto or sdpa"):
+        resolve("flash", policy.unet, lambda: policy.example_call(2), 4, torch.float32, CPU)
 
 
 def test_an_attention_that_does_more_is_refused(policy):
