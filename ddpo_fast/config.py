@@ -18,6 +18,7 @@ import yaml
 
 from ddpo_fast.config_rules import RULES
 from ddpo_fast.gpus import HERE
+from ddpo_fast.places import is_missing, located, located_kwargs, may_be_same
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -411,27 +412,62 @@ def _parser() -> jsonargparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> Config:
-    """The config of a command line. Raises ValueError with one line that names the option, its value and what is
-    valid."""
+    """The config of a command line, its places as absolute paths. Raises ValueError with one line that names the option, its value and
+    what is valid."""
     short = {"--resume": "--run.resume=true", "--plan": f"--run.plan={HERE}"}
     argv = [short.get(arg, arg) for arg in argv if not arg.startswith("--local_rank")]
     argv = [f"--run.{arg[2:]}" if arg.startswith("--plan=") else arg for arg in argv]
+    argv = [f"--config={os.path.expanduser(arg[9:])}" if arg.startswith("--config=") else arg for arg in argv]
     parser = _parser()
     _check_values(argv)
     try:
         options = parser.parse_args(argv)
-        if options.run.resume and options.run.dir and os.path.exists(began := os.path.join(options.run.dir, "config.yaml")):
-            argv = ["--config", began, *argv]
-            _check_values(argv)
-            options = parser.parse_args(argv)
+        if options.run.resume and options.run.dir:
+            began = ["--config", os.path.join(located("run.dir", options.run.dir), "config.yaml")]
+            if os.path.exists(began[1]):
+                _check_values(began)
+                _check_known(began, parser)
+                options = parser.parse_args([*began, *argv])
         sections = parser.instantiate(options)
-        config = Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)})
+        config = _with_places(Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)}))
+        if config.run.resume:
+            _check_places(config)
         config.check()
         if config.run.resume:
             _check_resumed(config)
         return config
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(_one_line(str(error), parser)) from None
+
+
+PLACES = ("model.path", "model.config", "model.vae", "prompts.file", "reward.name", "deepspeed.config", "run.dir")
+"""The options that say where something is, which is not what a run is: --resume takes them anew. Once parsed they are absolute paths, so
+that they mean the same in every working directory; what is no path (a hub id, a server's address, a reward of a package) stays as it is."""
+
+
+def _with_places(config: Config) -> Config:
+    changed = {option.replace(".", "__"): located(option, config[option]) for option in PLACES if config[option] is not None}
+    return config.replace(**changed, reward__kwargs=located_kwargs(config.reward.kwargs))
+
+
+def _check_known(began: list[str], parser: jsonargparse.ArgumentParser) -> None:
+    """Raises ValueError for a run whose config.yaml has what this version does not know."""
+    try:
+        parser.parse_args(began)
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(
+            f"{began[1]}: {_one_line(str(error), parser)} (the run is of another version, say: what has another name now, or is gone, has to "
+            "be changed in that file before --resume)"
+        ) from None
+
+
+def _check_places(config: Config) -> None:
+    """Raises ValueError for what a resumed run needs and does not find."""
+    for option in PLACES:
+        if option != "run.dir" and config[option] is not None and is_missing(option, config[option]):
+            raise ValueError(
+                f"{option}={config[option]}: there is nothing of this name now; where it is instead, --{option}=PLACE says, beside --resume"
+            )
 
 
 _FREE_ON_RESUME = {
@@ -457,6 +493,8 @@ def _check_resumed(config: Config) -> None:
             option = f"{section}.{key}"
             # an option that is newer than the run is free, but for the one without whose iteration 0 there is no before
             before = began.get(section, {}).get(key, None if option == "eval.heldout" else value)
+            if option in (*PLACES, "reward.kwargs") and may_be_same(option, value, before):
+                continue
             if value != before and option not in _FREE_ON_RESUME and (option, value) not in _RESOLVED:
                 raise ValueError(f"{option}={value}: the run in run.dir={config.run.dir} began with {before}; --resume keeps it")
 

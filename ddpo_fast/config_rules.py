@@ -227,9 +227,12 @@ def _has_checkpoint(run_dir: str) -> bool:
 
 
 def _is_model(path: str, config: str = "model_index.json") -> bool:
-    if Path(path).exists():
-        return Path(path, config).is_file()
-    if Path(path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+    return Path(path, config).is_file() if Path(path).exists() else is_hub_id(path)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a model is on the hub: nothing of that name is here, and it is a name such as org/name."""
+    if os.path.exists(path) or Path(path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
         return False
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
 

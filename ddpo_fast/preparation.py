@@ -38,6 +38,8 @@ class Setup:
 
     config: Config
     run_dir: Path
+    started_in: Path
+    """The working directory as the run began, before a reward's code could change it."""
     rank: int
     world_size: int
     prompts: list[str]
@@ -64,9 +66,15 @@ class Setup:
     deepspeed: dict
     """The user's own DeepSpeed options."""
 
+    def shown(self, place: str | Path) -> str:
+        """A path as it can be typed where the run was started; what is none stays as it is."""
+        path = Path(place)
+        return str(path.relative_to(self.started_in)) if path.is_relative_to(self.started_in) else str(place)
+
 
 def prepare(config: Config) -> Setup:
     """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault."""
+    started_in = Path.cwd()
     check_model(config.model.path, config.model.config, config.model.vae)
     prompts, prompt_weights = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
     evaluations = evaluation_sets(config, prompts)
@@ -99,7 +107,7 @@ def prepare(config: Config) -> Setup:
     free = all_gather(torch.tensor([free_mib(device, local_ranks())])).min().item()
     config = resolve_sizes(config, free, world_size, device.type == "cuda")
     reward_name = re.sub(r"[^\w.-]+", "-", Path(config.reward.name).name)[:100]
-    run_dir = config.run.dir or f"runs/{reward_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = config.run.dir or str(started_in / f"runs/{reward_name}-{time.strftime('%Y%m%d-%H%M%S')}")
     config = config.replace(run__dir=broadcast(run_dir))
     config, policy = load_policy(config, rank, world_size, device, ops)
     schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
@@ -119,8 +127,8 @@ def prepare(config: Config) -> Setup:
     split = activation_cache.split(config.cache.mode, policy) if cached else None
     room = Room(retry=config.zero.stage < 3)
     return Setup(
-        config, Path(config.run.dir), rank, world_size, prompts, prompt_weights, evaluations, reward, policy, schedule, ops, split,
-        clip_range, scores, noising, room, resumed, deepspeed,
+        config, Path(config.run.dir), started_in, rank, world_size, prompts, prompt_weights, evaluations, reward, policy, schedule, ops,
+        split, clip_range, scores, noising, room, resumed, deepspeed,
     )  # fmt: skip
 
 

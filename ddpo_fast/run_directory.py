@@ -36,8 +36,9 @@ def open_run(setup: Setup, num_trainable: int, cache_plan: str, resumed_at: int)
     (setup.run_dir / "images").mkdir(parents=True, exist_ok=True)
     write_text(setup.run_dir / "config.yaml", config.replace(run__resume=False).to_yaml())
     write_text(setup.run_dir / "environment.json", json.dumps(environment(setup.world_size), indent=1))
+    folder, reward, model = map(setup.shown, (setup.run_dir, config.reward.name, config.model.path))
     print(
-        f"{config.run.dir}: {config.train.algorithm} for {config.reward.name} on {config.model.path}\n"
+        f"{folder}: {config.train.algorithm} for {reward} on {model}\n"
         f"{num_trainable:,} trainable parameters, {config.model.dtype}, {setup.world_size} x {policy.device.type}, "
         f"{setup.ops.backend} kernels, {config.sample.num_samples} samples x {config.sample.num_steps} steps an iteration, {bounds}",
         flush=True,
@@ -121,9 +122,9 @@ def print_result(setup: Setup, state: dict) -> None:
         what = "the fixed evaluation set" if name == "eval" else "held-out prompts"
         print(f"reward on {what} after iteration {after['iteration']}: {old:.4f} -> {new:.4f} ({percent}{errors})", flush=True)
     weights = setup.run_dir / ("unet" if setup.policy.full else "lora")
-    print(f"report: {setup.run_dir / 'report.html'}\nweights: {weights}", flush=True)
+    print(f"report: {setup.shown(setup.run_dir / 'report.html')}\nweights: {setup.shown(weights)}", flush=True)
     name = best_by(setup)
     best = state.get(f"{name}_best", state[f"{name}_after"])
     if best["iteration"] != state[f"{name}_after"]["iteration"]:
         said = f"best: {best[f'{name}_reward_mean']:.4f} after iteration {best['iteration']}"
-        print(f"{said}: {setup.run_dir / 'best'}", flush=True)
+        print(f"{said}: {setup.shown(setup.run_dir / 'best')}", flush=True)

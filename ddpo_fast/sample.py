@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--best", action="store_true", help="The weights of RUN_DIR/best, not the newest.")
     for option, what in (
         ("model.path", "Where the model is now."),
+        ("model.config", "Where the configs of a single file are now."),
+        ("model.vae", "Where the VAE is now."),
         ("model.dtype", "fp32, fp16 or bf16."),
         ("sample.num_steps", "DDIM steps."),
         ("sample.guidance_scale", "Classifier-free guidance."),

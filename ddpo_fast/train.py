@@ -144,7 +144,7 @@ def train(setup: Setup, stop: StopRequest) -> None:
         if stopping and iteration < last:
             if rank == 0:
                 writer.close()
-                tqdm.write(f"stopped after iteration {iteration}; --run.dir={config.run.dir} --resume continues")
+                tqdm.write(f"stopped after iteration {iteration}; --run.dir={setup.shown(setup.run_dir)} --resume continues")
             bar.close()
             return
     bar.close()

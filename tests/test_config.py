@@ -179,7 +179,7 @@ BAD = [  # arguments, what the line must say
     ("--run.dir {long_name}", "valid is a folder, not a file, or the name of one that can be made"),
     ("--run.dir bell\a", "valid is a folder, not a file, or the name of one that can be made"),
     ("--model.path {long_name}", "valid is a folder with model_index.json, or a hub id"),
-    ("--model.path ../../etc", "model.path=../../etc: valid is a folder with model_index.json"),
+    ("--model.path ../../etc", "/../../etc: valid is a folder with model_index.json"),
     ("--model.path {file}", "file: valid is a folder with model_index.json"),
     ("--model.path {deep_pipeline}", "model_index.json cannot be read: maximum recursion depth"),
     ("--model.path {binary_pipeline}", "model_index.json cannot be read: 'utf-8' codec can't decode"),
@@ -193,7 +193,7 @@ BAD = [  # arguments, what the line must say
     ("--model.path {other_unet}", "model_index.json has unet=['diffusers', 'UNet3DConditionModel']; valid is UNet2DConditionModel"),
     ("--model.path {no_unet}", "model_index.json has unet=None; valid is UNet2DConditionModel of diffusers"),
     ("--reward.name ..x:f", "importing ..x failed: TypeError"),
-    ("--reward.name ../../../x.py:f", "reward.name=../../../x.py:f: there is no file ../../../x.py"),
+    ("--reward.name ../../../x.py:f", "/../../../x.py:f: there is no file /"),
     ("--reward.name {long_name}.py:f", "there is no file {long_name}.py"),
     ("--reward.name {raising_reward}:f", "ValueError: first second"),
     ("--reward.name {empty_reward}:f", "has no function f; it has: none"),
@@ -211,9 +211,14 @@ BAD = [  # arguments, what the line must say
     ("--resume --run.dir {tag_run}", "tag_run/config.yaml: not valid YAML: could not determine a constructor"),
     ("--resume --run.dir {binary_run}", "binary_run/config.yaml: cannot be read"),
     ("--resume --run.dir {laughs_run}", "laughs_run/config.yaml: not valid YAML: there are no aliases here"),
-    ("--resume --run.dir {unknown_run}", "lora.rnak: no such option; did you mean lora.rank"),
+    (
+        "--resume --run.dir {unknown_run}",
+        "unknown_run/config.yaml: lora.rnak: no such option; did you mean lora.rank? The run is of another",
+    ),
+    ("--resume --run.dir {old_run}", "old_run/config.yaml: trainer.rate: no such option; did you mean train."),
+    ("--resume --run.dir {former_run}", "be changed in that file before --resume)"),
     ("--resume --run.dir {wrong_run}", "lora.rank=0: valid is a whole number >= 1"),
-    ("--resume --run.dir {other_run}", "run began with"),
+    ("--resume --run.dir {other_run} --lora.rank 2", "lora.rank=2: the run in run.dir={other_run} began with 99; --resume keeps it"),
 ]
 LAUGHS = "a: &a [lol]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghijkl", "bcdefghijklm"))
 BINARY = bytes(range(256)) * 4
@@ -240,6 +245,7 @@ def paths(tmp_path_factory, tiny_model) -> Iterator[dict[str, Path]]:
     runs = {
         "list_run": "[1]", "tag_run": "lora: !!python/object/apply:os.system ['false']", "binary_run": BINARY, "laughs_run": LAUGHS,
         "unknown_run": "lora: {rnak: 2}", "wrong_run": "lora: {rank: 0}", "other_run": "lora: {rank: 99}\nmodel: {path: a/b}",
+        "old_run": "trainer: {rate: 2}", "former_run": "train: {algorithm: ppo}",
     }  # fmt: skip
     files = {
         "file": "", "other_pipeline/model_index.json": json.dumps({"_class_name": "FluxPipeline"}), "broken_pipeline/model_index.json": "{",

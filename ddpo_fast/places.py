@@ -1,0 +1,65 @@
+"""Values of options that say where something is: as absolute paths, and whether two of them may be the same thing in another place."""
+
+import os
+from pathlib import Path
+
+from ddpo_fast.config_rules import is_hub_id
+
+
+def located(option: str, value: str) -> str:
+    """A place's absolute path, by the working directory, with ~ as the home directory; `value` where it is no path."""
+    path, function = _path_and_function(option, value)
+    if not path.strip() or (option.startswith("model.") and is_hub_id(path)):
+        return value
+    return str(Path(os.path.expanduser(path)).absolute()) + function
+
+
+def is_missing(option: str, value: str) -> bool:
+    """Whether a located place is not there."""
+    path, _ = _path_and_function(option, value)
+    return os.path.isabs(path) and not os.path.exists(path)
+
+
+def located_kwargs(value):
+    """reward.kwargs with places as absolute paths: rewards that are named by their files, and texts with a / that name what is there."""
+    if isinstance(value, dict):
+        return {located("reward.name", key) if isinstance(key, str) else key: located_kwargs(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [located_kwargs(item) for item in value]
+    is_place = isinstance(value, str) and os.sep in value and os.path.exists(os.path.expanduser(value))
+    return str(Path(os.path.expanduser(value)).absolute()) if is_place else value
+
+
+def may_be_same(option: str, value, before) -> bool:
+    """Whether a place, or reward.kwargs, can be what it was before: the same thing, wherever that is now."""
+    if option == "reward.kwargs":
+        return _may_be_same_kwargs(value, before)
+    if not isinstance(value, str) or not isinstance(before, str):
+        return value == before
+    return option != "reward.name" or _called(value) == _called(before)
+
+
+def _may_be_same_kwargs(value, before) -> bool:
+    if isinstance(value, dict) and isinstance(before, dict) and len(value) == len(before):
+        pairs = zip(value.items(), before.items())
+        return all(may_be_same("reward.name", a, b) and _may_be_same_kwargs(c, d) for (a, c), (b, d) in pairs)
+    if isinstance(value, str) and isinstance(before, str) and os.path.isabs(value) and os.path.exists(value):
+        return True
+    return value == before
+
+
+def _path_and_function(option: str, value: str) -> tuple[str, str]:
+    """Of path/to/file.py:function the path and :function; of another reward no path; of another option the path alone."""
+    if option != "reward.name":
+        return value, ""
+    path, colon, function = value.rpartition(":")
+    return (path, colon + function) if path.endswith(".py") and not _is_server(value) else ("", value)
+
+
+def _called(reward: str) -> str:
+    """What of a reward's name is not where it is: its function's name, or that it is a server."""
+    return "http:" if _is_server(reward) else "".join(reward.rpartition(":")[1:])
+
+
+def _is_server(reward: str) -> bool:
+    return reward.lower().startswith(("http://", "https://"))
