@@ -456,8 +456,8 @@ def _check_known(began: list[str], parser: jsonargparse.ArgumentParser) -> None:
         parser.parse_args(began)
     except jsonargparse.ArgumentError as error:
         raise ValueError(
-            f"{began[1]}: {_one_line(str(error), parser)} (the run is of another version, say: what has another name now, or is gone, has to "
-            "be changed in that file before --resume)"
+            f"{began[1]}: {_one_line(str(error), parser)} (the run is of another version, say: what has another name now, or is gone, "
+            "has to be changed in that file before --resume)"
         ) from None
 
 
