@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import bounds
 import numpy as np
 import psutil
 import pytest
@@ -311,8 +312,9 @@ def test_a_sample_that_is_not_finite_spoils_no_other(options, made, monkeypatch,
     kept = [segment.physical(cache.stores[DEVICE]) for segment in cache.segments]
     assert all(tensor.isnan().any() for tensor in kept)
     assert_same_run(on, off)
+    bound = bounds.of(parse(options(**same))).ratio
     assert on[1] == [0.5, 0.5] and [row["bad_rewards"] for row in on[0]] == [0, 2, 4]
-    assert all(row["skipped_updates"] == 0 and math.isfinite(row["loss"]) and row["ratio_error"] < 1e-6 for row in on[0][1:])
+    assert all(row["skipped_updates"] == 0 and math.isfinite(row["loss"]) and row["ratio_error"] <= bound for row in on[0][1:])
 
 
 def test_killed_in_an_inner_epoch_and_resumed_is_the_uninterrupted_run(options, monkeypatch):

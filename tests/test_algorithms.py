@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import bounds
 import numpy as np
 import pytest
 import torch
@@ -453,9 +454,10 @@ def test_the_update_adds_the_gradient_of_the_kl(options, changed):  # noqa: F811
 def test_a_run_with_a_kl_penalty(options, changed):  # noqa: F811
     """Nothing has been left before the first update; a large penalty keeps the policy nearer than none."""
     short = dict(train__num_minibatches=1, train__inner_epochs=2, run__iterations=2, eval__every=9, **SMALL) | changed
-    near, far = (read_metrics(run(options(str(c), **short, train__kl_coefficient=c))) for c in (1e4, 1e-9))
+    folders = [run(options(str(c), **short, train__kl_coefficient=c)) for c in (1e4, 1e-9)]
+    near, far = map(read_metrics, folders)
     for rows in (near, far):
-        assert rows[1]["ratio_error"] <= 1e-5 and all(math.isfinite(row["loss"]) for row in rows[1:])
+        assert rows[1]["ratio_error"] <= bounds.of_run(folders[0]).ratio and all(math.isfinite(row["loss"]) for row in rows[1:])
         assert 0 < rows[1]["kl_to_reference"] < rows[2]["kl_to_reference"] or rows is near
     assert near[2]["kl_to_reference"] < 0.5 * far[2]["kl_to_reference"]
     assert (near[2]["cache_hit_fraction"] == 1) == bool(changed)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import bounds
 import pytest
 import torch
 from test_model_rewards import aesthetic, bert, no_network, vlm  # noqa: F401
@@ -221,7 +222,9 @@ def stand_ins(tmp_path_factory, tiny_model) -> SimpleNamespace:
     return SimpleNamespace(sd14=tiny_model, sd15=tiny_model, sdxl=make_sdxl(tmp_path_factory.mktemp("sdxl")))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.rounding) if name.endswith("_compressibility") else name for name in RECIPES]
+)
 def test_it_starts(name, stand_ins, counted, aesthetic, vlm, bert, tmp_path, monkeypatch):  # noqa: F811
     """A whole iteration with the recipe's options on a small model of its kind, in fp32; its reward's networks are small ones, too."""
     kwargs = {"aesthetic": aesthetic, "vlm_alignment": {"vlm": vlm, "bert": bert, "layer": 2, "dtype": "fp32"}}
@@ -238,4 +241,4 @@ def test_it_starts(name, stand_ins, counted, aesthetic, vlm, bert, tmp_path, mon
     assert (before["heldout_reward_mean"] is None) == name.startswith("embedded")
     assert math.isfinite(before["eval_reward_mean"]) and math.isfinite(row["reward_mean"]) and row["bad_rewards"] == 0
     assert row["transitions"] == 2 * num_samples and 0 < row["grad_norm"] < math.inf and row["skipped_updates"] == 0
-    assert row["ratio_error"] <= (1e-5 if config.lora.scope == "none" else 1e-6)
+    assert row["ratio_error"] <= bounds.of_run(tmp_path / "run").ratio

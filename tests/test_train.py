@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import bounds
 import numpy as np
 import pytest
 import torch
@@ -140,7 +141,7 @@ def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[d
     rollout, _, _ = trainer.sample(setup, StageTimer(setup.policy.device), 0, prompts, "sample")
     advantages = torch.linspace(-2, 3, config.sample.num_samples, dtype=dtype)
     row = trainer.update(replace(setup, clip_range=5e-2), engine, rollout, advantages, 1)
-    assert row["ratio_error"] <= (1e-6 if dtype == torch.float32 else 1e-12)
+    assert row["ratio_error"] <= bounds.of(config, dtype).ratio
     return gradient, setup, (prompts, rollout, advantages)
 
 
@@ -217,7 +218,7 @@ def test_run_directory_is_the_contract(options):
     assert all(list(row) == list(rows[0]) for row in rows) and set(rows[0]) >= set(trainer.METRICS)
     heldout = [f"heldout_{key}" for key in ("reward_mean", "reward_std", "samples", "diversity")]
     assert [key for key, value in rows[1].items() if value is None] == [*heldout, "kl_to_reference"]
-    assert all(row["ratio_error"] <= 1e-6 for row in rows[1:])
+    assert all(row["ratio_error"] <= bounds.of_run(folder).ratio for row in rows[1:])
     assert sorted(p.name for p in (folder / "images").iterdir()) == [f"iteration_{i:05d}.png" for i in range(3)]
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["1", "2"]
     assert list((folder / "tensorboard").iterdir())
@@ -267,8 +268,9 @@ def test_readme_snippet_loads_the_trained_policy_in_plain_diffusers(options, tin
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_other_models_train_without_a_change(options, tmp_path, prediction_type):
     other = make_pipeline(tmp_path / "m", channels=(24, 48), latent_size=12, latent_channels=3, prediction_type=prediction_type, width=24)
-    rows = read_metrics(run(options(model__path=other, sample__num_steps=7)))
-    assert all(row["ratio_error"] <= 1e-6 for row in rows[1:]) and len(rows) == 3
+    folder = run(options(model__path=other, sample__num_steps=7))
+    rows = read_metrics(folder)
+    assert all(row["ratio_error"] <= bounds.of_run(folder).ratio for row in rows[1:]) and len(rows) == 3
 
 
 def test_full_fine_tuning(options, tiny_model):
@@ -515,7 +517,8 @@ def test_pictures_that_are_not_finite_get_no_reward(options, monkeypatch):
     folder = run(options(reward__name="jpeg_compressibility", run__iterations=1))
     row = read_metrics(folder)[1]
     assert (
-        (row["bad_rewards"], row["skipped_updates"], row["ratio_error"]) == (2, 0, 0)
+        (row["bad_rewards"], row["skipped_updates"]) == (2, 0)
+        and row["ratio_error"] <= bounds.of_run(folder).ratio
         and math.isfinite(row["loss"])
         and row["grad_norm"] > 0
     )

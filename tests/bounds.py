@@ -1,0 +1,125 @@
+"""How far rounding alone may take two results of one calculation apart. Every bound follows from dtype, shapes and schedule.
+
+Equal bits are promised for the same shapes, the same code, the same number of threads and the same machine. A call with other rows,
+another instruction set or another order of summation rounds differently. The derivation, for a network of L layers that sum K_l products:
+
+1. One rounding is off by 0.2 eps of its result in root mean square (rms): it is uniform within eps / 2 of a mantissa between 1 and 2.
+2. A sum of K terms of random signs, one after the other (no order is worse), is off by 0.2 eps sqrt(K / 2) of the result's rms: partial
+   sum j has sqrt(j / K) of it. Rounding a layer's result adds 0.2 eps.
+3. Layers pass on the relative error that they are given (they are normalised, residual ones) and round independently (Higham and Mary
+   2019, SIAM J. Sci. Comput. 41). Two calls round twice. So two outputs differ by
+       delta = 0.2 eps sqrt(2 sum_l (K_l / 2 + 1))
+   of the output's rms. In fp16 and bf16 sums are fp32, but inputs, weights and outputs are rounded: 0.2 eps sqrt(3 L).
+4. Guidance g makes a = |g| + |g - 1| of it. Outputs are about as large as noise, 1. Latents have rms X_k, which the table gives.
+5. log p is a mean of -z^2 / 2 with z = (x_p - c_x x_t - c_out out) / s over N elements. Rounding moves every z by eta in rms:
+       eta_k = w_k a delta + 0.2 eps (|c_x| X_k + |c_out| a + X_{k+1}) / s_k,  w_k = |c_out| / s_k
+   The first part is the network's, the second that of the mean in fp32. s is smallest, and w largest, at the end.
+6. What moves out at step k was computed before z_k was drawn, so mean(z eta) is 0 within eta / sqrt(N); five of these are exceeded with
+   probability 6e-7 a transition. log p itself is an fp32 number, whose mean of N terms is off by 0.2 eps sqrt(N / 2) / 2:
+       |ratio - 1| <= exp(5 eta / sqrt(N) + eta^2 / 2 + eps (|log p| + 1 + 0.1 sqrt(N / 2))) - 1
+7. A gradient is a sum of d log p / d out = z c_out / (s N) through the network and back, which is three times the work of forward:
+   relative to its norm it is off by eta + 3 delta.
+8. Adam divides by the gradient's size. Where that is larger than the rounding a step stays; where it is not, the step may turn. Of
+   gradients spread like a Gaussian a share of `gradient` is that small, and each of these weights is off by twice the learning rate.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import nn
+
+from ddpo_fast.config import Config, parse
+from ddpo_fast.ddim import DDIMSchedule
+
+SIGMAS = 5
+HALF = (torch.float16, torch.bfloat16)
+
+
+def network_rounding(network: nn.Module, dtype: torch.dtype = torch.float32) -> float:
+    """delta, see 3: how far two calls' outputs are apart, both rms, relative. `network` may be on the meta device."""
+    eps = torch.finfo(dtype).eps
+    terms = [layer.weight[0].numel() for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if dtype in HALF:
+        return 0.2 * eps * math.sqrt(3 * len(terms))
+    return 0.2 * eps * math.sqrt(2 * sum(count / 2 + 1 for count in terms))
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding may do to a run, of the options `of` reads."""
+
+    eps: float
+    network: float
+    """delta of the UNet."""
+    decoder: float
+    """delta of the VAE's decoder."""
+    eta: float
+    """Largest of all steps."""
+    log_prob: float
+    """Largest |log p| of all steps."""
+    num_elements: int
+    latents: float
+    """Error of the final latents, relative, rms."""
+    rate: float
+    """Of all Adam's updates together: the learning rate times their number."""
+
+    @property
+    def ratio(self) -> float:
+        """Of |ratio - 1| before an update."""
+        root = math.sqrt(self.num_elements)
+        rounding = self.eps * (self.log_prob + 1 + 0.1 * root / math.sqrt(2))
+        return math.expm1(SIGMAS * self.eta / root + self.eta**2 / 2 + rounding)
+
+    @property
+    def gradient(self) -> float:
+        """Of a gradient, in 2-norm, relative."""
+        return self.eta + 3 * self.network
+
+    @property
+    def picture(self) -> float:
+        """Of any element of a picture in [0, 1], which is at most 1/2 from grey."""
+        return SIGMAS * (self.latents + self.decoder) / 2
+
+    def grad_norm(self, num_transitions: int) -> float:
+        """Of a gradient's norm, relative. What is orthogonal to the gradient counts by its square."""
+        return SIGMAS * self.gradient / math.sqrt(self.num_elements * num_transitions) + self.gradient**2 / 2
+
+    def weights(self, count: int) -> float:
+        """Of `count` weights after all of Adam's updates, in 2-norm, absolute, see 8."""
+        return 2 * math.sqrt(self.gradient) * self.rate * math.sqrt(count)
+
+
+def of(config: Config, dtype: torch.dtype = torch.float32) -> Rounding:
+    """What rounding in `dtype` may do to a run with these options. Its model is a folder."""
+    folder = Path(config.model.config or config.model.path)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
+    scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder, subfolder="scheduler"))
+    sample, train = config.sample, config.train
+    table = DDIMSchedule.from_scheduler(scheduler, sample.num_steps, sample.eta).coefficients.double()
+    accumulated = torch.finfo(torch.float32 if dtype in HALF else dtype).eps
+    delta, g = network_rounding(unet, dtype), sample.guidance_scale
+    a = 1 if g == 1 else abs(g) + abs(g - 1)
+    etas, size, error = [], 1.0, 0.0
+    for c_x, c_out, s in table[:, :3].abs().tolist():
+        next_size = math.hypot(c_x * size, c_out, s)
+        mean = 0.2 * accumulated * (c_x * size + c_out * a + next_size)
+        error = c_x * error + c_out * a * delta + mean
+        etas.append((c_out * a * delta + mean) / s)
+        size = next_size
+    side = unet.config.sample_size
+    updates = config.run.iterations * train.num_minibatches * train.inner_epochs
+    return Rounding(
+        eps=accumulated, network=delta, decoder=network_rounding(vae.decoder, dtype), eta=max(etas),
+        log_prob=(table[:, 3].abs() + 0.5).max().item(), latents=error / size, rate=train.learning_rate * updates,
+        num_elements=unet.config.in_channels * (side**2 if isinstance(side, int) else math.prod(side)),
+    )  # fmt: skip
+
+
+def of_run(run_dir: Path) -> Rounding:
+    """What rounding may do to the run of this directory."""
+    return of(parse([f"--config={run_dir / 'config.yaml'}", f"--run.dir={run_dir}-bounds"]))
