@@ -1,6 +1,7 @@
 """The denoising process as a table of per-step Gaussians. Shape letters: S denoising steps, B samples, (C, H, W) one's latents."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,12 +10,40 @@ from torch import Tensor
 
 from ddpo_fast.kernels.reference import INITIAL_STEP, normal_noise
 
+SD_STEPS = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+"""How Stable Diffusion's scheduler_config.json places the timesteps."""
+
+
+def ddim_scheduler(config: Mapping) -> DDIMScheduler:
+    """The DDIM scheduler of a model, of the config of whatever sampler is saved with it: its betas, what it predicts, its `clip_sample`.
+
+    Its timesteps are those that the config states, if each has a density: "leading" with an offset of 1 or more, or "trailing". Others
+    have a step at t = 0, from where there is no way to go; "trailing" takes their place for betas rescaled to zero signal-to-noise, which
+    begin at the last timestep, and Stable Diffusion's own do for the rest. The last step always ends at the noise of t = 0: one that
+    ended at the picture would have no density. What a config does not state is as Stable Diffusion has it.
+    """
+    spacing, offset = (_stated(config, key) for key in ("timestep_spacing", "steps_offset"))
+    if spacing not in ("leading", "trailing") or spacing == "leading" and offset < 1:
+        spacing, offset = ("trailing" if config.get("rescale_betas_zero_snr", False) else "leading"), SD_STEPS["steps_offset"]
+    steps = {"timestep_spacing": spacing, "steps_offset": offset, "set_alpha_to_one": False}
+    return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False), **steps)
+
+
+def changed_steps(config: Mapping, ours: DDIMScheduler) -> dict[str, object]:
+    """What `ours` has otherwise than a scheduler's config states, of the keys of `SD_STEPS`."""
+    return {key: ours.config[key] for key in SD_STEPS if key in config and _stated(config, key) != ours.config[key]}
+
+
+def _stated(config: Mapping, key: str) -> object:
+    """A scheduler's own default is not what its model was made for, so it does not count."""
+    return config[key] if key in config and key not in config.get("_use_default_values", ()) else SD_STEPS[key]
+
 
 @dataclass(frozen=True)
 class DDIMSchedule:
     """Every step of stochastic DDIM (eta > 0) as x_p ~ N(c_x x_t + c_out out, s^2), `out` the guided UNet output.
 
-    With a_t, a_p the cumulative alphas at t and t - T//S (arXiv:2010.02502, eq. 12 and 16):
+    With a_t, a_p the cumulative alphas at t and t - T//S, or 0 where that is below (arXiv:2010.02502, eq. 12 and 16):
         s     = eta sqrt((1 - a_p) / (1 - a_t) (1 - a_t / a_p))
         mean  = sqrt(a_p) x0 + sqrt(1 - a_p - s^2) e
     x0 and e are affine in (x_t, out) for epsilon, v and sample prediction, hence so is the mean. A scheduler with `clip_sample` clamps
@@ -37,14 +66,7 @@ class DDIMSchedule:
             raise ValueError(f"sample.eta={eta}: valid is 0 < eta <= 1; at 0 DDIM is deterministic, so a step has no density")
         if config.get("thresholding", False):
             raise ValueError("scheduler_config.json: thresholding must be false for a latent diffusion model")
-        # other schedulers' configs do not have every key; what they lack is as Stable Diffusion has it
-        scheduler = DDIMScheduler.from_config(
-            config,
-            clip_sample=False,
-            thresholding=False,
-            set_alpha_to_one=config.get("set_alpha_to_one", False),
-            steps_offset=config.get("steps_offset", 1),
-        )
+        scheduler = ddim_scheduler(config)
         num_train_steps = scheduler.config.num_train_timesteps
         if not 1 <= num_steps <= num_train_steps:
             raise ValueError(f"sample.num_steps={num_steps}: valid is 1 to {num_train_steps}, the model's training steps")
@@ -58,14 +80,12 @@ class DDIMSchedule:
         previous = timesteps - num_train_steps // num_steps
 
         alphas = torch.cumprod(1 - scheduler.betas.double(), 0)
-        final = torch.ones((), dtype=torch.float64) if scheduler.config.set_alpha_to_one else alphas[0]
-        a_t, a_p = alphas[timesteps], torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
+        a_t, a_p = alphas[timesteps], alphas[previous.clamp(min=0)]
         s = eta * ((1 - a_p) / (1 - a_t) * (1 - a_t / a_p)).sqrt()
         if not (s > 0).all():
             step = int((~(s > 0)).nonzero()[0])
             raise ValueError(
-                f"scheduler_config.json: step {step} (t={timesteps[step]}) has zero variance, so no density; "
-                "steps_offset must be 1 and set_alpha_to_one false"
+                f"sample.num_steps={num_steps}: valid is fewer; step {step} (t={timesteps[step]}) has zero variance, so no density"
             )
         direction = (1 - a_p - s**2).clamp(min=0).sqrt()
         sa_t, sb_t, sa_p = a_t.sqrt(), (1 - a_t).sqrt(), a_p.sqrt()
@@ -87,8 +107,8 @@ class DDIMSchedule:
                 "at zero signal-to-noise epsilon says nothing of the picture"
             )
         columns = [c_x, c_out, s, s.log() + 0.5 * math.log(2 * math.pi)]
-        if config.get("clip_sample", False):
-            columns += [q_x, q_out, sa_p * config.get("clip_sample_range", 1.0)]
+        if scheduler.config.clip_sample:
+            columns += [q_x, q_out, sa_p * scheduler.config.clip_sample_range]
         return cls(timesteps.to(device), torch.stack(columns, 1).to(device, dtype))
 
     @property

@@ -24,12 +24,14 @@ from diffusers import (
 from safetensors import safe_open
 from torch import nn
 
+from ddpo_fast.ddim import SD_STEPS, changed_steps, ddim_scheduler
+
 CLASSES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 """What can be trained, by the name in model_index.json."""
 SCHEDULERS = tuple(
     f"{name}Scheduler"
-    for name in "DDIM DDPM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete "
-    "DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep UniPCMultistep".split()
+    for name in "DDIM DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete "
+    "KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep UniPCMultistep SASolver".split()
 )
 """Samplers of models that were trained to denoise at every step of their betas, which is what DDIM needs."""
 
@@ -49,16 +51,18 @@ def check_model(path: str, config: str | None, vae: str | None) -> None:
 
 def open_pipeline(
     path: str, config: str | None, vae: str | None, dtype: torch.dtype
-) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    """The pipeline of `path`, with the VAE of `vae` instead of its own, in `dtype`; of safetensors only.
+) -> tuple[StableDiffusionPipeline | StableDiffusionXLPipeline, list[str]]:
+    """The pipeline of `path`, with the VAE of `vae` instead of its own, in `dtype`; of safetensors only. And what is to be said of it.
+
+    Its scheduler is DDIM's of the model's betas, see `ddim_scheduler`, whatever sampler is saved with it.
 
     path is a folder or hub id; or, if `config` is one, with the configs and the tokenizer of a pipeline of the same layout, a file of
     weights as Stable Diffusion was first published. SDXL's own VAE overflows in fp16 and says so by `force_upcast`; it is then in fp32,
     as diffusers has it. Raises ValueError where `path`, `config` or `vae` has nothing of the kind, before weights are read if configs tell.
     """
-    kind = _checked_class(path, config, vae)
+    kind, scheduler, notes = _checked_class(path, config, vae)
     is_sdxl = kind is StableDiffusionXLPipeline
-    parts = {}
+    parts = {"scheduler": scheduler}
     if vae is not None:
         with _in_one_line(f"model.vae={vae}"):
             parts["vae"] = AutoencoderKL.from_pretrained(vae, dtype=dtype, use_safetensors=True)
@@ -81,7 +85,7 @@ def open_pipeline(
         raise ValueError(f"model.path={path}: it lacks a text encoder; valid is an SDXL base model, with two")
     if is_sdxl and dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.float()
-    return pipe
+    return pipe, notes
 
 
 def _text_encoders(path: str, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -101,8 +105,11 @@ def _text_encoders(path: str, dtype: torch.dtype) -> dict[str, nn.Module]:
     return encoders
 
 
-def _checked_class(path: str, config: str | None, vae: str | None) -> type:
-    """The pipeline's class, if configs and names of weights are those of a model that can be trained; else raises ValueError."""
+def _checked_class(path: str, config: str | None, vae: str | None) -> tuple[type, DDIMScheduler, list[str]]:
+    """The pipeline's class, its scheduler and what is to be said of it, if configs and names of weights are of a model to train.
+
+    Raises ValueError otherwise.
+    """
     source = config or path
     option = f"model.path={path}" if config is None else f"model.config={config}"
     name = (index := _read_config(option, source, DiffusionPipeline)).get("_class_name")
@@ -132,9 +139,25 @@ def _checked_class(path: str, config: str | None, vae: str | None) -> type:
             f"{option}: its scheduler, {sampler} with timestep_spacing=trailing, is that of a model distilled to a few steps (turbo): "
             "they are not DDIM's, and the last of them has no density to train by; valid is the model that it was distilled from"
         )
+    if scheduler.get("timestep_type") == "continuous":
+        raise ValueError(
+            f"{option}: its scheduler has timestep_type=continuous, as EDM's do, whose levels of noise are no betas; valid is discrete"
+        )
     if config is not None:
         _check_file(path, CLASSES[name], vae)
-    return CLASSES[name]
+    ddim, notes = _ddim_scheduler(CLASSES[name], sampler, scheduler), []
+    if changed := changed_steps(scheduler, ddim):
+        ours, stated = (", ".join(f"{key}={values[key]}" for key in changed) for values in (changed, scheduler))
+        notes = [f"{option}: the steps are DDIM's with {ours}; its scheduler_config.json has {stated}"]
+    return CLASSES[name], ddim, notes
+
+
+def _ddim_scheduler(kind: type, sampler: str, config: dict) -> DDIMScheduler:
+    """`ddim_scheduler`, where the config is silent or old as the pipeline's class and the sampler's have it."""
+    config = {"clip_sample": sampler.startswith(("DDIM", "DDPM"))} | config
+    if kind is StableDiffusionPipeline:
+        config |= {"clip_sample": False, "steps_offset": SD_STEPS["steps_offset"]}
+    return ddim_scheduler(config)
 
 
 def _is_class(origin: list) -> bool:

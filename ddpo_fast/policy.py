@@ -46,7 +46,7 @@ class Policy:
         config: str | None = None,
     ):
         self.device, self.dtype = device, DTYPES[dtype]
-        self.pipe = open_pipeline(path, config, vae, self.dtype)
+        self.pipe, self.notes = open_pipeline(path, config, vae, self.dtype)
         self.is_sdxl = isinstance(self.pipe, StableDiffusionXLPipeline)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)

@@ -151,6 +151,8 @@ def load_policy(config: Config, rank: int, world_size: int, device: torch.device
     lora, model = config.lora, config.model
     policy = Policy(model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config)
     policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
+    for note in policy.notes if rank == 0 else ():
+        print(note, flush=True)
     steps = config.rwr.num_timesteps if config.train.regression else config.sample.num_steps
     transitions = config.sample.num_samples // world_size // config.train.num_minibatches * steps
     num_rows = min(32, config.train.micro_batch, transitions) * (1 if config.training_guidance == 1 else 2)

@@ -2,11 +2,12 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
-from ddpo_fast.ddim import DDIMSchedule
+from ddpo_fast.ddim import DDIMSchedule, changed_steps, ddim_scheduler
 from ddpo_fast.kernels import reference as ops
 
 SD_CONFIG = dict(
@@ -201,6 +202,7 @@ def test_eta_without_a_density_is_refused(eta, reason):
         (1001, "leading"),
         (1000, "leading"),  # an offset of 1 asks for the step t = 1000, which does not exist
         (61, "trailing"),  # diffusers rounds to 62 steps, of which the last is t = -1
+        (1000, "trailing"),  # the last is t = 0, from where there is no way to go
     ],
 )
 def test_number_of_steps_that_does_not_fit_the_model_is_refused(num_steps, spacing):
@@ -221,8 +223,6 @@ ZERO_SNR = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     "config, reason",
     [
         (dict(thresholding=True), "thresholding must be false"),
-        (dict(set_alpha_to_one=True), r"step 49 \(t=1\) has zero variance.*set_alpha_to_one false"),
-        (dict(steps_offset=0), r"step 49 \(t=0\) has zero variance.*steps_offset must be 1"),
         (dict(prediction_type="flow"), "prediction_type=flow: valid are epsilon, v_prediction, sample"),
         (ZERO_SNR, "rescale_betas_zero_snr needs prediction_type v_prediction or sample"),
     ],
@@ -256,6 +256,59 @@ def test_any_scheduler_of_the_model_gives_the_ddim_table(scheduler_class, predic
     schedule = DDIMSchedule.from_scheduler(scheduler_class.from_config(config), 50, eta=1.0)
     assert torch.equal(schedule.timesteps, expected.timesteps)
     assert torch.equal(schedule.coefficients, expected.coefficients)
+
+
+SAMPLERS = "DPMSolverMultistep UniPCMultistep DEISMultistep EulerDiscrete DDPM".split()
+
+
+@pytest.mark.parametrize("scheduler_class", [getattr(diffusers, f"{name}Scheduler") for name in SAMPLERS])
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"timestep_spacing": "linspace"},
+        {"timestep_spacing": "linspace", "set_alpha_to_one": True, "steps_offset": 0},
+        {"steps_offset": 0},
+        {"set_alpha_to_one": True},
+        {"timestep_spacing": "something new"},
+    ],
+)
+def test_steps_without_a_density_are_stable_diffusions(scheduler_class, saved):
+    """Whatever sampler was saved with the model, and with its object or its config."""
+    expected, config = DDIMSchedule.from_scheduler(sd_scheduler(), 50, eta=1.0), {**SD_CONFIG, **saved}
+    schedule = DDIMSchedule.from_scheduler(ddim_scheduler(config), 50, eta=1.0)
+    assert torch.equal(schedule.timesteps, expected.timesteps) and torch.equal(schedule.coefficients, expected.coefficients)
+    assert changed_steps(config, ddim_scheduler(config)) == {key: SD_CONFIG[key] for key in saved}
+    assert torch.equal(DDIMSchedule.from_scheduler(scheduler_class.from_config(config), 50, eta=1.0).coefficients, expected.coefficients)
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])
+def test_a_samplers_own_defaults_do_not_count(scheduler_class):
+    """What a config of 2022 does not state is as Stable Diffusion has it."""
+    betas = {key: SD_CONFIG[key] for key in ("beta_schedule", "beta_start", "beta_end")}
+    scheduler = scheduler_class.from_config({**betas, "clip_sample": False})
+    expected = DDIMSchedule.from_scheduler(sd_scheduler(), 50, eta=1.0)
+    assert torch.equal(DDIMSchedule.from_scheduler(scheduler, 50, eta=1.0).coefficients, expected.coefficients)
+    assert changed_steps(scheduler.config, ddim_scheduler(scheduler.config)) == {}
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [{}, {"steps_offset": 2}, {"steps_offset": 10}, {"timestep_spacing": "trailing"}, {"timestep_spacing": "trailing", "steps_offset": 0}],
+)
+@pytest.mark.parametrize("num_steps", [7, 50])
+def test_steps_with_a_density_stay_as_they_are_saved(saved, num_steps):
+    config = {**SD_CONFIG, **saved}
+    schedule, own = DDIMSchedule.from_scheduler(ddim_scheduler(config), num_steps, eta=1.0), DDIMScheduler(**config)
+    own.set_timesteps(num_steps)
+    assert torch.equal(schedule.timesteps, own.timesteps) and changed_steps(config, ddim_scheduler(config)) == {}
+
+
+def test_zero_snr_keeps_its_first_step():
+    """Stable Diffusion's steps would begin at t = 981, where such a model has not all of the noise."""
+    config = {**SD_CONFIG, **ZERO_SNR, "prediction_type": "v_prediction"}
+    expected = DDIMSchedule.from_scheduler(ddim_scheduler(config), 50, eta=1.0)
+    schedule = DDIMSchedule.from_scheduler(ddim_scheduler(config | {"timestep_spacing": "linspace"}), 50, eta=1.0)
+    assert schedule.timesteps[0] == 999 and torch.equal(schedule.coefficients, expected.coefficients)
 
 
 @pytest.mark.parametrize("dtype, wide", [(torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])

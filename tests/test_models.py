@@ -16,9 +16,10 @@ from test_sdxl import make_sdxl
 from ddpo_fast import train as trainer
 from ddpo_fast.config import parse
 from ddpo_fast.counts import architecture
+from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.kernels.reference import normal_noise
 from ddpo_fast.metrics import StageTimer, read_metrics
-from ddpo_fast.pipelines import check_model
+from ddpo_fast.pipelines import check_model, open_pipeline
 from ddpo_fast.policy import Policy
 
 CPU = torch.device("cpu")
@@ -309,3 +310,49 @@ def test_what_is_not_distilled_is_not_refused(tmp_path, sampler, scheduler):
     change(path / "model_index.json", scheduler=["diffusers", sampler])
     change(path / "scheduler" / "scheduler_config.json", _class_name=sampler, **scheduler)
     check_model(str(path), None, None)
+
+
+@pytest.fixture(scope="module")
+def both_kinds(single_files) -> dict[str, Path]:
+    return {kind: paths[0] for kind, paths in single_files.items()}
+
+
+@pytest.mark.parametrize(
+    "kind, sampler, saved",
+    [
+        ("sd", "DPMSolverMultistepScheduler", {"timestep_spacing": "linspace"}),
+        ("sd", "PNDMScheduler", {"steps_offset": 0}),
+        ("sd", "DDIMScheduler", {"set_alpha_to_one": True}),
+        ("sdxl", "EulerAncestralDiscreteScheduler", {"timestep_spacing": "linspace", "set_alpha_to_one": None}),
+        ("sdxl", "SASolverScheduler", {"timestep_spacing": "linspace"}),
+        ("sdxl", "DDPMScheduler", {"steps_offset": 0}),
+    ],
+)
+def test_any_sampler_gives_the_ddim_steps_and_says_so(both_kinds, tmp_path, kind, sampler, saved):
+    """As after `pipe.scheduler = ...from_config(pipe.scheduler.config)` and `save_pretrained`, whose keys it has."""
+    path = shutil.copytree(both_kinds[kind], tmp_path / "m")
+    change(path / "model_index.json", scheduler=["diffusers", sampler])
+    change(path / "scheduler" / "scheduler_config.json", _class_name=sampler, **saved)
+    (pipe, (note,)), own = (
+        open_pipeline(str(path), None, None, torch.float32),
+        DDIMScheduler.from_pretrained(both_kinds[kind] / "scheduler"),
+    )
+    tables = [DDIMSchedule.from_scheduler(scheduler, 10, 1.0).coefficients for scheduler in (pipe.scheduler, own)]
+    key = next(iter(saved))
+    assert torch.equal(*tables) and note.startswith(f"model.path={path}: the steps are DDIM's with ") and f"{key}={saved[key]}" in note
+
+
+def test_a_run_says_which_steps_it_takes(both_kinds, tmp_path, capsys):
+    path = shutil.copytree(both_kinds["sd"], tmp_path / "m")
+    change(path / "scheduler" / "scheduler_config.json", timestep_spacing="linspace")
+    trainer.prepare(parse(options(tmp_path, path)))
+    expected = "the steps are DDIM's with timestep_spacing=leading; its scheduler_config.json has timestep_spacing=linspace"
+    assert capsys.readouterr().out == f"model.path={path}: {expected}\n"
+
+
+def test_levels_of_noise_that_are_no_betas_are_refused(both_kinds, tmp_path):
+    path = shutil.copytree(both_kinds["sdxl"], tmp_path / "m")
+    change(path / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    change(path / "scheduler" / "scheduler_config.json", timestep_type="continuous")
+    with pytest.raises(ValueError, match=f"model.path={path}: its scheduler has timestep_type=continuous"):
+        check_model(str(path), None, None)
