@@ -1,10 +1,13 @@
 """How a run ends early: SIGTERM and SIGINT stop it at its next safe point, and the ranks of a launcher that is gone do not linger."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -23,6 +26,46 @@ def _started_by_deepspeed() -> bool:
     return "LOCAL_SIZE" in os.environ and "deepspeed.launcher.launch" in psutil.Process().parent().cmdline()
 
 
+_IN_CHILDREN: dict[int, Callable | int | None] = {}
+"""By signal that only this process handles, what handles it in a child that is forked."""
+_forking = threading.local()
+
+
+def handle_here(number: int, handler: Callable) -> Callable[[], None]:
+    """Has this process handle a signal, but no child that is forked: there SIGTERM does what it did before, and Ctrl-C nothing.
+
+    SIGTERM ends the workers of a process pool. Ctrl-C at a terminal reaches them, too, while this process may still want their work.
+    Returns what undoes it.
+    """
+    before = signal.signal(number, handler)
+    # no SIG_IGN, which a program that the child becomes would inherit
+    _IN_CHILDREN[number] = (lambda number, frame: None) if number == signal.SIGINT else before
+
+    def undo() -> None:
+        signal.signal(number, before)
+        del _IN_CHILDREN[number]
+
+    return undo
+
+
+def _before_fork() -> None:
+    _forking.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _IN_CHILDREN)  # else Python loses what a child gets in its first moment
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.blocked)
+
+
+def _in_child() -> None:
+    for number, handler in _IN_CHILDREN.items():
+        signal.signal(number, handler)
+    _IN_CHILDREN.clear()
+    _after_fork()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
+
+
 class StopRequest:
     """While entered, SIGTERM and SIGINT only set `requested`; another one, SAME_REQUEST_S later, ends the process with 128 + its number.
 
@@ -38,12 +81,12 @@ class StopRequest:
                 self._runner = runner.pid
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._undo = [handle_here(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)]
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for undo in self._undo:
+            undo()
 
     @property
     def requested(self) -> bool:
@@ -57,4 +100,6 @@ class StopRequest:
             # os.write: print may be what the signal has interrupted
             os.write(2, f"\n{name}: saving a checkpoint after this iteration, then stopping; once more to stop at once\n".encode())
         elif now - self._received_at > SAME_REQUEST_S:
+            for child in multiprocessing.active_children():  # a reward's, which wait for work for ever
+                child.kill()
             os._exit(128 + number)

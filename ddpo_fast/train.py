@@ -6,12 +6,18 @@
 the gradient. Shape letters: B samples of this rank, S denoising steps.
 """
 
+import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 if __name__ == "__main__":
-    if not __package__:  # run as a file: sys.path[0] is this folder, whose module names are not meant for the top level
-        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    root = Path(__file__).resolve().parents[1]
+    found = (find_spec(name) for name in ("ddpo_fast", "ddpo_fast.kernels"))
+    if not all(spec and Path(spec.origin).resolve().is_relative_to(root) for spec in found):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: this Python has not installed ddpo_fast from this folder: pip install -e {root}", file=sys.stderr)
+        sys.exit(2)
     from ddpo_fast.config import parse_or_exit
     from ddpo_fast.preemption import die_with_launcher
 
@@ -20,7 +26,6 @@ if __name__ == "__main__":
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import zip_longest
@@ -471,4 +476,7 @@ def _warn_of_ratio_error(setup: Setup, row: dict) -> None:
 
 
 if __name__ == "__main__":
+    # a process that a reward starts by multiprocessing's spawn or forkserver imports the main module if it finds it: DeepSpeed and all
+    __spec__ = None
+    del __file__
     main()

@@ -122,12 +122,41 @@ def test_two_ranks_resume_with_sharded_optimizer(options, tmp_path):
     assert done.returncode == 2 and "error: zero.stage=2: the optimizer's state is sharded over 2 ranks" in done.stderr
 
 
+REWARD = """
+import multiprocessing
+from kernels import get_kernel  # Hugging Face's package, if it is there
+from tests import theirs        # beside this file
+
+def f(images, prompts):
+    scores = images[:, 0].mean((1, 2)).tolist()
+    for method in ("fork", "spawn", "forkserver"):
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            scores = pool.map(same, scores)
+    return scores
+
+def same(score):
+    return score
+"""
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """A reward that brings packages of names that the checkout has, too, and starts processes; the variable that lets it be found."""
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    for folder, name in (("site/kernels", "get_kernel"), ("tests", "theirs")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "__init__.py").write_text(f"{name} = True")
+    return {"PYTHONPATH": str(tmp_path / "site")}
+
+
 @pytest.mark.parametrize("cwd", ["checkout", "elsewhere"])
 @pytest.mark.parametrize("form", ["deepspeed", "file", "module"])
-def test_every_way_to_start(options, tmp_path, form, cwd):
+def test_every_way_to_start(options, tmp_path, form, cwd, packages, monkeypatch):
+    """With a reward that wants packages of the checkout's names, and starts processes that import its file."""
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", packages["PYTHONPATH"])
     folder = ROOT if cwd == "checkout" else tmp_path
     script = "ddpo_fast/train.py" if cwd == "checkout" else str(ROOT / "ddpo_fast" / "train.py")
-    argv = options("run", "--run.iterations=1")
+    argv = options("run", "--run.iterations=1", f"--reward.name={tmp_path / 'my_reward.py'}:f", "--reward.timeout_s=200")
     if form == "deepspeed":
         done = deepspeed(1, script, argv, cwd=folder)
     else:
@@ -137,6 +166,19 @@ def test_every_way_to_start(options, tmp_path, form, cwd):
     assert "reward on the fixed evaluation set after iteration 1:" in done.stdout and (tmp_path / "run" / "report.html").exists()
     ours = [line for line in (done.stdout + done.stderr).splitlines() if "launch" not in line and "runner" not in line]
     assert not [line for line in ours if re.search(r"warn", line, re.I)], ours
+
+
+@pytest.mark.parametrize("form", ["file", "module"])
+def test_a_checkout_that_is_not_installed_says_so(tmp_path, form):
+    """Neither a copy of the package runs another's code, nor with another's kernels."""
+    (tmp_path / "ddpo_fast").mkdir()
+    for name in ("__init__.py", "train.py"):
+        (tmp_path / "ddpo_fast" / name).write_text((ROOT / "ddpo_fast" / name).read_text())
+    start = ["ddpo_fast/train.py"] if form == "file" else ["-m", "ddpo_fast.train"]
+    for python in ([sys.executable], [sys.executable, "-S"]):  # -S: without what is installed
+        done = subprocess.run([*python, *start], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+        expected = f"error: this Python has not installed ddpo_fast from this folder: pip install -e {tmp_path}\n"
+        assert (done.returncode, done.stderr) == (2, expected)
 
 
 def test_a_bad_option_costs_one_line_and_little_time(tmp_path):

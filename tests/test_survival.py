@@ -1,5 +1,6 @@
 """Runs of real processes that are killed or asked to stop: what is left can be resumed exactly, and nothing hangs."""
 
+import multiprocessing
 import os
 import random
 import re
@@ -18,12 +19,17 @@ from test_launch import DEEPSPEED, ENVIRONMENT, ROOT, TIMES, _ports, deepspeed
 
 from ddpo_fast.checkpoint import find_fault, list_checkpoints
 from ddpo_fast.metrics import read_metrics
+from ddpo_fast.preemption import StopRequest
 
 END_S = 60
 """After a death everything has to be over within this."""
 REWARD = """
-import os, pathlib, time
+import multiprocessing, os, pathlib, time
 def slow_redness(images, prompts):
+    if "SCORING_S" in os.environ:
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,), daemon=True)
+        worker.start()
+        (pathlib.Path(__file__).parent / "worker").write_text(str(worker.pid))
     (pathlib.Path(__file__).parent / "scoring").touch()
     time.sleep(float(os.environ.get("SCORING_S", 0.2)))
     return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
@@ -196,12 +202,41 @@ def test_a_second_signal_ends_the_run_at_once(options, tmp_path):
     while not (tmp_path / "scoring").exists():
         assert alone.poll() is None
         time.sleep(0.05)
-    alone.send_signal(signal.SIGINT)
+    for process in (alone, *psutil.Process(alone.pid).children()):  # as Ctrl-C at a terminal does
+        process.send_signal(signal.SIGINT)
     time.sleep(2.5)
     assert alone.poll() is None
     alone.send_signal(signal.SIGTERM)
     _, error = alone.communicate(timeout=5)
-    assert alone.returncode == 128 + signal.SIGTERM and "SIGINT: saving a checkpoint" in error and "Traceback" not in error
+    assert alone.returncode == 128 + signal.SIGTERM and "Traceback" not in error
+    assert error.count("SIGINT: saving a checkpoint") == 1  # not by the reward's worker, too
+    worker = int((tmp_path / "worker").read_text())
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_process_is_ended_by_sigterm_and_not_by_ctrl_c(capfd):
+    """Else a pool of worker processes, which SIGTERM ends, would never end, and one at work would lose it to Ctrl-C."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
+        child.start()
+        os.kill(child.pid, signal.SIGINT)
+        child.join(0.3)
+        assert child.is_alive()
+        child.terminate()
+        child.join(30)
+        assert child.exitcode == -signal.SIGTERM
+        if not (pid := os.fork()):
+            os.execvp(sys.executable, [sys.executable, "-c", "import time; time.sleep(100)"])
+        os.kill(pid, signal.SIGINT)  # before or after the child has become another program
+        os.kill(pid, signal.SIGTERM)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) in (signal.SIGINT, signal.SIGTERM)
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert capfd.readouterr().err.count("saving a checkpoint") == 1
 
 
 def test_a_loss_that_is_nan_on_one_rank_is_skipped_on_all(options, tmp_path):

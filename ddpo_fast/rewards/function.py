@@ -6,15 +6,20 @@ import inspect
 import os
 import sys
 import threading
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ddpo_fast.memory import is_out_of_memory
+
+# a process that is forked has none of the threads that this one computes with, and would wait for them
+os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 REWARDS = {
     "jpeg_compressibility": "ddpo_fast.rewards.jpeg:jpeg_compressibility",
@@ -41,15 +46,11 @@ def load_reward(name: str, kwargs: dict) -> Callable:
     if source.endswith(".py") and not os.path.isfile(source):
         raise ValueError(f"reward.name={name}: there is no file {source}")
     # where the module's own imports are looked for, after everything else
-    sys.path.append(str(Path(source).resolve().parent if source.endswith(".py") else Path.cwd()))
+    folder = str(Path(source).resolve().parent if source.endswith(".py") else Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
-        if source.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(f"reward_{Path(source).stem}", source)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module  # where dataclasses and pickle look for it
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
+        module = _load_file(Path(source).resolve()) if source.endswith(".py") else importlib.import_module(source)
     except (Exception, SystemExit) as error:
         raise ValueError(f"reward.name={name}: importing {source} failed: {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)
@@ -77,6 +78,37 @@ def load_reward(name: str, kwargs: dict) -> Callable:
     except TypeError:
         raise ValueError(f"reward.name={name}: an instance of {function_name} cannot be called with (images, prompts)") from None
     return reward
+
+
+_FILES: dict[Path, tuple[int, ModuleType]] = {}
+"""By file, the module that is loaded, and when the file was written."""
+
+
+def _load_file(file: Path) -> ModuleType:
+    """The module in a file, which is executed once, and again when the file has changed.
+
+    The module has the name that `import` finds it by, as the workers of a process pool do. Where another module has that name, it has a
+    name of its own, which no worker can import.
+    """
+    written = file.stat().st_mtime_ns
+    if file in _FILES and _FILES[file][0] == written:
+        return _FILES[file][1]
+    name = file.stem if _finds(file) else f"reward_{file.stem}_{zlib.crc32(bytes(file)):x}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and pickle look for it
+    spec.loader.exec_module(module)
+    _FILES[file] = written, module
+    return module
+
+
+def _finds(file: Path) -> bool:
+    """Whether `import` of a file's name finds that file."""
+    try:
+        spec = importlib.util.find_spec(file.stem)
+    except (ImportError, ValueError):  # what is before a dot is no package; the main module
+        return False
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == file
 
 
 _VALID = f"valid is one of {', '.join(REWARDS)}, path/to/file.py:function or package.module:function"

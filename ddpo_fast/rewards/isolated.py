@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
+from ddpo_fast.preemption import handle_here
 from ddpo_fast.rewards.function import RewardError, call, load_reward
 
 START_TIMEOUT_S = 300.0
@@ -55,10 +56,11 @@ class IsolatedReward:
         self.connection, theirs = Pipe()
         lifeline, ours = os.pipe()  # only this process has its writing end, so it is closed when this process ends
         fds = theirs.fileno(), lifeline
-        command = [sys.executable, "-Pu", "-c", f"from ddpo_fast.rewards.isolated import serve; serve{fds}"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        # not by PYTHONPATH, which other programs that the function starts would have, too
+        program = f"import sys; sys.path[:] = {sys.path}; from ddpo_fast.rewards.isolated import serve; serve{fds}"
         # a session of its own: Ctrl-C at the terminal is the trainer's, and what the function has started is of its group
-        self.process = subprocess.Popen(command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        command = [sys.executable, "-Pu", "-c", program]
+        self.process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True)
         theirs.close()
         os.close(lifeline)
         self.close = weakref.finalize(self, _close, self.process, self.connection, ours)
@@ -110,6 +112,8 @@ def serve(connection: int, lifeline: int) -> None:
     """What the process does: loads the function, then answers each batch that arrives with its rewards, or with a RewardError."""
     for descriptor in (connection, lifeline):
         os.set_inheritable(descriptor, False)
+    # DeepSpeed's launcher sends it to all that a rank has started when that is to save a checkpoint, with this function's numbers
+    handle_here(signal.SIGTERM, lambda number, frame: None)
     # when the trainer has ended, SIGIO ends this process and those it has started, also one that never gives up the GIL
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.config import RewardConfig, user_error
+from ddpo_fast.preemption import handle_here
 from ddpo_fast.rewards import Reward, open_reward
 from ddpo_fast.rewards.function import RewardError
 from ddpo_fast.rewards.pixels import decode_png
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     with server:
         print(f"{options.reward.name} at http://{options.host}:{server.server_port}/", flush=True)
         for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background job begins with it ignored
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+            handle_here(number, lambda number, frame: sys.exit(128 + number))
         server.serve_forever()
 
 
