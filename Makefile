@@ -4,17 +4,20 @@ BIN := .venv/bin
 # A Python that has what is needed already: `make gpu PY=python3` makes no .venv
 PY ?= $(BIN)/python
 SETUP := $(if $(filter $(BIN)/python,$(PY)),.venv/installed)
-# TRL's own environment; another Python that has TRL: TRL_PY=python3
-TRL_PY ?= .venv-trl/bin/python
+# TRL's own environment, or that other Python
+TRL_PY ?= $(if $(SETUP),.venv-trl/bin/python,$(PY))
 TRL_SETUP := $(if $(filter .venv-trl/bin/python,$(TRL_PY)),.venv-trl/installed)
 export TRL_PY
 RUN := env -u TRITON_INTERPRET $(PY) -m
-BOX := timeout -s INT -k 15
+# Seconds of `make gpu`, and when it began
+BUDGET ?= 480
+START := $(shell date +%s)
+GPU_SETUP := $(if $(SETUP),has-gpu $(SETUP)) $(TRL_SETUP)
 # DeepSpeed guesses, with a warning, where it is not told
 DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export DS_ACCELERATOR
 
-.PHONY: demo test test-slow lint bench bench-kernels bench-reward bench-algorithms headline kernel-table gpu gpu-kernels gpu-train gpu-peers has-gpu cuda-here clean
+.PHONY: demo test test-slow lint bench bench-kernels bench-reward bench-algorithms headline kernel-table gpu wheels has-gpu clean
 
 demo: .venv/installed  ## reinforcement learning on the embedded model: the reward rises, pictures before and after
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed ddpo_fast/train.py
@@ -51,30 +54,15 @@ headline: $(SETUP)  ## the tables and pictures of results in README.md and docs,
 kernel-table: $(SETUP)  ## compiles every kernel for four GPUs and rewrites bench/results/kernel_resources.csv
 	$(RUN) bench.kernel_resources
 
-gpu:  ## all three parts, 25 minutes at most, on a CUDA machine that needs no network; one that fails does not stop the next
-	@status=0; for part in gpu-kernels gpu-train gpu-peers; do $(MAKE) $$part || status=$$?; done; exit $$status
+gpu: $(GPU_SETUP)  ## what a CUDA machine is asked, 8 minutes at most, no network needed; again, it goes on; OUT=folder PART="kernels stages peers ops ..."
+	$(if $(SETUP),,$(PY) -m bench.wheels --install)
+	$(RUN) bench.gpu $(PART) --out "$(or $(OUT),bench/results)" --seconds $$(($(START) + $(BUDGET) - $$(date +%s)))
 
-gpu-kernels: cuda-here  ## the kernels' tests and benchmarks, 9 minutes at most
-	@unset TRITON_INTERPRET; status=0; set -x; \
-	$(BOX) 220 $(PY) -m pytest tests/test_kernels.py tests/test_blocks.py tests/test_noise.py || status=$$?; \
-	$(BOX) 200 $(PY) -m bench.kernels || status=$$?; exit $$status
-
-gpu-train: cuda-here  ## SD 1.5 and SDXL at full size by stages; what each technique is worth; 9 minutes at most
-	@unset TRITON_INTERPRET; status=0; set -x; \
-	$(BOX) 230 $(PY) -m bench.throughput --models sd15 sdxl || status=$$?; \
-	$(BOX) 300 $(PY) -m bench.waterfall --model sd15_wide --rounds 3 || status=$$?; exit $$status
-
-gpu-peers: cuda-here $(TRL_SETUP)  ## SD 1.5 beside TRL and the textbook loop, 9 minutes at most
-	@unset TRITON_INTERPRET; status=0; set -x; \
-	$(BOX) 330 $(PY) -m bench.peers --model sd15 --peers textbook trl --rounds 3 --no-limits || status=$$?; \
-	$(BOX) 200 $(PY) -m bench.peers --model sd15_wide --peers textbook trl --rounds 3 || status=$$?; exit $$status
+wheels: .venv/installed  ## .whl/: what a GPU machine without a network lacks, for `make gpu PY=python3` there
+	$(BIN)/python -m bench.wheels
 
 has-gpu:
 	@command -v nvidia-smi >/dev/null || { echo "make gpu: no CUDA machine, there is no nvidia-smi here"; exit 1; }
-
-cuda-here: has-gpu $(SETUP)
-	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: this torch finds no CUDA device")'
-	$(PY) -c 'import ddpo_fast.kernels' 2>/dev/null || $(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 
 clean:
 	rm -rf .venv .venv-trl build *.egg-info
@@ -93,5 +81,5 @@ clean:
 	$(PYTHON) -m venv .venv-trl
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 		> "$$(.venv-trl/bin/python -c 'import site; print(site.getsitepackages()[0])')/shared_with_venv.pth"
-	.venv-trl/bin/pip install --quiet trl==0.23.1
+	.venv-trl/bin/pip install --quiet "$$($(BIN)/python -c 'from bench.wheels import TRL; print(TRL)')"
 	@touch $@

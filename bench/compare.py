@@ -42,7 +42,7 @@ def lines(changes: list[Change]) -> list[str]:
 
 def spread(table: Table, row: dict[str, str]) -> tuple[float, float]:
     """Low and high; of a single repetition, which has no spread, the number itself."""
-    return float(row[table.low] or row[table.metric]), float(row[table.high] or row[table.metric])
+    return tuple(float(row.get(column) or row[table.metric]) for column in (table.low, table.high))
 
 
 def verdict(table: Table, old: dict[str, str], new: dict[str, str]) -> str:
@@ -72,7 +72,7 @@ def compare(table: Table, earlier: list[Run], last: Run) -> list[Change]:
 
 def matches(run: Run, against: str) -> bool:
     """Whether a run is of that commit (its first digits, or more of them than the row has) or of a date that starts so."""
-    commits = [commit.removesuffix("-dirty") for commit in run[0]["commit"].split("+")]
+    commits = [commit.partition("-dirty")[0] for commit in run[0]["commit"].split("+")]
     return run[0]["date"].startswith(against) or any(commit.startswith(against) or against.startswith(commit) for commit in commits)
 
 

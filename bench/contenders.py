@@ -33,7 +33,9 @@ from ddpo_fast.config import parse
 from ddpo_fast.counts import flop_counter
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.fused_unet import unfuse
+from ddpo_fast.memory import free_mib
 from ddpo_fast.metrics import StageTimer
+from ddpo_fast.plan import Work, count_run, memory_mib, phases_mib, with_cache
 from ddpo_fast.prompts import draw_prompts
 from ddpo_fast.rollout import Rollout
 
@@ -205,6 +207,13 @@ class Ours(Contender):
                 f"ratio_error={row['ratio_error']:.3g}, {limit:.3g} is tolerated: rollout and update do not agree, so no time is reported"
             )
         return {key: row[key] for key in ("reward_mean", "reward_std", "ratio_error", "transitions")}
+
+    def planned_memory(self) -> dict[str, float]:
+        """planned_mib: what --plan says the peak of these iterations is."""
+        config, on_gpu = self.config, self.device.type == "cuda"
+        counts, world_size = count_run(config, self.setup.policy.dtype, on_gpu), self.setup.world_size
+        work = with_cache(Work.of(config), config.cache, counts, free_mib(self.device, world_size), world_size, on_gpu)
+        return {"planned_mib": max(phases_mib(memory_mib(counts, work, world_size)).values())}
 
     def resize(self, **options) -> None:
         """Changes the amount of work: `section__key=value` of a config, of the sections sample and train."""

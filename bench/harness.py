@@ -1,12 +1,14 @@
 """Contenders taking turns: each a process of its own that runs one iteration when told, all gated for correctness before any is timed."""
 
 import json
+import math
 import os
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -103,7 +105,9 @@ class Worker:
     def __enter__(self) -> "Worker":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        if error:  # such as an interrupt in the middle of an iteration: nothing of it is wanted any more
+            self.process.kill()
         with suppress(BrokenPipeError):
             self.process.stdin.close()  # which ends a contender that waits for a command
         try:
@@ -166,15 +170,20 @@ def gate(workers: dict[str, Worker], oracle: Worker) -> dict[str, float]:
     return errors
 
 
-def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, list[dict]]:
+def take_turns(workers: dict[str, Worker], rounds: int, deadline: float = math.inf) -> dict[str, list[dict]]:
     """A B C, C B A, ...: every contender runs `rounds` iterations, one at a time, so that a drift of the machine hits all alike.
 
-    Interrupted, it returns the whole rounds there are. A contender that fails is left out, of `workers` too.
+    After the first, a round that would not end by the `deadline` (of time.time) is not begun. Interrupted, it returns the whole rounds
+    there are. A contender that fails is left out, of `workers` too.
     """
-    results = {name: [] for name in workers}
+    results, longest = {name: [] for name in workers}, 0.0
     with tqdm(total=rounds * len(workers), desc="iterations", unit="it", dynamic_ncols=True) as bar:
         try:
             for number in range(rounds):
+                begun = time.time()
+                if number and begun + longest > deadline:
+                    tqdm.write(f"{number} of {rounds} rounds: there is no time for more", file=sys.stderr)
+                    break
                 for name in list(workers)[:: -1 if number % 2 else 1]:
                     bar.set_postfix_str(name)
                     try:
@@ -182,6 +191,7 @@ def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, list[dict]]
                     except RuntimeError as error:
                         leave_out(workers, name, error)
                     bar.update()
+                longest = max(longest, time.time() - begun)
         except KeyboardInterrupt:
             if not min((len(results[name]) for name in workers), default=0):
                 raise

@@ -194,17 +194,25 @@ def providers() -> dict[str, str]:
     }
 
 
+def benchmarks() -> list[tuple[str, Case, str]]:
+    """(provider, case, direction) of each. What is compiled, at seconds a case, comes last: a run that is cut short has both others."""
+    can_run = [provider for provider, missing in providers().items() if not missing]
+    every = [(provider, case, direction) for case in cases() for direction in directions(case.op) for provider in can_run]
+    compiled = torch.float16 if ON_GPU else torch.float32, "NCHW"
+    every = [each for each in every if each[0] != "compile" or (each[1].dtype, each[1].layout) == compiled]
+    return sorted(every, key=lambda each: each[0] == "compile")
+
+
+def keys(provider: str, case: Case, direction: str) -> dict[str, str]:
+    """The columns of the table `kernels` that say what was measured."""
+    return dict(
+        op=case.op, direction=direction, provider=provider, shape="x".join(map(str, case.shape)),
+        dtype=str(case.dtype).removeprefix("torch."), layout="" if case.op == "geglu" else case.layout,
+    )  # fmt: skip
+
+
 def pytest_generate_tests(metafunc) -> None:
-    """Providers outermost: a run that is cut short has compared the kernels with the twin."""
-    every = [
-        pytest.param(provider, case, direction, id=f"{case}-{direction}-{provider}")
-        for provider, missing in providers().items()
-        if not missing
-        for case in cases()
-        for direction in directions(case.op)
-        # compiling takes seconds a case
-        if not (provider == "compile" and (case.dtype, case.layout) != (torch.float16 if ON_GPU else torch.float32, "NCHW"))
-    ]
+    every = [pytest.param(provider, case, direction, id=f"{case}-{direction}-{provider}") for provider, case, direction in benchmarks()]
     metafunc.parametrize("provider, case, direction", every)
 
 
@@ -239,20 +247,33 @@ def test_speed(benchmark, provider, case, direction):
     p20, p50, p80 = (1e6 / copies * statistics.quantiles(benchmark.stats.stats.data, n=10, method="inclusive")[i] for i in (1, 4, 7))
     gb_per_s = size / p50 / 1e3
     benchmark.extra_info.update(
-        op=case.op, direction=direction, provider=provider, shape="x".join(map(str, case.shape)),
-        dtype=str(case.dtype).removeprefix("torch."), layout="" if case.op == "geglu" else case.layout,
-        p20_us=p20, p50_us=p50, p80_us=p80, bytes=size, gb_per_s=gb_per_s, percent_of_copy=100e9 * gb_per_s / copy_bandwidth(),
+        **keys(provider, case, direction), p20_us=p20, p50_us=p50, p80_us=p80, bytes=size, gb_per_s=gb_per_s,
+        percent_of_copy=100e9 * gb_per_s / copy_bandwidth(),
     )  # fmt: skip
 
 
 class Rows:
     """Plugin of pytest that writes a benchmark's row as soon as it is done."""
 
-    def __init__(self, writer: Writer):
-        self.writer = writer
+    def __init__(self, writer: Writer, wanted: Callable[[dict], bool], deadline: float):
+        """wanted: whether a benchmark of these `keys` is; deadline: of time.time, by which the last one has to end."""
+        self.writer, self.wanted, self.deadline = writer, wanted, deadline
+        self.begun, self.longest = 0.0, 0.0
+
+    def pytest_collection_modifyitems(self, config, items) -> None:
+        """Leaves out what is not wanted."""
+        chosen = [item for item in items if self.wanted(keys(**item.callspec.params))]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+    def pytest_runtest_setup(self, item) -> None:
+        self.begun = time.time()
 
     def pytest_runtest_teardown(self, item) -> None:
-        """Writes a benchmark's row; one that failed has none."""
+        """Writes a benchmark's row; one that failed has none. Begins no other that would not end in time."""
+        self.longest = max(self.longest, time.time() - self.begun)
+        if time.time() + self.longest > self.deadline:
+            item.session.shouldstop = "there is no time for more"
         info = item.funcargs["benchmark"].extra_info
         if "p50_us" in info:
             row = self.writer.add(**info)
@@ -260,19 +281,24 @@ class Rows:
             print(f"\n{measured.format(**row)}", flush=True)
 
 
+def measure(writer: Writer, argv: list[str], wanted: Callable[[dict], bool] = lambda _: True, deadline: float = math.inf) -> int:
+    """Runs and writes the benchmarks that are `wanted`, by their `keys`, until the `deadline`; `argv` is pytest's. Its exit status."""
+    print(f"{device_name()}: a copy moves {copy_bandwidth() / 1e9:.1f} GB/s, read and written")
+    for provider, missing in providers().items():
+        if missing:
+            print(f"{provider}: not run: {missing}")
+    plugins = [Rows(writer, wanted, deadline)]
+    status = pytest.main([str(Path(__file__)), "--capture=no", "--benchmark-quiet", *argv], plugins=plugins)
+    print(f"{writer.path}: {'written' if writer.path.exists() else 'nothing to write'}")
+    return int(status)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; options it does not know are pytest's. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     known, others = parser.parse_known_args(argv)
-    print(f"{device_name()}: a copy moves {copy_bandwidth() / 1e9:.1f} GB/s, read and written")
-    for provider, missing in providers().items():
-        if missing:
-            print(f"{provider}: not run: {missing}")
-    writer = Writer("kernels", known.out, ["python", "-m", "bench.kernels", *others])
-    status = pytest.main([str(Path(__file__)), "--capture=no", "--benchmark-quiet", *others], plugins=[Rows(writer)])
-    print(f"{writer.path}: {'written' if writer.path.exists() else 'nothing to write'}")
-    return int(status)
+    return measure(Writer("kernels", known.out, ["python", "-m", "bench.kernels", *others]), others)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ round; the table gives the median and the 20 and 80 % quantile over the rounds.
 """
 
 import argparse
+import math
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -33,14 +34,19 @@ def contenders(work: Work, peers: list[str]) -> dict[str, tuple[str, list[str]]]
     return {label: (label.partition(",")[0], argv + batches.get(label, [])) for label in ["ours", *peers]}
 
 
-def compare(work: Work, peers: list[str], rounds: int, writer: Writer) -> list[dict]:
-    """Gates, then times, every contender; returns the rows it has written. Raises GateError before anything is timed."""
+def compare(work: Work, peers: list[str], rounds: int, writer: Writer, deadline: float = math.inf) -> list[dict]:
+    """Gates, then times, every contender; returns the rows it has written. Raises GateError before anything is timed.
+
+    `deadline`: as of `take_turns`.
+    """
     with ExitStack() as stack:
         workers = start(stack, contenders(work, peers))
+        if not workers.keys() - {"ours"}:
+            raise RuntimeError(f"none of {', '.join(peers)} could be started")
         with ExitStack() as own:
             errors = gate(workers, start_oracle(own, work.argv()))
         flop = warm_up(workers, count_flop=True)
-        results = take_turns(workers, rounds)
+        results = take_turns(workers, rounds, deadline)
     if "ours" not in results:
         raise RuntimeError("ours failed, so there is nothing to compare with")
     rows = []

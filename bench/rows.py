@@ -3,6 +3,7 @@
 import csv
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import math
 import platform
@@ -40,15 +41,20 @@ class Table:
     """The column that is compared between runs."""
     better: str
     """Which way the metric improves: lower or higher."""
-    low: str
-    high: str
-    """Columns with the spread of the metric over the repetitions of one run."""
+    low: str = ""
+    high: str = ""
+    """Columns with the spread of the metric over the repetitions of one run; empty for what is not repeated."""
     others: tuple[str, ...] = ()
     """Further columns."""
 
     @property
+    def numbers(self) -> list[str]:
+        """The metric and its spread."""
+        return [column for column in (self.metric, self.low, self.high) if column]
+
+    @property
     def columns(self) -> list[str]:
-        return [*self.keys, self.metric, self.low, self.high, *self.others, *ENVIRONMENT]
+        return [*self.keys, *self.numbers, *self.others, *ENVIRONMENT]
 
 
 TABLES = {
@@ -60,7 +66,8 @@ TABLES = {
         ),
         Table(
             "throughput", ("model", "work", "stage"), "median_s", "lower", "low_s", "high_s",
-            ("images_per_s", "transitions_per_s", "tflop_per_image", "tflop_per_s", "percent_of_matmul", "peak_memory_mib"),
+            ("images_per_s", "transitions_per_s", "tflop_per_image", "tflop_per_s", "percent_of_matmul", "peak_memory_mib",
+             "planned_mib"),
         ),
         Table(
             "scaling", ("model", "work", "axis", "value"), "median_s", "lower", "low_s", "high_s",
@@ -94,6 +101,7 @@ TABLES = {
             ("eval_before", "eval_diversity", "heldout_before", "heldout_after", "heldout_low", "heldout_high", "heldout_diversity",
              "seeds", "queries", "updates"),
         ),
+        Table("gpu", ("part", "step"), "passed", "higher", others=("failed", "skipped", "seconds", "said")),
     )
 }  # fmt: skip
 
@@ -110,14 +118,26 @@ def device_name() -> str:
 
 @functools.cache
 def commit() -> str:
-    """The checkout's commit, "-dirty" if its source is not what was committed; results themselves do not count."""
+    """The checkout's commit, "-dirty-" and a `fingerprint` if its source is not what was committed; results themselves do not count.
+
+    A copy without git has the fingerprint alone: "source-12ab34cd".
+    """
     root = Path(__file__).parents[1]
     git = ["git", "-C", str(root)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        return "unknown"
+    if not (root / ".git").exists():
+        return f"source-{fingerprint(root)}"
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     changed = subprocess.run([*git, "status", "--porcelain", "--", ".", ":!bench/results", ":!docs"], capture_output=True, text=True).stdout
-    return head.stdout.strip() + ("-dirty" if changed.strip() else "")
+    return head.stdout.strip() + (f"-dirty-{fingerprint(root)}" if changed.strip() else "")
+
+
+def fingerprint(root: Path) -> str:
+    """8 hex digits of what the Python files of the package, kernels and benchmarks hold: alike in a checkout and in a copy of it."""
+    digest = hashlib.sha256()
+    for file in sorted(file for folder in ("bench", "ddpo_fast", "kernels") for file in (root / folder).rglob("*.py")):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:8]
 
 
 def _text(value) -> str:
@@ -159,7 +179,7 @@ class Writer:
 
 def _check(table: Table, row: dict[str, str]) -> None:
     """Raises ValueError for a metric or a spread that is neither empty nor a finite number."""
-    for column in (table.metric, table.low, table.high):
+    for column in table.numbers:
         if row[column] and not math.isfinite(float(row[column])):
             raise ValueError(f"{column}={row[column]}: valid is a finite number or nothing")
 
@@ -182,6 +202,13 @@ def read(table: str, folder: Path = RESULTS) -> list[dict[str, str]]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
     return rows
+
+
+def measured(table: str, folder: Path) -> list[dict[str, str]]:
+    """The rows of `folder` and of bench/results that are of this commit and device, oldest first."""
+    folders = {path.resolve(): None for path in (RESULTS, folder)}
+    rows = [row for path in folders for row in read(table, path) if (row["commit"], row["device"]) == (commit(), device_name())]
+    return sorted(rows, key=lambda row: row["date"])
 
 
 def runs(rows: list[dict[str, str]], device: str | None = None) -> list[list[dict[str, str]]]:

@@ -9,6 +9,7 @@ no time if its own ratio_error says that rollout and update disagree, or if the 
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -57,14 +58,15 @@ START = {
 """What is held while one axis varies."""
 
 
-def stages(work: Work, rounds: int, writer: Writer) -> list[dict]:
-    """Rows of one work's stages. Raises GateError before anything is timed."""
+def stages(work: Work, rounds: int, writer: Writer, deadline: float = math.inf) -> list[dict]:
+    """Rows of one work's stages. Raises GateError before anything is timed. `deadline`: as of `take_turns`."""
     with ExitStack() as stack:
         workers = start(stack, {work.model: ("ours", work.argv())})
         with ExitStack() as own:
             gate(workers, start_oracle(own, work.argv()))
         counted = warm_up(workers, count_flop=True)
-        turns = take_turns(workers, rounds)
+        turns = take_turns(workers, rounds, deadline)
+        planned = {label: worker.call("planned_memory") for label, worker in workers.items()}
     if work.model not in turns:
         raise RuntimeError("it failed")
     worker, counted, turns = workers[work.model], counted[work.model], turns[work.model]
@@ -80,7 +82,7 @@ def stages(work: Work, rounds: int, writer: Writer) -> list[dict]:
         if stage in ("update", "total"):
             row["transitions_per_s"] = counted["transitions"] / median
         if stage == "total":
-            row["peak_memory_mib"] = turns[-1]["peak_memory_mib"]
+            row |= {"peak_memory_mib": turns[-1]["peak_memory_mib"], **planned[work.model]}
         rows.append(writer.add(**row))
     cold = counted["seconds"]["encode"]
     return [writer.add(model=work.model, work=str(work), stage="encode, first time", median_s=cold, low_s=cold, high_s=cold), *rows]
@@ -169,7 +171,8 @@ def main(argv: list[str] | None = None) -> int:
             continue
         columns = "axis value median_s sample_s update_s images_per_s transitions_per_s peak_memory_mib".split()
         if not options.scaling:
-            columns = "stage median_s images_per_s transitions_per_s tflop_per_image tflop_per_s percent_of_matmul peak_memory_mib".split()
+            columns = "stage median_s images_per_s transitions_per_s tflop_per_image tflop_per_s percent_of_matmul".split()
+            columns += ["peak_memory_mib", "planned_mib"]
         print(f"{model}: {rows[0]['work']}, {rows[0]['device']}\n{table(rows, columns)}", flush=True)
     return status
 

@@ -11,7 +11,9 @@ row's iterations are real training on the same prompts.
 
 import argparse
 import importlib.util
+import math
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +56,9 @@ def techniques(compiled: bool = True) -> list[Technique]:
     rows.append(Technique("or merged LoRA" if on_gpu else "merged LoRA", ("--lora.forward=merged",), alternative=on_gpu))
     rows.append(Technique("shared guidance", ("--model.share_guidance=true",)))
     rows += [Technique(f"or {name} attention", (f"--attention.backend={name}",), alternative=True) for name in attention_kernels()]
+    if importlib.util.find_spec("bitsandbytes"):
+        rows.append(Technique("or 8-bit AdamW", ("--optimizer.name=adamw_8bit",), alternative=True))
     rows += [
-        Technique("or 8-bit AdamW", ("--optimizer.name=adamw_8bit",), alternative=True),
         Technique("or LoRA in mid and up blocks", ("--lora.scope=mid_up",), alternative=True, other_parameters=True),
         Technique("or that, activations cached", ("--lora.scope=mid_up", "--cache.mode=on"), alternative=True, other_parameters=True),
     ]
@@ -83,8 +86,17 @@ def contenders(work: Work, rows: list[Technique]) -> dict[str, tuple[str, list[s
     return result
 
 
-def measure(work: Work, rows: list[Technique], rounds: int, writer: Writer) -> list[dict]:
-    """Gates, then times, every row; returns what it has written. Raises GateError before anything is timed."""
+def select(rows: list[Technique], wanted: Callable[[Technique], bool]) -> list[Technique]:
+    """The rows that are wanted and what they build on; none if none is."""
+    last = max((number for number, row in enumerate(rows) if wanted(row)), default=-1)
+    return [row for row in rows[: last + 1] if wanted(row) or not row.alternative]
+
+
+def measure(work: Work, rows: list[Technique], rounds: int, writer: Writer, deadline: float = math.inf) -> list[dict]:
+    """Gates, then times, every row; returns what it has written. Raises GateError before anything is timed.
+
+    `deadline`: as of `take_turns`.
+    """
     with ExitStack() as stack:
         workers = start(stack, contenders(work, rows))
         errors = {}
@@ -98,7 +110,7 @@ def measure(work: Work, rows: list[Technique], rounds: int, writer: Writer) -> l
             errors |= gate({label: worker for label, worker in workers.items() if label not in names}, start_oracle(own, work.argv()))
         workers = {label: worker for label, worker in workers.items() if label in errors}
         first = warm_up(workers)
-        results = take_turns(workers, rounds)
+        results = take_turns(workers, rounds, deadline)
     if BASELINE not in results:
         raise RuntimeError("the textbook loop failed, so there is nothing to compare with")
     num_samples = workers[BASELINE].work["num_samples"]
@@ -151,9 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     rows = techniques(options.compile or torch.cuda.is_available())
     if options.only:
-        if not (wanted := [row for row in rows if any(text in row.name for text in options.only)]):
+        if not (chosen := select(rows, lambda row: any(text in row.name for text in options.only))):
             parser.error(f"--only {' '.join(options.only)}: valid are {', '.join(row.name for row in rows)}")
-        rows = [row for row in rows[: rows.index(wanted[-1]) + 1] if row in wanted or not row.alternative]
+        rows = chosen
     try:
         written = measure(
             WORKS[options.model], rows, options.rounds, Writer("waterfall", options.out, ["python", "-m", "bench.waterfall", *argv])

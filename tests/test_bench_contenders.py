@@ -264,6 +264,29 @@ def test_turns_alternate():
     assert "".join(order) == "ABBAAB"
 
 
+def test_a_round_that_would_not_end_in_time_is_not_begun(monkeypatch, capsys):
+    now = [100.0]
+
+    class Fake:
+        def iterate(self):
+            now[0] += 10
+            return {}
+
+    monkeypatch.setattr(harness.time, "time", lambda: now[0])
+    assert harness.take_turns({"A": Fake(), "B": Fake()}, 5, deadline=165.0) == {"A": [{}] * 3, "B": [{}] * 3}
+    assert "3 of 5 rounds: there is no time for more" in capsys.readouterr().err
+    assert harness.take_turns({"A": Fake()}, 5, deadline=0.0) == {"A": [{}]}
+
+
+def test_an_interrupted_worker_does_not_finish_what_it_does(monkeypatch):
+    popen = harness.subprocess.Popen
+    deaf = "import time; time.sleep(600)"
+    monkeypatch.setattr(harness.subprocess, "Popen", lambda command, **kwargs: popen([command[0], "-c", deaf], **kwargs))
+    with pytest.raises(KeyboardInterrupt), harness.Worker("ours", []) as worker:
+        raise KeyboardInterrupt
+    assert worker.process.returncode == -9
+
+
 def test_random_pipelines_have_the_named_architecture(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "ROOT", tmp_path)
     folder = models.random_pipeline("sd15_small")
