@@ -111,6 +111,8 @@ def find_fault(folder: Path) -> str | None:
             return f"{name} is not that of iteration {folder.name}"
         for key in ("device_hours", "bad_rewards", "world_size"):
             float(state[key])
+        if not isinstance(state.get("fingerprints", {}), dict):
+            return f"{name} has fingerprints of another kind"
         if not all(math.isfinite(reward) for rewards in state["baseline"].values() for reward in rewards):
             return f"{name} has rewards that are not finite"
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

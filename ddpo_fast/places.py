@@ -39,6 +39,11 @@ def may_be_same(option: str, value, before) -> bool:
     return option != "reward.name" or _called(value) == _called(before)
 
 
+def is_address(reward: str) -> bool:
+    """Whether a reward's name is a server's address."""
+    return reward.lower().startswith(("http://", "https://"))
+
+
 def _may_be_same_kwargs(value, before) -> bool:
     if isinstance(value, dict) and isinstance(before, dict) and len(value) == len(before):
         pairs = zip(value.items(), before.items())
@@ -53,13 +58,9 @@ def _path_and_function(option: str, value: str) -> tuple[str, str]:
     if option != "reward.name":
         return value, ""
     path, colon, function = value.rpartition(":")
-    return (path, colon + function) if path.endswith(".py") and not _is_server(value) else ("", value)
+    return (path, colon + function) if path.endswith(".py") and not is_address(value) else ("", value)
 
 
 def _called(reward: str) -> str:
     """What of a reward's name is not where it is: its function's name, or that it is a server."""
-    return "http:" if _is_server(reward) else "".join(reward.rpartition(":")[1:])
-
-
-def _is_server(reward: str) -> bool:
-    return reward.lower().startswith(("http://", "https://"))
+    return "http:" if is_address(reward) else "".join(reward.rpartition(":")[1:])

@@ -1,5 +1,6 @@
 """From a config to what a run is made of: options checked, cheapest first, then the model, engine and cache."""
 
+import logging
 import math
 import re
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ddpo_fast import activation_cache, attention_backends, checkpoint, deepspeed_options, kernels
+from ddpo_fast import activation_cache, attention_backends, checkpoint, deepspeed_options, fingerprints, kernels
 from ddpo_fast.activation_cache import NO_CACHE, ActivationCache, Cache
 from ddpo_fast.config import Config
 from ddpo_fast.ddim import DDIMSchedule
@@ -30,6 +31,8 @@ from ddpo_fast.rewards.isolated import START_TIMEOUT_S
 from ddpo_fast.rwr import NoisingSchedule
 from ddpo_fast.score_accumulation import ScoreAccumulator
 from ddpo_fast.split_unet import SplitUNet
+
+logger = logging.getLogger("ddpo_fast")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Setup:
     """What to continue from; None for a new run."""
     deepspeed: dict
     """The user's own DeepSpeed options."""
+    fingerprints: dict[str, str]
+    """Of what the run is made of, on rank 0."""
 
     def shown(self, place: str | Path) -> str:
         """A path as it can be typed where the run was started; what is none stays as it is."""
@@ -110,6 +115,9 @@ def prepare(config: Config) -> Setup:
     run_dir = config.run.dir or str(started_in / f"runs/{reward_name}-{time.strftime('%Y%m%d-%H%M%S')}")
     config = config.replace(run__dir=broadcast(run_dir))
     config, policy = load_policy(config, rank, world_size, device, ops)
+    made_of = _fingerprints(config, policy, prompts, prompt_weights) if rank == 0 else {}
+    if resumed and rank == 0:
+        _say_changes(checkpoint.read_state(resumed), made_of)
     schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
     clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
     noising = NoisingSchedule.from_scheduler(policy.pipe.scheduler, device) if config.train.regression else None
@@ -128,8 +136,24 @@ def prepare(config: Config) -> Setup:
     room = Room(retry=config.zero.stage < 3)
     return Setup(
         config, Path(config.run.dir), started_in, rank, world_size, prompts, prompt_weights, evaluations, reward, policy, schedule, ops,
-        split, clip_range, scores, noising, room, resumed, deepspeed,
+        split, clip_range, scores, noising, room, resumed, deepspeed, made_of,
     )  # fmt: skip
+
+
+def _fingerprints(config: Config, policy: Policy, prompts: list[str], prompt_weights: list[float] | None) -> dict[str, str]:
+    """A hash of each thing that a run is made of, by the option and what of it."""
+    option = next((name for name in ("list", "file") if config[f"prompts.{name}"] is not None), "name")
+    found = fingerprints.of_text(f"prompts.{option} (the prompts)", [prompts, prompt_weights])
+    found |= fingerprints.of_reward(config.reward.name, config.reward.kwargs)
+    if config.deepspeed.config is not None:
+        found |= fingerprints.of_text("deepspeed.config (the file)", Path(config.deepspeed.config).read_text(encoding="utf-8"))
+    return found | fingerprints.of_model(policy.pipe, config.model.vae is None)
+
+
+def _say_changes(state: dict, now: dict[str, str]) -> None:
+    """Warns, in a line each, of what the run is made of and was not up to the checkpoint that has this `state`."""
+    for what in fingerprints.changes(now, state.get("fingerprints", {})):
+        logger.warning("%s: it has changed since iteration %d; the run goes on with what is there now", what, state["iteration"])
 
 
 def evaluation_sets(config: Config, prompts: list[str]) -> dict[str, list[str]]:

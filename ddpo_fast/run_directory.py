@@ -90,7 +90,7 @@ def _describe(what: str, write: Callable[[Path], object], run_dir: Path) -> None
 
 def save(setup: Setup, engine: Engine, baseline: PromptBaseline, state: dict) -> None:
     """Writes a checkpoint. Called by all ranks."""
-    everything = state | {"world_size": setup.world_size, "baseline": baseline.state_dict()}
+    everything = state | {"world_size": setup.world_size, "baseline": baseline.state_dict(), "fingerprints": setup.fingerprints}
     checkpoint.save(setup.run_dir, state["iteration"], engine, everything, setup.rank, setup.config.run.keep_checkpoints)
 
 

@@ -59,8 +59,8 @@ def test_of_every_option_that_is_a_text_it_is_said_whether_it_is_a_place():
 def test_a_place_is_an_absolute_path_and_nothing_else_is(option, value, place, tmp_path, monkeypatch):
     (tmp_path / "org" / "folder").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/me")
-    assert located(option, value) == place.format(here=tmp_path, home="/home/me")
+    monkeypatch.setenv("HOME", "/my-home")
+    assert located(option, value) == place.format(here=tmp_path, home="/my-home")
 
 
 def test_places_in_a_reward_s_arguments(tmp_path, monkeypatch):

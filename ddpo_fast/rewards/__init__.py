@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.memory import release_memory
+from ddpo_fast.places import is_address
 from ddpo_fast.rewards.function import RewardError, RewardMemoryError, in_background, load_reward, score
 from ddpo_fast.rewards.isolated import IsolatedReward
-from ddpo_fast.rewards.remote import RemoteReward, is_address
+from ddpo_fast.rewards.remote import RemoteReward
 
 logger = logging.getLogger(__name__)
 

@@ -25,11 +25,6 @@ BACKOFF_S = (0.5, 1, 2, 4, 8, 16)
 """Pauses before a request is sent again: a server has half a minute to come back."""
 
 
-def is_address(name: str) -> bool:
-    """Whether a reward's name is that of a server."""
-    return name.lower().startswith(("http://", "https://"))
-
-
 def read_token() -> str:
     """The shared token, empty if there is none. Raises ValueError if it cannot be sent; the message does not contain it."""
     token = os.environ.get(TOKEN_VARIABLE, "")

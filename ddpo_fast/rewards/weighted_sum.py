@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from ddpo_fast.places import is_address
 from ddpo_fast.rewards.function import call, load_reward
-from ddpo_fast.rewards.remote import RemoteReward, is_address
+from ddpo_fast.rewards.remote import RemoteReward
 
 
 class WeightedSum:
