@@ -9,6 +9,7 @@
     predict     an iteration's time on N devices, from costs measured on this one
     soak        a long run with a bad reward: finishes, memory flat, every bad reward counted
     kernels     every fused operation by itself; kernel_resources: what it takes of a GPU, compiled ahead of time
+    gpu         parts of these in the minutes that a GPU machine is there; wheels: what it lacks without a network
     compare     a run against the last one on the same kind of machine; headline: the tables and pictures of README and docs
 
 `contenders` are what is timed, each a process of its own that `harness` starts, gates for correctness and gives its turn. They do the

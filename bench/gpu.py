@@ -84,6 +84,7 @@ class Tests(Part):
 
     def run(self, missing: list[str], writers: Writers, deadline: float) -> None:
         workers = min(8, len(os.sched_getaffinity(0)))  # what takes time is compiling
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         options = ["--numprocesses", str(workers), "--benchmark-disable", "-p", "no:cacheprovider", "--tb=short"]
         status = pytest.main([*options, *missing], plugins=[TestRows(writers("gpu"))])
         if status:
@@ -140,7 +141,8 @@ class Stages(Part):
     def run(self, missing: list[str], writers: Writers, deadline: float) -> None:
         from bench import models, throughput
 
-        throughput.stages(models.WORKS[self.work], self.rounds, writers("throughput"), deadline)
+        rows = throughput.stages(models.WORKS[self.work], self.rounds, writers("throughput"), deadline)
+        print(throughput.table(rows, throughput.STAGE_COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class Peers(Part):
 
         if any(peer.startswith("trl") for peer in missing):
             harness.trl_python()
-        peers.compare(models.WORKS[self.work], missing, self.rounds, writers("peers"), deadline)
+        print(peers.table(peers.compare(models.WORKS[self.work], missing, self.rounds, writers("peers"), deadline)))
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ class Waterfall(Part):
         from bench import models, waterfall
 
         chosen = waterfall.select(self.techniques(), lambda technique: technique.name in missing)
-        waterfall.measure(models.WORKS[self.work], chosen, self.rounds, writers("waterfall"), deadline)
+        print(waterfall.table(waterfall.measure(models.WORKS[self.work], chosen, self.rounds, writers("waterfall"), deadline)))
 
 
 @dataclass(frozen=True)
@@ -232,14 +234,14 @@ PARTS = {
     "peers50": Peers("peers", 200, 480, "sd15", ("trl",), 2),
 }
 REHEARSED = {
-    "kernels": Tests("gpu", 10, 300, ("tests/test_noise.py",)),
-    "stages": Stages("throughput", 10, 300, "sd15_small", 1),
-    "peers": Peers("peers", 10, 300, "sd15_small", ("trl",), 1),
-    "ops": Operations("kernels", 10, 300),
-    "waterfall": Waterfall("waterfall", 10, 300, "sd15_small", 1),
-    "sdxl": Stages("throughput", 10, 300, "sdxl_small", 1),
-    "textbook": Peers("peers", 10, 300, "sd15_small", ("textbook", "trl, its example's batches"), 1),
-    "peers50": Peers("peers", 10, 300, "sd15_small", ("trl",), 1),
+    "kernels": Tests("gpu", 10, 900, ("tests/test_noise.py",)),
+    "stages": Stages("throughput", 10, 900, "tiny_small", 1),
+    "peers": Peers("peers", 10, 900, "tiny_small", ("trl",), 1),
+    "ops": Operations("kernels", 10, 900),
+    "waterfall": Waterfall("waterfall", 10, 900, "tiny_small", 1),
+    "sdxl": Stages("throughput", 10, 900, "sdxl_small", 1),
+    "textbook": Peers("peers", 10, 900, "tiny_small", ("textbook", "trl, its example's batches"), 1),
+    "peers50": Peers("peers", 10, 900, "tiny_small", ("trl",), 1),
 }
 """The same code where there is no GPU."""
 
@@ -260,7 +262,7 @@ def run_part(name: str, part: Part, out: Path, deadline: float, argv: list[str])
     if missing:
         said = "; ".join(filter(None, [said, f"{len(missing)} missing: {', '.join(missing)}"]))
     counts = {"passed": len(part.wanted()) - len(missing), "failed": len(missing)}
-    writers("gpu").add(part=name, step="all", seconds=time.time() - begun, said=said[:2000], **counts)
+    writers("gpu").add(part=name, step="all", seconds=time.time() - begun, said=" ".join(said.split())[:2000], **counts)
     print(f"{name}: {said or 'complete'}", flush=True)
     return int(bool(missing))
 
@@ -295,7 +297,8 @@ def supervise(name: str, part: Part, out: Path, deadline: float, rehearse: bool)
         *["--rehearse"] * rehearse,
     ]
     rows_before = len(read("gpu", out))
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    # Ctrl-C is for this process alone, which passes it on once
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True)
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -341,12 +344,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.run:
         command = ["python", "-m", "bench.gpu", "--rehearse", names[0]] if options.rehearse else ["make", "gpu", f"PART={names[0]}"]
         return run_part(names[0], parts[names[0]], options.out, deadline, command)
-    results = {}
-    for name in names:
-        results[name] = supervise(name, parts[name], options.out, deadline, options.rehearse)
+    results = dict.fromkeys(names, "interrupted")
+    with suppress(KeyboardInterrupt):
+        for name in names:
+            results[name] = supervise(name, parts[name], options.out, deadline, options.rehearse)
     print(summary(results, time.time() - BEGUN))
     return int(any(results.values()))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -2,8 +2,8 @@
 
 `embedded` is the model that ships with the package. The others have random weights and the architecture that their name says: `sd15` and
 `sdxl` in full, for a GPU, `sd15_small` and `sdxl_small` with the same blocks but fewer channels and smaller pictures, for a CPU;
-`tiny_small`, of two blocks, is for runs whose pictures do not matter. The textbook loop knows no SDXL pipeline, so `sdxl` is its UNet (less
-the added text and size conditions, under 0.1 % of its work) in a pipeline with one text encoder.
+`tiny_small`, of two blocks, is for runs whose pictures do not matter, and to rehearse a benchmark. The textbook loop knows no SDXL
+pipeline, so `sdxl` is its UNet (less the added text and size conditions, under 0.1 % of its work) in a pipeline with one text encoder.
 """
 
 from dataclasses import dataclass
@@ -99,6 +99,7 @@ WORKS = {
     "sdxl": Work("sdxl", _options(4, 10, 1, 4, *_SD_LORA)),
     "sd15_small": Work("sd15_small", _options(2, 5, 1, 10, *_SD_LORA)),
     "sdxl_small": Work("sdxl_small", _options(2, 3, 1, 6, *_SD_LORA)),
+    "tiny_small": Work("tiny_small", _options(6, 2, 1, 6, *_SD_LORA)),
 }
 
 

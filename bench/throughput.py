@@ -13,6 +13,7 @@ import math
 import os
 import statistics
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -56,6 +57,10 @@ START = {
     },
 }
 """What is held while one axis varies."""
+STAGE_COLUMNS = (
+    *"stage median_s images_per_s transitions_per_s tflop_per_image tflop_per_s percent_of_matmul".split(), "peak_memory_mib", "planned_mib"
+)  # fmt: skip
+"""Of the table for a terminal."""
 
 
 def stages(work: Work, rounds: int, writer: Writer, deadline: float = math.inf) -> list[dict]:
@@ -145,8 +150,9 @@ def rank_times(work: Work, base: dict, rounds: int) -> dict[int, list[dict]]:
     return times
 
 
-def table(rows: list[dict], columns: list[str]) -> str:
+def table(rows: list[dict], columns: Iterable[str]) -> str:
     """Rows for a terminal."""
+    columns = list(columns)
     cells = [columns, *([row[column] for column in columns] for row in rows)]
     widths = [max(len(str(line[i])) for line in cells) for i in range(len(columns))]
     return "\n".join("  ".join(str(cell).rjust(width) for cell, width in zip(line, widths)) for line in cells)
@@ -170,10 +176,7 @@ def main(argv: list[str] | None = None) -> int:
             status = 1
             continue
         columns = "axis value median_s sample_s update_s images_per_s transitions_per_s peak_memory_mib".split()
-        if not options.scaling:
-            columns = "stage median_s images_per_s transitions_per_s tflop_per_image tflop_per_s percent_of_matmul".split()
-            columns += ["peak_memory_mib", "planned_mib"]
-        print(f"{model}: {rows[0]['work']}, {rows[0]['device']}\n{table(rows, columns)}", flush=True)
+        print(f"{model}: {rows[0]['work']}, {rows[0]['device']}\n{table(rows, columns if options.scaling else STAGE_COLUMNS)}", flush=True)
     return status
 
 

@@ -76,7 +76,7 @@ def install(folder: Path) -> int:
     wanted = [*names(), TRL, f"--find-links={folder}", f"--editable={ROOT}"]
     done = subprocess.run([sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *options, *wanted])
     if done.returncode:
-        print(f"make gpu: {folder.name} does not have what this Python lacks; `make wheels` makes it where there is a network")
+        print(f"make gpu: what this Python lacks cannot be installed from {folder.name}; `make wheels` makes it where there is a network")
     return done.returncode
 
 

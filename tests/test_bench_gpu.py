@@ -152,6 +152,16 @@ def test_a_part_whose_time_is_up_keeps_its_rows_and_the_next_one_runs(machine):
     assert measured(machine) == ["a", "b", "d"] and "slow      it was stopped; 1 missing: c" in machine.text
 
 
+def test_interrupted_it_stops_the_part_and_says_what_is_there(machine, monkeypatch):
+    def wait(process, seconds=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine.process, "wait", wait)
+    monkeypatch.setattr(gpu, "stop", lambda process: process.send_signal(2))
+    assert machine({"one": stand_in(), "two": stand_in(names=("d",))}) == incomplete("one", "two")
+    assert measured(machine) == ["a", "b", "c"] and "two       interrupted" in machine.text
+
+
 def test_a_part_that_dies_left_no_word(machine, monkeypatch):
     monkeypatch.setattr(machine.process, "wait", lambda self, seconds: setattr(self, "returncode", -9))
     assert machine({"one": stand_in()}) == incomplete("one") and "one       it ended with status -9 and left no word" in machine.text
@@ -216,9 +226,11 @@ def recorded(monkeypatch, tmp_path):
             for one in chosen:
                 each = {key: value(one) if callable(value) else value for key, value in row.items()}
                 writer.add(model=work.model, work=str(work), **each)
+            return chosen
 
         mock = create_autospec(getattr(module, function), side_effect=write)
         monkeypatch.setattr(module, function, mock)
+        monkeypatch.setattr(module, "table", len)
         return mock.call_args_list
 
     return record
