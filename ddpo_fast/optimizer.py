@@ -1,5 +1,6 @@
 """The optimizer: AdamW with its state in fp32, in 8 bits, or in 8 bits and paged."""
 
+import importlib.util
 import math
 from collections.abc import Iterable
 
@@ -31,6 +32,8 @@ def keeps_fp32_state(shape: Iterable[int]) -> bool:
 
 def check_optimizer(name: str) -> None:
     """Raises ValueError for an optimizer that this machine cannot run."""
+    if name != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"optimizer.name={name}: it is bitsandbytes' and that is not installed; valid is adamw, or install bitsandbytes")
     if name == "paged_adamw_8bit" and not torch.cuda.is_available():
         raise ValueError(
             f"optimizer.name={name}: it pages its state between GPU and host through CUDA's managed memory, and torch sees no GPU here; "

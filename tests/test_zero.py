@@ -24,6 +24,7 @@ from ddpo_fast import train as trainer
 from ddpo_fast.config import parse
 from ddpo_fast.engine import Engine, init_distributed
 from ddpo_fast.metrics import read_metrics
+from ddpo_fast.optimizer import check_optimizer
 from ddpo_fast.policy import Policy
 
 REWARD = """
@@ -280,6 +281,14 @@ def test_paged_state_without_a_gpu_says_why(tiny_model, capsys):
     with pytest.raises(SystemExit, match="2"):
         trainer.main([f"--model.path={tiny_model}", "--optimizer.name=paged_adamw_8bit"])
     assert "optimizer.name=paged_adamw_8bit: it pages its state between GPU and host" in capsys.readouterr().err
+
+
+def test_an_8_bit_optimizer_without_its_package_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # which makes it one that cannot be imported
+    check_optimizer("adamw")
+    for name in ("adamw_8bit", "paged_adamw_8bit"):
+        with pytest.raises(ValueError, match=f"optimizer.name={name}: it is bitsandbytes' and that is not installed; valid is adamw"):
+            check_optimizer(name)
 
 
 def test_a_run_at_stage_3_says_what_it_trains(make, capsys):
