@@ -225,12 +225,13 @@ FIRST = ("kernels", "stages", "peers", "ops")
 """What `make gpu` runs, the most valuable first."""
 PARTS = {
     "kernels": Tests("gpu", 45, 150, ("tests/test_kernels.py", "tests/test_blocks.py", "tests/test_noise.py")),
-    "stages": Stages("throughput", 120, 200, "sd15", 2),
+    "stages": Stages("throughput", 100, 180, "sd15_short", 2),
     "peers": Peers("peers", 110, 220, "sd15_wide", ("trl",), 3),
     "ops": Operations("kernels", 25, 480),
     "waterfall": Waterfall("waterfall", 200, 480, "sd15_wide", 3),
     "sdxl": Stages("throughput", 150, 480, "sdxl", 2),
     "textbook": Peers("peers", 150, 480, "sd15_wide", ("textbook", "trl, its example's batches"), 3),
+    "stages50": Stages("throughput", 150, 480, "sd15", 2),
     "peers50": Peers("peers", 200, 480, "sd15", ("trl",), 2),
 }
 REHEARSED = {
@@ -241,6 +242,7 @@ REHEARSED = {
     "waterfall": Waterfall("waterfall", 10, 900, "tiny_small", 1),
     "sdxl": Stages("throughput", 10, 900, "sdxl_small", 1),
     "textbook": Peers("peers", 10, 900, "tiny_small", ("textbook", "trl, its example's batches"), 1),
+    "stages50": Stages("throughput", 10, 900, "tiny_small", 1),
     "peers50": Peers("peers", 10, 900, "tiny_small", ("trl",), 1),
 }
 """The same code where there is no GPU."""

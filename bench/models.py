@@ -95,6 +95,7 @@ _SD_LORA = ("--lora.targets=[attention]", "--lora.rank=4", "--lora.alpha=4", "--
 WORKS = {
     "embedded": Work("embedded", _options(24, 5, 2, 48)),
     "sd15": Work("sd15", _options(12, 50, 2, 12, *_SD_LORA)),  # rollout and update with as many rows a call: the same kernels
+    "sd15_short": Work("sd15", _options(12, 20, 2, 12, *_SD_LORA)),  # the same calls, fewer of them
     "sd15_wide": Work("sd15", _options(32, 10, 1, 32, *_SD_LORA)),  # batches as large as TRL can make them, too
     "sdxl": Work("sdxl", _options(4, 10, 1, 4, *_SD_LORA)),
     "sd15_small": Work("sd15_small", _options(2, 5, 1, 10, *_SD_LORA)),

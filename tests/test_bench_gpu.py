@@ -332,6 +332,13 @@ def test_all_parts_know_what_they_want():
     assert sum(gpu.PARTS[name].least_s for name in gpu.FIRST) < 480
 
 
+def test_another_python_needs_no_environment_of_ours():
+    command = ["make", "--dry-run", "gpu", "PY=python3", "PART=ops peers", "OUT=some/folder", "BUDGET=300"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said[0] == "python3 -m bench.wheels --install" and len(said) == 2
+    assert 'python3 -m bench.gpu ops peers --out "some/folder" --seconds $((' in said[1] and " + 300 - " in said[1]
+
+
 # wheels.py
 
 
