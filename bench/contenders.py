@@ -142,7 +142,7 @@ class Contender:
         config = self.config
         return draw_prompts(
             self.setup.prompts, config.sample.num_samples, config.prompts.samples_per_prompt, config.run.seed, self.iteration
-        )
+        ).texts
 
     @contextmanager
     def perturbed(self):
@@ -312,7 +312,7 @@ class Textbook(Contender):
 
     def trajectories(self, file: Path) -> None:
         """Saves trajectories of `perturbed` parameters with made-up advantages: what every contender's gradient is compared on."""
-        prompts = self.setup.prompts[:2]
+        prompts = self.setup.prompts.texts[:2]
         with self.perturbed():
             data = self.loop.rollout(self.loop.encode(prompts), self.uncond_embeds, torch.Generator(self.device).manual_seed(1))
         latents = torch.cat([data.latents, data.next_latents[:, -1:]], 1)

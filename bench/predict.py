@@ -100,7 +100,7 @@ def _sampling_costs(setup: trainer.Setup, largest: int) -> tuple[Rollout, dict[s
     config, policy, steps = setup.config, setup.policy, setup.schedule.num_steps
     rows, design, seconds = Work.of(config).rows, [], []
     for size in sorted({largest, max(1, largest // 2), max(1, largest // 8)}):
-        prompts = [setup.prompts[i % len(setup.prompts)] for i in range(size)]
+        prompts = setup.prompts[[i % len(setup.prompts) for i in range(size)]].texts
         policy.encode_prompts(prompts)  # a run does it once
         ids = torch.arange(size, device=policy.device)
 

@@ -25,7 +25,7 @@ from ddpo_fast.optimizer import check_optimizer, make_optimizer
 from ddpo_fast.pipelines import check_model
 from ddpo_fast.plan import resolve_sizes
 from ddpo_fast.policy import Policy
-from ddpo_fast.prompts import evaluation_prompts, load_prompts
+from ddpo_fast.prompts import Prompts, evaluation_prompts, load_prompts
 from ddpo_fast.rewards import Reward, open_reward
 from ddpo_fast.rewards.isolated import START_TIMEOUT_S
 from ddpo_fast.rwr import NoisingSchedule
@@ -45,10 +45,8 @@ class Setup:
     """The working directory as the run began, before a reward's code could change it."""
     rank: int
     world_size: int
-    prompts: list[str]
-    prompt_weights: list[float] | None
-    """How often each is drawn, relative to the others; None if all are alike."""
-    evaluations: dict[str, list[str]]
+    prompts: Prompts
+    evaluations: dict[str, Prompts]
     """The prompts of each picture of the fixed evaluation sets: `eval` and, with eval.heldout, `heldout`."""
     reward: Reward
     policy: Policy
@@ -81,7 +79,7 @@ def prepare(config: Config) -> Setup:
     """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault."""
     started_in = Path.cwd()
     check_model(config.model.path, config.model.config, config.model.vae)
-    prompts, prompt_weights = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
+    prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
     evaluations = evaluation_sets(config, prompts)
     check_optimizer(config.optimizer.name)
     check_installed(config.run.trackers)
@@ -96,7 +94,8 @@ def prepare(config: Config) -> Setup:
         raise ValueError(fault)
     ops = kernels.select(config.kernels.backend, device)
     attention_backends.require(config.attention.backend, device)
-    reward = open_reward(config.reward.name, config.reward.kwargs, config.reward.timeout_s, config.reward.isolate)
+    lacking = without_metadata(config, prompts, evaluations)
+    reward = open_reward(config.reward.name, config.reward.kwargs, config.reward.timeout_s, config.reward.isolate, lacking)
     for option, multiple in (("sample.num_samples", world_size * config.train.num_minibatches), ("eval.num_samples", world_size)):
         if config[option] % multiple:
             raise ValueError(f"{option}={config[option]}: valid is a multiple of {multiple} with {world_size} ranks")
@@ -115,7 +114,7 @@ def prepare(config: Config) -> Setup:
     run_dir = config.run.dir or str(started_in / f"runs/{reward_name}-{time.strftime('%Y%m%d-%H%M%S')}")
     config = config.replace(run__dir=broadcast(run_dir))
     config, policy = load_policy(config, rank, world_size, device, ops)
-    made_of = _fingerprints(config, policy, prompts, prompt_weights) if rank == 0 else {}
+    made_of = _fingerprints(config, policy, prompts) if rank == 0 else {}
     if resumed and rank == 0:
         _say_changes(checkpoint.read_state(resumed), made_of)
     schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
@@ -135,15 +134,15 @@ def prepare(config: Config) -> Setup:
     split = activation_cache.split(config.cache.mode, policy) if cached else None
     room = Room(retry=config.zero.stage < 3)
     return Setup(
-        config, Path(config.run.dir), started_in, rank, world_size, prompts, prompt_weights, evaluations, reward, policy, schedule, ops,
+        config, Path(config.run.dir), started_in, rank, world_size, prompts, evaluations, reward, policy, schedule, ops,
         split, clip_range, scores, noising, room, resumed, deepspeed, made_of,
     )  # fmt: skip
 
 
-def _fingerprints(config: Config, policy: Policy, prompts: list[str], prompt_weights: list[float] | None) -> dict[str, str]:
+def _fingerprints(config: Config, policy: Policy, prompts: Prompts) -> dict[str, str]:
     """A hash of each thing that a run is made of, by the option and what of it."""
     option = next((name for name in ("list", "file") if config[f"prompts.{name}"] is not None), "name")
-    found = fingerprints.of_text(f"prompts.{option} (the prompts)", [prompts, prompt_weights])
+    found = fingerprints.of_text(f"prompts.{option} (the prompts)", vars(prompts))
     found |= fingerprints.of_reward(config.reward.name, config.reward.kwargs)
     if config.deepspeed.config is not None:
         found |= fingerprints.of_text("deepspeed.config (the file)", Path(config.deepspeed.config).read_text(encoding="utf-8"))
@@ -156,17 +155,25 @@ def _say_changes(state: dict, now: dict[str, str]) -> None:
         logger.warning("%s: it has changed since iteration %d; the run goes on with what is there now", what, state["iteration"])
 
 
-def evaluation_sets(config: Config, prompts: list[str]) -> dict[str, list[str]]:
+def evaluation_sets(config: Config, prompts: Prompts) -> dict[str, Prompts]:
     """The prompts of each picture of `Setup.evaluations`. Raises ValueError for a held-out one that is among those trained on."""
     count, heldout = config.eval.num_samples, config.eval.heldout
     evaluations = {"eval": evaluation_prompts(config.eval.prompts or prompts, count)}
     if heldout is not None:
         evaluations["heldout"] = evaluation_prompts(heldout, count)
-        if seen := sorted(set(evaluations["heldout"]) & set(prompts)):
+        if seen := sorted(set(evaluations["heldout"].texts).intersection(prompts.texts)):
             raise ValueError(
                 f"eval.heldout={heldout}: {seen[0]!r} is a training prompt; valid are prompts that are not trained on, or null"
             )
     return evaluations
+
+
+def without_metadata(config: Config, prompts: Prompts, evaluations: dict[str, Prompts]) -> str | None:
+    """An option whose prompts have no metadata, which a reward may need; None if there is none."""
+    if prompts.metadata is None:
+        return next(f"prompts.{key}" for key in ("list", "file", "name") if config[f"prompts.{key}"] is not None)
+    lacking = [name for name, chosen in evaluations.items() if chosen.metadata is None]
+    return {"eval": "eval.prompts", "heldout": "eval.heldout"}[lacking[0]] if lacking else None
 
 
 def load_policy(config: Config, rank: int, world_size: int, device: torch.device, ops: Ops) -> tuple[Config, Policy]:

@@ -1,6 +1,8 @@
 """Prompt distributions: which prompts a run trains on and which of them each sample gets."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,10 +62,29 @@ PROMPT_SETS = {
 """45, 398, 135, 315, 24, 72 and 24 prompts. imagenet_animals: the names of ImageNet's classes 0 to 397, as in "tench, Tinca tinca"."""
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts with what belongs to each. The same text may stand there more than once, with other metadata."""
+
+    texts: list[str]
+    weights: list[float] | None = None
+    """How often each is drawn, relative to the others; None if all are alike."""
+    metadata: list[dict] | None = None
+    """What the reward is told of each, a JSON object, {} of one that has nothing; None if there is no metadata at all."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> "Prompts":
+        """Those of a slice, or of these numbers in this order."""
+        picked = np.arange(len(self))[rows].tolist()
+        return Prompts(*(column and [column[row] for row in picked] for column in (self.texts, self.weights, self.metadata)))
+
+
 def load_prompts(
     name: str | None, file: str | None, limit: int | None = None, listed: list[str] | dict[str, float] | None = None
-) -> tuple[list[str], list[float] | None]:
-    """At most the first `limit` prompts of `listed` or `file`, or else of the named set, and their weights, None if all are alike.
+) -> Prompts:
+    """At most the first `limit` prompts of `listed` or `file`, or else of the named set.
 
     In `listed` a mapping has weights; in a file, a line "weight<TAB>prompt" (one without is a prompt of weight 1; blank ones are left
     out). Raises ValueError, naming file and line, for a weight that is not a finite number > 0.
@@ -75,14 +96,15 @@ def load_prompts(
         weighted = [_weighted(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         weighted = [(prompt, 1.0) for prompt in PROMPT_SETS[name]]
-    prompts, weights = map(list, zip(*weighted[:limit]))
-    return prompts, weights if len(set(weights)) > 1 else None
+    texts, weights = map(list, zip(*weighted[:limit]))
+    return Prompts(texts, weights if len(set(weights)) > 1 else None)
 
 
-def evaluation_prompts(prompts: str | list[str], count: int) -> list[str]:
+def evaluation_prompts(prompts: str | list[str] | Prompts, count: int) -> Prompts:
     """The prompts of `count` evaluation pictures: those given, or those of the named set, in turn."""
-    prompts = PROMPT_SETS[prompts] if isinstance(prompts, str) else prompts
-    return [prompts[i % len(prompts)] for i in range(count)]
+    if not isinstance(prompts, Prompts):
+        prompts = Prompts(PROMPT_SETS[prompts] if isinstance(prompts, str) else prompts)
+    return prompts[[i % len(prompts) for i in range(count)]]
 
 
 def _weighted(file: str, number: int, line: str) -> tuple[str, float]:
@@ -97,18 +119,16 @@ def _weighted(file: str, number: int, line: str) -> tuple[str, float]:
     return prompt.strip(), float(weight)
 
 
-def draw_prompts(
-    prompts: list[str], num_samples: int, samples_per_prompt: int, seed: int, iteration: int, weights: list[float] | None = None
-) -> list[str]:
+def draw_prompts(prompts: Prompts, num_samples: int, samples_per_prompt: int, seed: int, iteration: int) -> Prompts:
     """The prompts of all of an iteration's samples, each for `samples_per_prompt` samples in a row.
 
     Drawn with a probability in proportion to its weight, uniformly without weights. A function of (seed, iteration): every rank draws
     the whole list and takes its part of it.
     """
     generator, count = np.random.default_rng((0, seed, iteration)), num_samples // samples_per_prompt
-    if weights is None:
+    if prompts.weights is None:
         drawn = generator.integers(len(prompts), size=count)
     else:
-        shares = np.array(weights) / max(weights)  # whose sum is finite
+        shares = np.array(prompts.weights) / max(prompts.weights)  # whose sum is finite
         drawn = generator.choice(len(prompts), size=count, p=shares / shares.sum())
-    return [prompts[i] for i in drawn for _ in range(samples_per_prompt)]
+    return prompts[drawn.repeat(samples_per_prompt)]

@@ -47,7 +47,7 @@ from ddpo_fast.plan import make_plan, plan_text
 from ddpo_fast.policy import Policy
 from ddpo_fast.preemption import StopRequest
 from ddpo_fast.preparation import Setup, make_cache, make_engine, prepare
-from ddpo_fast.prompts import draw_prompts
+from ddpo_fast.prompts import Prompts, draw_prompts
 from ddpo_fast.rewards import Scorer
 from ddpo_fast.rollout import EVAL_SAMPLE_ID, HELDOUT_SAMPLE_ID, MicroBatch, Pairs, Rollout, generate, micro_batches, passes
 from ddpo_fast.run_directory import METRICS, best_by, keep_best, line, open_run, print_result, publish, save
@@ -166,7 +166,7 @@ def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline
     """
     config, num_samples = setup.config, setup.config.sample.num_samples
     samples_per_prompt = config.prompts.samples_per_prompt
-    prompts = draw_prompts(setup.prompts, num_samples, samples_per_prompt, config.run.seed, iteration, setup.prompt_weights)
+    prompts = draw_prompts(setup.prompts, num_samples, samples_per_prompt, config.run.seed, iteration)
     mine = _block(num_samples, setup.rank, setup.world_size)
     first_id = first_sample_id(setup, iteration)
     cache.begin(len(prompts[mine]), setup.schedule.num_steps, updates(setup, iteration))
@@ -184,11 +184,11 @@ def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline
         )
     if setup.noising is None:
         limit = config.train.advantage_clip
-        advantages = baseline.update(prompts, rewards).clamp(-limit, limit)
+        advantages = baseline.update(prompts.texts, rewards).clamp(-limit, limit)
     else:
         sparse, options = config.train.algorithm == "rwr_sparse", config.rwr
         by_prompt = options.population == "prompt"
-        advantages = reward_weights(prompts, rewards, sparse, options.inverse_temperature, options.percentile, by_prompt)
+        advantages = reward_weights(prompts.texts, rewards, sparse, options.inverse_temperature, options.percentile, by_prompt)
     advantages = advantages[mine].float().to(setup.policy.device)
     if rollout is not None:
         rollout.good &= rewards[mine].isfinite().to(rollout.good.device)  # what has no reward is in no part of the loss
@@ -214,7 +214,7 @@ def sample(
     setup: Setup,
     timer: StageTimer,
     first_id: int,
-    prompts: list[str],
+    prompts: Prompts,
     stage: str,
     cache: Cache = NO_CACHE,
     scores: ScoreAccumulator | None = None,
@@ -232,7 +232,7 @@ def sample(
     with tqdm(total=total, desc=f"  {stage}", unit="step", leave=False, disable=setup.rank != 0, dynamic_ncols=True) as bar:
 
         def denoise(size: int) -> tuple[Rollout, Tensor]:
-            batch = prompts[start : start + size]
+            batch = prompts.texts[start : start + size]
             ids = torch.arange(first_id + start, first_id + start + len(batch), device=policy.device)
             if scores is not None:
                 scores.begin_batch(start, len(batch))
@@ -251,7 +251,8 @@ def sample(
                 pictures.append((images.nan_to_num() * 255).round().to("cpu", torch.uint8))
                 good.append(rollout.good.cpu())
             with timer("reward"):
-                scorer.add(images, prompts[rows])
+                batch = prompts[rows]
+                scorer.add(images, batch.texts, batch.metadata)
             start = rows.stop
     with timer("reward"):
         rewards = scorer.rewards().masked_fill(~torch.cat(good), torch.nan)
@@ -440,7 +441,7 @@ def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -
         rewards, images = all_gather(rewards), all_gather(images)
         if setup.rank == 0:
             shown = slice(48)
-            grid = image_grid(images[shown], prompts[shown], rewards[shown])
+            grid = image_grid(images[shown], prompts.texts[shown], rewards[shown])
             with unless_disk_full("the pictures"):
                 save_grid(grid, setup.run_dir / "images" / f"{'iteration' if name == 'eval' else name}_{iteration:05d}.png")
                 writer.write_images(grid, "evaluation" if name == "eval" else name, iteration)

@@ -168,7 +168,7 @@ def first_gradient(argv: list[str]) -> tuple[dict, trainer.Setup, list[str], Rol
     sample_weights = torch.linspace(0, 2, config.sample.num_samples, dtype=torch.float64)
     row = trainer.update(setup, engine, rollout, sample_weights, 1)
     assert math.isfinite(row["loss"])
-    return gradient, setup, prompts, rollout, sample_weights, row
+    return gradient, setup, prompts.texts, rollout, sample_weights, row
 
 
 SMALL = dict(sample__num_samples=4, sample__num_steps=2, eval__num_samples=2)
@@ -319,7 +319,7 @@ def test_a_run_with_group_advantages(options, monkeypatch):  # noqa: F811
 
     def recording(*args):
         reward = open_reward(*args)
-        return lambda images, prompts: batches.append((prompts, reward(images, prompts))) or batches[-1][1]
+        return lambda images, prompts, metadata: batches.append((prompts, reward(images, prompts))) or batches[-1][1]
 
     monkeypatch.setattr(trainer, "update", noting)
     monkeypatch.setattr(preparation, "open_reward", recording)

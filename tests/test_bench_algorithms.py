@@ -55,7 +55,7 @@ def test_every_run_of_a_task_has_as_many_queries_and_nothing_held_out_is_trained
     queries = {}
     for config in trainer.started:
         queries.setdefault(config.reward.name, set()).add(config.run.iterations * config.sample.num_samples)
-        trained, _ = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
+        trained = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list).texts
         assert not set(config.eval.heldout) & set(trained) and set(config.eval.heldout) < set(SUBJECTS)
         assert config.run.seed == 5 and config.eval.every > config.run.iterations
     assert queries == {"jpeg_compressibility": {336}, "jpeg_incompressibility": {336}, "embedded_alignment": {768}}

@@ -44,6 +44,9 @@ def reward(images, prompts, scale=1.0):
     return scores
 
 def not_called(images, prompts): pass
+
+def counts(images, prompts, metadata):
+    return [entry.pop("count", 0) for entry in metadata]
 """
 
 
@@ -95,6 +98,15 @@ def test_what_a_reward_prints_is_not_its_answer(file, capfd, isolate):
     reward = open_reward(f"{file}:reward", {"scale": 3.0}, 1.0, isolate)
     assert reward(IMAGES.clone(), ["print", "b", "c"]).shape == (3,)
     assert set(capfd.readouterr().out.splitlines()) == {"from the reward", "and below"}
+
+
+def test_metadata_crosses_and_is_missed_in_good_time(file):
+    reward, metadata = open_reward(f"{file}:counts", {}, 10.0, isolate=True), [{"count": 2}, {}, {"count": 5}]
+    for _ in range(2):
+        assert reward(IMAGES, ["a", "b", "c"], metadata=metadata).tolist() == [2, 0, 5]
+    reward.close()
+    with pytest.raises(ValueError, match=r"reward.name=.*: counts needs metadata, and the prompts of eval.heldout have none"):
+        open_reward(f"{file}:counts", {}, 10.0, isolate=True, without_metadata="eval.heldout")
 
 
 def test_what_the_function_raised_is_shown_with_its_line(file, capfd):

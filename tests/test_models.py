@@ -21,6 +21,7 @@ from ddpo_fast.kernels.reference import normal_noise
 from ddpo_fast.metrics import StageTimer, read_metrics
 from ddpo_fast.pipelines import check_model, open_pipeline
 from ddpo_fast.policy import Policy
+from ddpo_fast.prompts import Prompts
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,7 @@ def test_v_prediction(tmp_path):
     setup = trainer.prepare(parse(options(tmp_path, path, run__dir=tmp_path / "other", sample__guidance_scale=1)))
     for parameter in setup.policy.trainable_parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    rollout, _, _ = trainer.sample(setup, StageTimer(CPU), 7, ["a", "b"], "sample")
+    rollout, _, _ = trainer.sample(setup, StageTimer(CPU), 7, Prompts(["a", "b"]), "sample")
     setup.policy.export(setup.run_dir)
     pipe = StableDiffusionPipeline.from_pretrained(path, safety_checker=None, requires_safety_checker=False)
     pipe.load_lora_weights(setup.run_dir / "lora")

@@ -10,12 +10,15 @@ import pytest
 
 from ddpo_fast import train as trainer
 from ddpo_fast.config import PromptSet
-from ddpo_fast.prompts import EVERYDAY_OBJECTS, PROMPT_SETS, SIMPLE_ANIMALS, UNSEEN_ANIMALS, draw_prompts, load_prompts, plural
+from ddpo_fast.prompts import EVERYDAY_OBJECTS, PROMPT_SETS, SIMPLE_ANIMALS, UNSEEN_ANIMALS, Prompts, draw_prompts, load_prompts, plural
+
+ANIMALS = Prompts(SIMPLE_ANIMALS)
 
 
 def test_simple_animals_are_the_45_of_the_paper():
-    animals, weights = load_prompts("simple_animals", None)
-    assert weights is None and len(animals) == len(set(animals)) == 45
+    prompts = load_prompts("simple_animals", None)
+    animals = prompts.texts
+    assert prompts.weights is prompts.metadata is None and len(animals) == len(set(animals)) == 45
     assert all(animal.isalpha() and animal.islower() for animal in animals)
     assert animals[:3] == ["cat", "dog", "horse"] and animals[-2:] == ["hedgehog", "kangaroo"]
 
@@ -26,7 +29,7 @@ def test_simple_animals_are_the_45_of_the_paper():
 def test_prompt_file(tmp_path, limit, expected):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\n  a red fox \r\n\n \t \nein Bär\n猫".encode())
-    assert load_prompts(None, str(file), limit) == (expected, None)
+    assert load_prompts(None, str(file), limit) == Prompts(expected)
 
 
 def test_options_name_every_set():
@@ -34,18 +37,18 @@ def test_options_name_every_set():
 
 
 def test_activities_have_the_right_article():
-    prompts, _ = load_prompts("animal_activities", None)
+    prompts = load_prompts("animal_activities", None).texts
     assert len(prompts) == len(set(prompts)) == 135
     assert prompts[:3] == ["a cat washing the dishes", "a cat riding a bike", "a cat playing chess"]
     assert [prompt for prompt in prompts if not prompt.startswith("a ")] == [
         "an ant washing the dishes", "an ant riding a bike", "an ant playing chess",
     ]  # fmt: skip
     assert {prompt.split(" ", 2)[1] for prompt in prompts} == set(SIMPLE_ANIMALS)
-    assert load_prompts("unseen_animal_activities", None)[0][15:17] == ["an octopus washing the dishes", "an octopus riding a bike"]
+    assert load_prompts("unseen_animal_activities", None).texts[15:17] == ["an octopus washing the dishes", "an octopus riding a bike"]
 
 
 def test_counting_is_every_number_of_every_animal():
-    prompts, _ = load_prompts("counting", None)
+    prompts = load_prompts("counting", None).texts
     numbers = {"two", "three", "four", "five", "six", "seven", "eight"}
     assert len(set(prompts)) == 315 == 7 * 45 and {prompt.split()[0] for prompt in prompts} == numbers
     assert {"two cats", "eight kangaroos", "three mice", "five geese", "six wolves", "seven foxes", "two butterflies", "four sheep"} <= set(
@@ -55,7 +58,7 @@ def test_counting_is_every_number_of_every_animal():
 
 
 def test_imagenet_animals_are_the_names_of_the_classes_0_to_397():
-    prompts, _ = load_prompts("imagenet_animals", None)
+    prompts = load_prompts("imagenet_animals", None).texts
     assert len(prompts) == len(set(prompts)) == 398
     known = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 134: "crane", 151: "Chihuahua", 281: "tabby, tabby cat"}
     assert {i: prompts[i] for i in known} == known and prompts[397] == "puffer, pufferfish, blowfish, globefish"
@@ -74,10 +77,10 @@ def test_unseen_sets_share_nothing_with_what_is_trained_on():
 def test_weights_of_a_file_and_of_a_list(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("2.5\ta red fox\nein Bär\n\n1e-1 \t  a cat\n")
-    assert load_prompts(None, str(file)) == (["a red fox", "ein Bär", "a cat"], [2.5, 1.0, 0.1])
-    assert load_prompts("simple_animals", None, None, {"a": 2.0, "b": 1.0}) == (["a", "b"], [2.0, 1.0])
-    assert load_prompts("simple_animals", None, 1, {"a": 2.0, "b": 1.0}) == (["a"], None)
-    assert load_prompts("simple_animals", None, None, ["b", "a"]) == (["b", "a"], None)
+    assert load_prompts(None, str(file)) == Prompts(["a red fox", "ein Bär", "a cat"], [2.5, 1.0, 0.1])
+    assert load_prompts("simple_animals", None, None, {"a": 2.0, "b": 1.0}) == Prompts(["a", "b"], [2.0, 1.0])
+    assert load_prompts("simple_animals", None, 1, {"a": 2.0, "b": 1.0}) == Prompts(["a"])
+    assert load_prompts("simple_animals", None, None, ["b", "a"]) == Prompts(["b", "a"])
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "two", ""])
@@ -90,7 +93,7 @@ def test_wrong_weight_names_file_and_line(tmp_path, weight):
 
 @pytest.mark.parametrize("limit", [None, 1, 7, 45, 100])
 def test_limit_takes_the_first_and_leaves_the_set_alone(limit):
-    prompts, _ = load_prompts("simple_animals", None, limit)
+    prompts = load_prompts("simple_animals", None, limit).texts
     assert prompts == SIMPLE_ANIMALS[:limit]
     prompts.append("unicorn")
     assert "unicorn" not in SIMPLE_ANIMALS
@@ -98,25 +101,25 @@ def test_limit_takes_the_first_and_leaves_the_set_alone(limit):
 
 @pytest.mark.parametrize("samples_per_prompt", [1, 2, 8])
 def test_every_drawn_prompt_has_its_samples_in_a_row(samples_per_prompt):
-    drawn = draw_prompts(SIMPLE_ANIMALS, 64, samples_per_prompt, seed=0, iteration=0)
+    drawn = draw_prompts(ANIMALS, 64, samples_per_prompt, seed=0, iteration=0).texts
     assert len(drawn) == 64 and set(drawn) <= set(SIMPLE_ANIMALS)
     runs = [drawn[i : i + samples_per_prompt] for i in range(0, 64, samples_per_prompt)]
     assert all(len(set(run)) == 1 for run in runs)
-    assert [run[0] for run in runs] == draw_prompts(SIMPLE_ANIMALS, 64 // samples_per_prompt, 1, seed=0, iteration=0)
+    assert [run[0] for run in runs] == draw_prompts(ANIMALS, 64 // samples_per_prompt, 1, seed=0, iteration=0).texts
 
 
 @pytest.mark.parametrize("seed, iteration", [(0, 0), (0, 1), (1, 0), (2**40, 10**6)])
 def test_draw_is_a_function_of_seed_and_iteration(seed, iteration):
-    drawn = draw_prompts(SIMPLE_ANIMALS, 64, 1, seed, iteration)
+    drawn = draw_prompts(ANIMALS, 64, 1, seed, iteration)
     np.random.seed(1)  # global state must not enter
-    assert draw_prompts(SIMPLE_ANIMALS, 64, 1, seed, iteration) == drawn
-    assert draw_prompts(SIMPLE_ANIMALS, 64, 1, seed + 1, iteration) != drawn
-    assert draw_prompts(SIMPLE_ANIMALS, 64, 1, seed, iteration + 1) != drawn
+    assert draw_prompts(ANIMALS, 64, 1, seed, iteration) == drawn
+    assert draw_prompts(ANIMALS, 64, 1, seed + 1, iteration) != drawn
+    assert draw_prompts(ANIMALS, 64, 1, seed, iteration + 1) != drawn
 
 
 def test_iterations_and_seeds_do_not_repeat_each_other():
-    prompts = [str(i) for i in range(1000)]
-    draws = {(s, i): np.array(draw_prompts(prompts, 256, 1, s, i)) for s in range(3) for i in range(3)}
+    prompts = Prompts([str(i) for i in range(1000)])
+    draws = {(s, i): np.array(draw_prompts(prompts, 256, 1, s, i).texts) for s in range(3) for i in range(3)}
     for one in draws:
         for other in draws:
             for shift in range(128):
@@ -129,24 +132,29 @@ def test_draw_is_uniform():
     counts = np.zeros(45)
     for iteration in range(100):
         counts += np.bincount(
-            [SIMPLE_ANIMALS.index(p) for p in draw_prompts(SIMPLE_ANIMALS, 256, 1, seed=0, iteration=iteration)], minlength=45
+            [SIMPLE_ANIMALS.index(p) for p in draw_prompts(ANIMALS, 256, 1, seed=0, iteration=iteration).texts], minlength=45
         )
     expected = 25600 / 45
     assert ((counts - expected) ** 2 / expected).sum() < 78.7  # chi-squared, 44 degrees of freedom, 0.1 % level
 
 
 def test_weighted_draw_is_in_proportion_and_a_function_of_seed_and_iteration():
-    prompts, weights = ["a", "b", "c", "d"], [4.0, 2.0, 1.0, 1.0]
+    weights = [4.0, 2.0, 1.0, 1.0]
+
+    def draw(scale, num_samples, samples_per_prompt, seed, iteration):
+        prompts = Prompts(["a", "b", "c", "d"], [scale * weight for weight in weights])
+        return draw_prompts(prompts, num_samples, samples_per_prompt, seed, iteration).texts
+
     counts = np.zeros(4)
     for iteration in range(100):
-        drawn = draw_prompts(prompts, 256, 1, 0, iteration, weights)
-        assert drawn == draw_prompts(prompts, 256, 1, 0, iteration, [8.0, 4.0, 2.0, 2.0])
-        counts += np.bincount([prompts.index(prompt) for prompt in drawn], minlength=4)
+        drawn = draw(1, 256, 1, 0, iteration)
+        assert drawn == draw(2, 256, 1, 0, iteration)
+        counts += np.bincount(["abcd".index(prompt) for prompt in drawn], minlength=4)
     expected = 25600 * np.array(weights) / 8
     assert ((counts - expected) ** 2 / expected).sum() < 16.3  # chi-squared, 3 degrees of freedom, 0.1 % level
-    assert draw_prompts(prompts, 256, 1, 0, 1, [1e308, 5e307, 2.5e307, 2.5e307]) == draw_prompts(prompts, 256, 1, 0, 1, weights)
-    assert draw_prompts(prompts, 256, 4, 0, 1, weights)[::4] == draw_prompts(prompts, 64, 1, 0, 1, weights)
-    assert draw_prompts(prompts, 256, 1, 1, 1, weights) != draw_prompts(prompts, 256, 1, 0, 1, weights)
+    assert draw(2.5e307, 256, 1, 0, 1) == draw(1, 256, 1, 0, 1)
+    assert draw(1, 256, 4, 0, 1)[::4] == draw(1, 64, 1, 0, 1)
+    assert draw(1, 256, 1, 1, 1) != draw(1, 256, 1, 0, 1)
 
 
 def test_a_run_draws_by_weight_and_evaluates_on_a_named_set(tiny_model, tmp_path):
@@ -168,7 +176,7 @@ def test_a_run_draws_by_weight_and_evaluates_on_a_named_set(tiny_model, tmp_path
     ])  # fmt: skip
     seen = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     evaluated = [["snail", "hippopotamus", "cheetah", "crocodile"], ["chair", "table", "lamp", "cup"]]
-    assert seen == [*evaluated, draw_prompts(["a cat", "a dog"], 8, 1, 0, 1, [3.0, 1.0]), *evaluated]
+    assert seen == [*evaluated, draw_prompts(Prompts(["a cat", "a dog"], [3.0, 1.0]), 8, 1, 0, 1).texts, *evaluated]
 
 
 def test_held_out_prompts_are_not_trained_on(tiny_model, capsys):

@@ -83,7 +83,7 @@ PORT = {  # samples and updates an iteration, iterations, buffer, min_count, pro
 
 
 def derived(config: Config) -> tuple:
-    updates, prompts = config.train.num_minibatches * config.train.inner_epochs, load_prompts(config.prompts.name, None)[0]
+    updates, prompts = config.train.num_minibatches * config.train.inner_epochs, load_prompts(config.prompts.name, None).texts
     return (
         config.sample.num_samples, updates, config.run.iterations, config.baseline.buffer_size, config.baseline.min_count,
         config.prompts.name, len(set(prompts)), config.reward.name,

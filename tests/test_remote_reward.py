@@ -183,6 +183,22 @@ def test_pictures_and_prompts_arrive_as_they_were():
     assert prompts == PROMPTS and torch.equal(images, (IMAGES * 255).round() / 255)
 
 
+def test_metadata_arrives_as_it_was():
+    metadata = [{"count": 2}, {}, {"names": ["cät"], "nested": {"weight": 0.1}, "none": None}]
+
+    def reward(images, prompts, metadata):
+        asked.append(metadata)
+        return [1.0] * 3
+
+    asked = []
+    with serving(reward) as url:
+        for name, kwargs in ((url, {}), ("weighted_sum", {"rewards": {url: 1}})):
+            assert open_reward(name, kwargs, 5.0, isolate=False)(IMAGES, PROMPTS, metadata=metadata).tolist() == [1] * 3
+        with pytest.raises(RewardError, match="answered 422: .*missing 1 required positional argument: .*metadata"):
+            ask(url)
+    assert asked == [metadata, metadata]
+
+
 def test_a_server_scores_one_request_at_a_time():
     active, most = [], []
 
@@ -235,6 +251,9 @@ HUGE = PNG[0][:16] + (60000).to_bytes(4, "big") * 2 + PNG[0][24:]  # a header th
         ('{"images": [1], "prompts": ["a"]}', "valid is"),
         ('{"images": ["?"], "prompts": ["a"]}', "valid is"),
         (request(PNG[:2], ["a"]), "valid is"),
+        (request(PNG[:1], ["a"])[:-1] + ', "metadata": []}', "valid is"),
+        (request(PNG[:1], ["a"])[:-1] + ', "metadata": ["a"]}', "valid is"),
+        (request(PNG[:1], ["a"])[:-1] + ', "metadata": 1}', "valid is"),
         (request([b"GIF89a" + bytes(99)], ["a"]), "not a PNG file"),
         (request([PNG[0][:60]], ["a"]), "PNG file"),
         (request([PNG[0], encode_png(IMAGES[:1, :, :8])[0]], ["a", "b"]), f"one size, of no more than {MAX_PIXELS} pixels"),

@@ -388,3 +388,88 @@ def test_a_batch_that_ran_out_of_memory_is_scored_once_more_when_the_caller_wait
     assert rewards[rewards.isfinite()].tolist() == [1.0] * 3 + [2.0] * (3 - bad) + [3.0] * 3
     assert "the reward ran out of memory beside the denoising" in caplog.text
     assert ("its 3 samples are left out" in caplog.text) == bool(bad)
+
+
+# --- metadata ---
+
+METADATA = [{"count": 2}, {}, {"count": 5, "names": ["cat", "dog"]}]
+TAKING_METADATA = """
+import functools
+from torch import nn
+
+def third(images, prompts, metadata):
+    return [entry.get("count", 0) for entry in metadata]
+
+def keyword(images, prompts, scale=1, *, metadata=None):
+    return [-1] * len(prompts) if metadata is None else third(images, prompts, metadata)
+
+def passing_on(function):
+    @functools.wraps(function)
+    def inner(*args, **kwargs):
+        return function(*args, **kwargs)
+    return inner
+
+wrapped = passing_on(third)
+
+class Called:
+    def __call__(self, images, prompts, metadata=None):
+        return keyword(images, prompts, metadata=metadata)
+
+class Module(nn.Module):
+    def forward(self, images, prompts, metadata):
+        return third(images, prompts, metadata)
+
+def changing(images, prompts, metadata):
+    return [entry.pop("count", 0) for entry in metadata]
+
+def without(images, prompts):
+    return [-1] * len(prompts)
+
+def anything(images, prompts, **kwargs):
+    return [-1 - len(kwargs)] * len(prompts)
+"""
+
+
+@pytest.fixture
+def taking(tmp_path) -> str:
+    (tmp_path / "taking.py").write_text(TAKING_METADATA)
+    return f"{tmp_path}/taking.py"
+
+
+@pytest.mark.parametrize("function", ["third", "keyword", "wrapped", "Called", "Module", "changing"])
+def test_a_reward_with_a_parameter_metadata_is_given_it(taking, function):
+    reward = load_reward(f"{taking}:{function}", {})
+    for _ in range(2):  # the second call's are not what the first has made of them
+        assert score(reward, IMAGES, PROMPTS, 10, METADATA).tolist() == [2, 0, 5]
+    same = [METADATA[0]] * 3  # samples of one prompt share its entry
+    assert score(reward, IMAGES, PROMPTS, 10, same).tolist() == [2, 2, 2] and METADATA[0] == {"count": 2}
+
+
+@pytest.mark.parametrize("function, kwargs", [("without", {}), ("anything", {}), ("keyword", {"metadata": None})])
+def test_another_reward_is_called_as_if_there_were_none(taking, function, kwargs):
+    assert score(load_reward(f"{taking}:{function}", kwargs), IMAGES, PROMPTS, 10, METADATA).tolist() == [-1] * 3
+
+
+@pytest.mark.parametrize("function, needing", [("third", True), ("wrapped", True), ("Module", True), ("keyword", False), ("Called", False)])
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_reward_that_needs_metadata_is_refused_where_prompts_have_none(taking, function, needing, summed):
+    name, kwargs = ("weighted_sum", {"rewards": {f"{taking}:{function}": 1.0}}) if summed else (f"{taking}:{function}", {})
+    if not needing:
+        assert score(load_reward(name, kwargs, "prompts.name"), IMAGES, PROMPTS, 10).tolist() == [-1] * 3
+        return
+    with pytest.raises(ValueError, match=rf"reward.name={name}: .*{function} needs metadata, and the prompts of prompts.name have none"):
+        load_reward(name, kwargs, "prompts.name")
+    assert score(load_reward(name, kwargs), IMAGES, PROMPTS, 10, METADATA).tolist() == [2, 0, 5]
+
+
+def test_metadata_of_a_batch_that_is_scored_again(taking, caplog):
+    failing = iter([True, False])
+
+    def reward(images, prompts, metadata):
+        if next(failing):
+            raise MemoryError
+        return [entry.get("count", 0) for entry in metadata]
+
+    scorer = Scorer(partial(score, reward, timeout_s=10))
+    scorer.add(IMAGES, PROMPTS, METADATA)
+    assert scorer.rewards().tolist() == [2, 0, 5]

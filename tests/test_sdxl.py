@@ -18,6 +18,7 @@ from ddpo_fast.kernels import select
 from ddpo_fast.metrics import StageTimer, read_metrics
 from ddpo_fast.plan import make_plan, plan_text
 from ddpo_fast.policy import Policy
+from ddpo_fast.prompts import Prompts
 
 CPU = torch.device("cpu")
 PROMPTS = ["a", "b", "c", "a"]
@@ -85,7 +86,7 @@ def gradient(argv: list[str]) -> dict[str, torch.Tensor]:
     cache.begin(4, setup.schedule.num_steps, trainer.updates(setup, 1))
     if setup.scores is not None:
         trainer.begin_scores(setup, engine, 1)
-    rollout, _, _ = trainer.sample(setup, StageTimer(CPU), 0, PROMPTS, "sample", cache, setup.scores)
+    rollout, _, _ = trainer.sample(setup, StageTimer(CPU), 0, Prompts(PROMPTS), "sample", cache, setup.scores)
     advantages = torch.tensor([1.0, -2.0, 0.5, 1.5])
     if setup.scores is None:
         row = trainer.update(setup, engine, rollout, advantages, 1, cache)
@@ -129,7 +130,9 @@ def test_the_unet_is_given_what_diffusers_gives_it(options, sdxl, tmp_path, forc
     pipe.set_progress_bar_config(disable=True)
     expected = given_to_unet(pipe.unet, lambda: pipe(PROMPTS, num_inference_steps=1, guidance_scale=3.0, output_type="latent"))
     rollouts = []
-    ours = given_to_unet(setup.policy.unet, lambda: rollouts.append(trainer.sample(setup, StageTimer(CPU), 0, PROMPTS, "sample")[0]))
+    ours = given_to_unet(
+        setup.policy.unet, lambda: rollouts.append(trainer.sample(setup, StageTimer(CPU), 0, Prompts(PROMPTS), "sample")[0])
+    )
     assert ours["rows"] == expected["rows"] == 8
     for key in ("text", "text_embeds", "time_ids"):
         torch.testing.assert_close(ours[key], expected[key], rtol=0, atol=1e-6)
@@ -155,7 +158,7 @@ def test_gradient_is_that_of_the_textbook_loop(options):
     torch.manual_seed(1)
     for parameter in setup.policy.trainable_parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    rollout, _, _ = trainer.sample(setup, StageTimer(CPU), 0, PROMPTS, "sample")
+    rollout, _, _ = trainer.sample(setup, StageTimer(CPU), 0, Prompts(PROMPTS), "sample")
     pipe, alphas = setup.policy.pipe, (1 - setup.policy.pipe.scheduler.betas.double()).cumprod(0)
     for i, (prompt, advantage) in enumerate(zip(PROMPTS, (1.0, -2.0, 0.5, 1.5))):
         embeds, uncond, pooled, uncond_pooled = pipe.encode_prompt(prompt)

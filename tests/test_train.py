@@ -28,6 +28,7 @@ from ddpo_fast.engine import Engine
 from ddpo_fast.kernels import reference
 from ddpo_fast.metrics import StageTimer, read_metrics
 from ddpo_fast.policy import Policy
+from ddpo_fast.prompts import Prompts
 from ddpo_fast.rewards import open_reward
 from ddpo_fast.rewards.server import RewardServer
 
@@ -142,7 +143,7 @@ def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[d
     advantages = torch.linspace(-2, 3, config.sample.num_samples, dtype=dtype)
     row = trainer.update(replace(setup, clip_range=5e-2), engine, rollout, advantages, 1)
     assert row["ratio_error"] <= bounds.of(config, dtype).ratio
-    return gradient, setup, (prompts, rollout, advantages)
+    return gradient, setup, (prompts.texts, rollout, advantages)
 
 
 def relative_error(gradient: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -383,19 +384,19 @@ def test_a_batch_is_scored_while_the_next_one_is_denoised(options, monkeypatch):
 
     setup = trainer.prepare(parse(options(sample__batch_size=4)))
 
-    def reward(images, prompts):
+    def reward(images, prompts, metadata):
         assert denoising.wait(30)
         return torch.full((4,), float(images.mean()), dtype=torch.float64)
 
     monkeypatch.setattr(trainer, "generate", noting)
-    _, rewards, _ = trainer.sample(replace(setup, reward=reward), StageTimer(torch.device("cpu")), 0, ["a"] * 8, "sample")
+    _, rewards, _ = trainer.sample(replace(setup, reward=reward), StageTimer(torch.device("cpu")), 0, Prompts(["a"] * 8), "sample")
     assert rewards[:4].unique().numel() == rewards[4:].unique().numel() == 1 and rewards[0] != rewards[4]
 
 
 def test_scoring_in_the_background_changes_no_bit(options, monkeypatch):
     class Waiting(trainer.Scorer):
-        def add(self, images, prompts):
-            super().add(images, prompts)
+        def add(self, *batch):
+            super().add(*batch)
             self.rewards()
 
     behind = run(options("behind", sample__batch_size=3, run__iterations=1))

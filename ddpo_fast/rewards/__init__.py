@@ -1,4 +1,7 @@
-"""Rewards: what scores pictures, (images (B, 3, H, W) fp32 in [0, 1], prompts: B strings) -> (B,) numbers, higher is better."""
+"""Rewards: what scores pictures, (images (B, 3, H, W) fp32 in [0, 1], prompts: B strings) -> (B,) numbers, higher is better.
+
+Where the prompts have metadata, one that takes it gets `metadata`, B JSON objects, besides.
+"""
 
 import logging
 from collections.abc import Callable
@@ -16,14 +19,16 @@ from ddpo_fast.rewards.remote import RemoteReward
 
 logger = logging.getLogger(__name__)
 
-Reward = Callable[[Tensor, list[str]], Tensor]
-"""(images, prompts) -> (B,) fp64 on the CPU; a failed call raises RewardError, after its timeout at the latest."""
+Metadata = list[dict] | None
+"""B JSON objects, {} of a prompt that has nothing; None where there is no metadata at all."""
+Reward = Callable[..., Tensor]
+"""(images, prompts, metadata=None) -> (B,) fp64 on the CPU; a failed call raises RewardError, after its timeout at the latest."""
 
 
-def open_reward(name: str, kwargs: dict, timeout_s: float, isolate: bool) -> Reward:
+def open_reward(name: str, kwargs: dict, timeout_s: float, isolate: bool, without_metadata: str | None = None) -> Reward:
     """The reward of a name: called in this process or, with `isolate`, in one of its own, or the server at an http address.
 
-    Raises ValueError, naming the option at fault.
+    without_metadata: see `load_reward`; a server is not asked. Raises ValueError, naming the option at fault.
     """
     if is_address(name):
         if isolate:
@@ -32,17 +37,17 @@ def open_reward(name: str, kwargs: dict, timeout_s: float, isolate: bool) -> Rew
             raise ValueError(f"reward.kwargs={kwargs}: valid is {{}} for a remote reward; its server is given them")
         return partial(score, RemoteReward(name, timeout_s), timeout_s=timeout_s)
     if isolate:
-        return IsolatedReward(name, kwargs, timeout_s)
-    return partial(score, load_reward(name, kwargs), timeout_s=timeout_s)
+        return IsolatedReward(name, kwargs, timeout_s, without_metadata)
+    return partial(score, load_reward(name, kwargs, without_metadata), timeout_s=timeout_s)
 
 
-def score_or_nan(reward: Reward, images: Tensor, prompts: list[str], last: bool = True) -> Tensor:
+def score_or_nan(reward: Reward, images: Tensor, prompts: list[str], metadata: Metadata = None, last: bool = True) -> Tensor:
     """A batch's rewards. A call that fails is logged and gives NaN, which leaves its samples out of the update.
 
     Raises RewardMemoryError for want of memory, unless it is the `last` attempt.
     """
     try:
-        rewards = reward(images, prompts)
+        rewards = reward(images, prompts, metadata=metadata)
     except RewardError as error:
         if isinstance(error, RewardMemoryError) and not last:
             raise
@@ -61,19 +66,19 @@ class Scorer:
 
     def __init__(self, reward: Reward):
         self.reward = reward
-        self.scored: list[Future[Tensor | tuple[Tensor, list[str]]]] = []
+        self.scored: list[Future[Tensor | tuple[Tensor, list[str], Metadata]]] = []
         """Rewards, or the batch that there was no memory for."""
 
-    def add(self, images: Tensor, prompts: list[str]) -> None:
+    def add(self, images: Tensor, prompts: list[str], metadata: Metadata = None) -> None:
         """Begins to score a batch, once the batch before is done: a reward need not be thread-safe, nor pictures pile up."""
         wait(self.scored[-1:])
-        self.scored.append(in_background("scorer", self._score, images, prompts))
+        self.scored.append(in_background("scorer", self._score, images, prompts, metadata))
 
-    def _score(self, images: Tensor, prompts: list[str]) -> Tensor | tuple[Tensor, list[str]]:
+    def _score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor | tuple[Tensor, list[str], Metadata]:
         try:
-            return score_or_nan(self.reward, images, prompts, last=False)
+            return score_or_nan(self.reward, images, prompts, metadata, last=False)
         except RewardMemoryError:
-            return images, prompts
+            return images, prompts, metadata
 
     def rewards(self) -> Tensor:
         """All batches' rewards in the order they were added in, when the last is done: (B,) fp64, on the CPU."""

@@ -1,5 +1,6 @@
 """A reward, (images (B, 3, H, W) fp32 in [0, 1], prompts: B strings) -> (B,) numbers: finding it by its name and calling it."""
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpo_fast.memory import is_out_of_memory
 
@@ -34,10 +35,11 @@ REWARDS = {
 }
 
 
-def load_reward(name: str, kwargs: dict) -> Callable:
+def load_reward(name: str, kwargs: dict, without_metadata: str | None = None) -> Callable:
     """The reward (images, prompts) of a name, given its arguments: one of REWARDS, `path/to/file.py:function` or `package.module:function`.
 
     In place of a function there may be a class, what must be loaded once: the reward is then its instance, made with the arguments.
+    Either may take `metadata` besides. without_metadata: an option whose prompts have none, so that a reward must not need it.
     Raises ValueError, naming the option, when there is no such function or it does not take (images, prompts, **kwargs).
     """
     source, _, function_name = REWARDS.get(name, name).rpartition(":")
@@ -57,27 +59,56 @@ def load_reward(name: str, kwargs: dict) -> Callable:
     if not callable(function):
         functions = ", ".join(n for n, f in vars(module).items() if inspect.isfunction(f) or inspect.isclass(f)) or "none"
         raise ValueError(f"reward.name={name}: {source} has no function {function_name}; it has: {functions}")
-    arguments = () if inspect.isclass(function) else (None, None)
     try:
-        inspect.signature(function).bind(*arguments, **kwargs)
+        if inspect.isclass(function):
+            inspect.signature(function).bind(**kwargs)
+        else:
+            inspect.signature(function).bind(None, None, **_with_metadata(function, None) | kwargs)
     except ValueError:
         raise ValueError(f"reward.name={name}: {function_name} has no signature; valid is a function (images, prompts, **kwargs)") from None
     except TypeError as error:
         given = "**kwargs" if inspect.isclass(function) else "images, prompts, **kwargs"
         raise ValueError(f"reward.kwargs={kwargs}: {function_name}({given}) does not take them: {error}") from None
-    if not inspect.isclass(function):
-        return partial(function, **kwargs) if kwargs else function
+    reward = _make(name, function, kwargs) if inspect.isclass(function) else partial(function, **kwargs) if kwargs else function
+    if without_metadata and (needing := needs_metadata(reward, function_name)):
+        raise ValueError(
+            f"reward.name={name}: {needing} needs metadata, and the prompts of {without_metadata} have none; valid is a prompts.file "
+            "with metadata, or a reward whose metadata has a default value"
+        )
+    return reward
+
+
+def _make(name: str, reward: type, kwargs: dict) -> Callable:
     try:
-        reward = function(**kwargs)
+        instance = reward(**kwargs)
     except ValueError:
         raise
     except (Exception, SystemExit) as error:
-        raise ValueError(f"reward.name={name}: {function_name}(**kwargs) raised {type(error).__name__}: {error}") from error
+        raise ValueError(f"reward.name={name}: {reward.__name__}(**kwargs) raised {type(error).__name__}: {error}") from error
     try:
-        inspect.signature(reward).bind(None, None)
+        inspect.signature(instance).bind(None, None, **_with_metadata(instance, None))
     except TypeError:
-        raise ValueError(f"reward.name={name}: an instance of {function_name} cannot be called with (images, prompts)") from None
-    return reward
+        raise ValueError(f"reward.name={name}: an instance of {reward.__name__} cannot be called with (images, prompts)") from None
+    return instance
+
+
+def _metadata_parameter(reward: Callable) -> inspect.Parameter | None:
+    """The parameter `metadata`; None if there is none, or reward.kwargs sets it."""
+    if isinstance(reward, partial) and "metadata" in reward.keywords:
+        return None
+    parameter = inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward).parameters.get("metadata")
+    return parameter if parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) else None
+
+
+def _with_metadata(reward: Callable, metadata: list[dict] | None) -> dict:
+    """The argument that a reward takes besides: copies, which it may change; none if it takes no metadata."""
+    return {} if _metadata_parameter(reward) is None else {"metadata": metadata and [copy.deepcopy(entry) for entry in metadata]}
+
+
+def needs_metadata(reward: Callable, name: str) -> str | None:
+    """The name of what cannot be called without metadata: the reward, or a part of it."""
+    parameter = _metadata_parameter(reward)
+    return name if parameter is not None and parameter.default is parameter.empty else getattr(reward, "needs_metadata", None)
 
 
 _FILES: dict[Path, tuple[int, ModuleType]] = {}
@@ -122,9 +153,10 @@ class RewardMemoryError(RewardError):
     """A call that ran out of memory; it may do better when nothing is denoised beside it."""
 
 
-def call(reward: Callable, images: Tensor, prompts: list[str]) -> Tensor:
+def call(reward: Callable, images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
     """Calls a reward on the images' device, without gradient, and checks its answer. Returns (B,) fp64 on the CPU.
 
+    metadata: B JSON objects for one that takes them; None where the prompts have none, then it is called without.
     What fp32 cannot hold becomes infinite. Raises RewardError, caused by what the function raised, sys.exit() included; that is a
     RewardMemoryError if memory ran out.
     """
@@ -132,7 +164,7 @@ def call(reward: Callable, images: Tensor, prompts: list[str]) -> Tensor:
         torch.cuda.set_device(images.device)  # the current device is a thread's own
     try:
         with torch.no_grad():
-            answer = reward(images, prompts)
+            answer = reward(images, prompts, **({} if metadata is None else _with_metadata(reward, metadata)))
     except RewardError:
         raise
     except BaseException as error:
@@ -150,9 +182,9 @@ def call(reward: Callable, images: Tensor, prompts: list[str]) -> Tensor:
     return rewards.masked_fill(rewards.abs() > torch.finfo(torch.float32).max, torch.inf)
 
 
-def score(reward: Callable, images: Tensor, prompts: list[str], timeout_s: float) -> Tensor:
+def score(reward: Callable, images: Tensor, prompts: list[str], timeout_s: float, metadata: list[dict] | None = None) -> Tensor:
     """`call` that is abandoned (its daemon thread is left behind) and raises RewardError when it outlasts `timeout_s`."""
-    rewards = in_background("reward", call, reward, images, prompts)
+    rewards = in_background("reward", call, reward, images, prompts, metadata)
     if wait([rewards], timeout_s).not_done:
         raise RewardError(f"the reward function took longer than reward.timeout_s={timeout_s}")
     try:

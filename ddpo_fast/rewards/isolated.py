@@ -31,12 +31,12 @@ class IsolatedReward:
     Not by multiprocessing's spawn: that would import the trainer, DeepSpeed and all, 5 s more of every start.
     """
 
-    def __init__(self, name: str, kwargs: dict, timeout_s: float):
+    def __init__(self, name: str, kwargs: dict, timeout_s: float, without_metadata: str | None = None):
         """Raises ValueError, naming the option, as `load_reward` does."""
-        self.name, self.kwargs, self.timeout_s = name, kwargs, timeout_s
+        self.options, self.timeout_s = (name, kwargs, without_metadata), timeout_s
         self._start()
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
         """Rewards (B,) fp64 on the CPU. Raises RewardError if the function fails, the process dies, or the call outlasts `timeout_s`."""
         if self.process.poll() is not None:
             self.close()
@@ -45,7 +45,8 @@ class IsolatedReward:
             except ValueError as error:
                 raise RewardError(str(error)) from None
         with self._limit(self.timeout_s, f"the reward function took longer than reward.timeout_s={self.timeout_s}"):
-            self.connection.send((images.shape, images.is_contiguous(memory_format=torch.channels_last), images.device, prompts))
+            channels_last = images.is_contiguous(memory_format=torch.channels_last)
+            self.connection.send((images.shape, channels_last, images.device, prompts, metadata))
             self.connection.send_bytes(images.to("cpu", torch.float32).contiguous().numpy().data.cast("B"))
             answer = self.connection.recv()
         if isinstance(answer, RewardError):
@@ -68,10 +69,10 @@ class IsolatedReward:
         limit = max(START_TIMEOUT_S, self.timeout_s)
         try:
             with self._limit(limit, f"its process took longer than {limit:g} s to start"):
-                self.connection.send((self.name, self.kwargs, torch.get_num_threads()))
+                self.connection.send((self.options, torch.get_num_threads()))
                 error = self.connection.recv()
         except RewardError as death:
-            error = ValueError(f"reward.name={self.name}: {death}")
+            error = ValueError(f"reward.name={self.options[0]}: {death}")
         if error:
             self.close()
             raise error
@@ -118,23 +119,23 @@ def serve(connection: int, lifeline: int) -> None:
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
     with Connection(connection) as connection, suppress(EOFError):
-        name, kwargs, num_threads = connection.recv()
+        options, num_threads = connection.recv()
         torch.set_num_threads(num_threads)
         try:
-            reward = load_reward(name, kwargs)
+            reward = load_reward(*options)
         except ValueError as error:
             connection.send(error)
             return
         connection.send(None)
         while True:
-            shape, channels_last, device, prompts = connection.recv()
+            shape, channels_last, device, prompts, metadata = connection.recv()
             pixels = bytearray(4 * shape.numel())
             connection.recv_bytes_into(pixels)
             images = torch.frombuffer(pixels, dtype=torch.float32).view(shape)
             # sums are rounded in the order of memory
             images = images.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
             try:
-                answer = call(reward, images, prompts).tolist()
+                answer = call(reward, images, prompts, metadata).tolist()
             except RewardError as error:
                 if error.__cause__:
                     traceback.print_exception(error.__cause__)  # which is lost on the way through the pipe

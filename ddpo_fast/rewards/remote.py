@@ -1,5 +1,7 @@
 """A reward over HTTP: POST of {"images": [PNG in base64, ...], "prompts": [...]}, answer {"rewards": [...]}; see docs/rewards.md.
 
+Where the prompts have metadata, "metadata": [...] goes with them.
+
 The server is not trusted: its answer is numbers or nothing.
 """
 
@@ -34,7 +36,7 @@ def read_token() -> str:
 
 
 class RemoteReward:
-    """Sends pictures to a reward server and takes numbers back: (images, prompts) -> list of B floats."""
+    """Sends pictures to a reward server and takes numbers back: (images, prompts, metadata) -> list of B floats."""
 
     def __init__(self, url: str, timeout_s: float):
         """Raises ValueError if `url` is no address or has a password in it."""
@@ -53,13 +55,15 @@ class RemoteReward:
             self.headers["Authorization"] = f"Bearer {token}"
         self.http = urllib3.PoolManager(retries=False)
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> list[float]:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> list[float]:
         """Raises RewardError for anything but B numbers. NaN stands for null, a server's word for no reward.
 
         Without an answer, or after one that says that the server is busy or broken (429, 5xx), the pictures are sent again.
         """
         deadline = time.monotonic() + self.timeout_s
         request = {"images": [base64.b64encode(file).decode() for file in encode_png(images)], "prompts": prompts}
+        if metadata is not None:
+            request["metadata"] = metadata
         for pause_s in (*BACKOFF_S, math.inf):  # urllib3's own retries know no deadline
             try:
                 status, body = self._post(json.dumps(request).encode(), deadline)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ddpo_fast.config import RewardConfig, user_error
 from ddpo_fast.preemption import handle_here
-from ddpo_fast.rewards import Reward, open_reward
+from ddpo_fast.rewards import Metadata, Reward, open_reward
 from ddpo_fast.rewards.function import RewardError
 from ddpo_fast.rewards.pixels import decode_png
 from ddpo_fast.rewards.remote import TOKEN_VARIABLE, read_token
@@ -44,10 +44,10 @@ class RewardServer(ThreadingHTTPServer):
             raise ValueError(f"--host={host}: valid without a token in {TOKEN_VARIABLE} is {' or '.join(LOOPBACK)}")
         super().__init__((host, port), Handler)
 
-    def score(self, images: Tensor, prompts: list[str]) -> list[float | None]:
+    def score(self, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float | None]:
         """Rewards, None where they are not finite. Raises RewardError when the call fails."""
         with self.lock:
-            rewards = self.reward(images.to(self.device), prompts).tolist()
+            rewards = self.reward(images.to(self.device), prompts, metadata=metadata).tolist()
         return [reward if math.isfinite(reward) else None for reward in rewards]
 
 
@@ -68,8 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         if int(length) > MAX_REQUEST_BYTES:
             return self.answer(413, error=f"valid are at most {MAX_REQUEST_BYTES} bytes; a smaller sample.batch_size has smaller requests")
         try:
-            images, prompts = parse_request(self.rfile.read(int(length)))
-            self.answer(200, rewards=self.server.score(images, prompts))
+            self.answer(200, rewards=self.server.score(*parse_request(self.rfile.read(int(length)))))
         except ValueError as error:
             self.answer(400, error=str(error))
         except RewardError as error:
@@ -85,19 +84,22 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def parse_request(body: bytes) -> tuple[Tensor, list[str]]:
-    """Images (B, 3, H, W) in [0, 1] and B prompts of a request. Raises ValueError that says what is wrong with it."""
+def parse_request(body: bytes) -> tuple[Tensor, list[str], Metadata]:
+    """Images (B, 3, H, W) in [0, 1], B prompts and their metadata of a request. Raises ValueError that says what is wrong with it."""
     try:
         request = json.loads(body)
-        images, prompts = request["images"], request["prompts"]
+        images, prompts, metadata = request["images"], request["prompts"], request.get("metadata")
         if not prompts or not isinstance(prompts, list) or len(images) != len(prompts):
             raise TypeError
         if not all(isinstance(text, str) for text in [*images, *prompts]):
             raise TypeError
+        if metadata is not None and (len(metadata) != len(prompts) or not all(isinstance(entry, dict) for entry in metadata)):
+            raise TypeError
         files = [base64.b64decode(image, validate=True) for image in images]
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise ValueError('valid is {"images": [PNG in base64, ...], "prompts": [as many strings]}') from None
-    return decode_png(files), prompts
+        valid = '{"images": [PNG in base64, ...], "prompts": [as many strings]}, with "metadata": [as many objects] or without'
+        raise ValueError(f"valid is {valid}") from None
+    return decode_png(files), prompts, metadata
 
 
 def main(argv: list[str] | None = None) -> None:

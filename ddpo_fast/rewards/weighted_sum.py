@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.places import is_address
-from ddpo_fast.rewards.function import call, load_reward
+from ddpo_fast.rewards.function import call, load_reward, needs_metadata
 from ddpo_fast.rewards.remote import RemoteReward
 
 
@@ -24,6 +24,8 @@ class WeightedSum:
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
             raise ValueError(f"reward.kwargs.timeout_s={timeout_s}: valid is a finite number > 0")
         self.parts = []
+        self.needs_metadata = None
+        """The name of a part that cannot be called without metadata."""
         for name, part in rewards.items():
             if not isinstance(name, str):
                 raise ValueError(f"reward.kwargs.rewards: {name} is no name of a reward")
@@ -32,14 +34,16 @@ class WeightedSum:
                 continue
             weight, kwargs = _weight(name, part), part.get("kwargs", {}) if isinstance(part, dict) else {}
             try:
-                self.parts.append((weight, load_reward(name, kwargs)))
+                reward = load_reward(name, kwargs)
             except ValueError as error:
                 raise ValueError(f"reward.kwargs.rewards.{name}: {error}") from error
+            self.parts.append((weight, reward))
+            self.needs_metadata = self.needs_metadata or needs_metadata(reward, name)
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
         """(B,) fp64 on the CPU; a picture that one of the rewards has no number for has none."""
         # a reward may change its images
-        scores = [weight * call(reward, images.clone(), prompts) for weight, reward in self.parts]
+        scores = [weight * call(reward, images.clone(), prompts, metadata) for weight, reward in self.parts]
         return torch.stack(scores).sum(0)
 
 
