@@ -13,17 +13,22 @@ RUN := env -u TRITON_INTERPRET $(PY) -m
 BUDGET ?= 480
 START := $(shell date +%s)
 GPU_SETUP := $(if $(SETUP),has-gpu $(SETUP)) $(TRL_SETUP)
+SUITE := pytest -m "not slow" -n 2 --dist loadfile --benchmark-disable
+HAS_PYTHON := $(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ...")'
 # DeepSpeed guesses, with a warning, where it is not told
 DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export DS_ACCELERATOR
 
-.PHONY: demo test test-slow lint bench bench-kernels bench-reward bench-algorithms headline kernel-table gpu wheels has-gpu clean
+.PHONY: demo test test-oldest test-newest test-slow lint bench bench-kernels bench-reward bench-algorithms headline kernel-table gpu wheels has-gpu clean
 
 demo: .venv/installed  ## reinforcement learning on the embedded model: the reward rises, pictures before and after
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed ddpo_fast/train.py
 
 test: .venv/installed  ## the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/python -m $(SUITE)
+
+test-oldest test-newest: test-%: .venv-%/installed  ## the test suite on the oldest versions that setup.py allows; on the newest that there are
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m $(SUITE)
 
 test-slow: .venv/installed  ## the tests that `test` leaves out: 20 minutes on a quiet machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
@@ -65,14 +70,22 @@ has-gpu:
 	@command -v nvidia-smi >/dev/null || { echo "make gpu: no CUDA machine, there is no nvidia-smi here"; exit 1; }
 
 clean:
-	rm -rf .venv .venv-trl build *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .venv-trl build *.egg-info
 
 .venv/installed: requirements.txt setup.py
-	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ...")'
+	@$(HAS_PYTHON)
 	@echo "setting up .venv (torch and friends: a few minutes and about 2 GB the first time)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
+	@touch $@
+
+# with what setup.py asks for: its bounds have to admit the set
+.venv-oldest/installed .venv-newest/installed: .venv-%/installed: requirements-%.txt setup.py
+	@$(HAS_PYTHON)
+	@echo "setting up .venv-$* (torch and friends: a few minutes and about 5 GB the first time)"
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --requirement requirements-$*.txt --editable .
 	@touch $@
 
 # the same packages as .venv, and TRL with what it needs on top

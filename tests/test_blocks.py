@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from test_kernels import torch_warns_of_itself
 from torch import nn
 
 from ddpo_fast.fused_unet import fuse, unfuse
@@ -276,6 +277,7 @@ def test_geglu_is_one_launch_each_way():
     assert [launch.kernel.__name__ for launch in launches] == ["_geglu_fwd_kernel", "_geglu_bwd_kernel"]
 
 
+@torch_warns_of_itself
 @pytest.mark.parametrize("layout, affine", [("contiguous", True), ("channels_last", True), ("transposed", False)])
 def test_opcheck_of_group_norm_silu(layout, affine):
     ops, x = torch.ops.ddpo_fast, draw((2, 6, 3, 5), torch.float32, layout)
@@ -287,6 +289,7 @@ def test_opcheck_of_group_norm_silu(layout, affine):
         torch.library.opcheck(ops.group_norm_silu_backward.default, (torch.ones_like(x), x, weight, bias, mean, rstd, True, *needed))
 
 
+@torch_warns_of_itself
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_opcheck_of_geglu(layout):
     x = draw((2, 3, 8), torch.float32, layout)

@@ -1,6 +1,8 @@
-"""What is installed: a wheel has everything that a run reads, and the licences of it; an old setuptools is told what to do."""
+"""What is installed: a wheel has everything that a run reads, and the licences of it; versions are stated once and tested as stated."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,8 +11,54 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pinned(name: str) -> dict[str, list[Version]]:
+    """Package -> the versions that a requirements file has of it, one for all Pythons or one for each range."""
+    versions = {}
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            requirement = Requirement(line)
+            (exact,) = requirement.specifier
+            assert exact.operator == "==", line
+            versions.setdefault(canonicalize_name(requirement.name), []).append(Version(exact.version))
+    return versions
+
+
+def required() -> dict[str, Requirement]:
+    """Package -> what setup.py asks for."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    (value,) = (node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "install_requires")
+    return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, ast.literal_eval(value))}
+
+
+def test_lower_bounds_are_what_test_oldest_runs():
+    oldest = pinned("requirements-oldest.txt")
+    for name, requirement in required().items():
+        (bound,) = (Version(part.version) for part in requirement.specifier if part.operator in (">=", "=="))
+        assert oldest[name] == [bound], name
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-newest.txt"])
+def test_sets_are_within_the_bounds(name):
+    versions, oldest = pinned(name), pinned("requirements-oldest.txt")
+    assert versions.keys() == oldest.keys()
+    for package, requirement in required().items():
+        assert all(version in requirement.specifier for version in versions[package]), package
+
+
+def test_readme_states_the_versions_that_are_tested():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    columns = [pinned(name) for name in ("requirements-oldest.txt", "requirements.txt", "requirements-newest.txt")]
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    assert {"torch", "triton", "transformers", "diffusers", "deepspeed"} <= {package for package, *_ in rows}
+    for package, *stated in rows:
+        assert [Version(version) for version in stated] == [max(column[canonicalize_name(package)]) for column in columns], package
 
 
 @pytest.fixture(scope="module")
