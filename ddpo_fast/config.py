@@ -60,6 +60,10 @@ class LoraConfig:
         default_factory=lambda: ["attention", "feed_forward", "convolution", "projection"]
     )
     """Which layers of those blocks get a LoRA. SD needs no more than ['attention']; a small model needs all."""
+    init: Optional[str] = None
+    """A LoRA to start from: a run's directory, a folder that diffusers wrote, or a .safetensors file of diffusers or of kohya's
+    sd-scripts. Its layers have to be trained and its rank at most lora.rank; its own scale is kept, and what it lacks starts as without
+    it. Iteration 0 is the model with it. A file with a text encoder's part is refused."""
     rank: int = 16
     """Rank r of the update s B A."""
     alpha: float = 16.0
@@ -170,9 +174,9 @@ class TrainConfig:
     advantage_clip: float = 5.0
     """Advantages are clamped to +- this."""
     kl_coefficient: float = 0.0
-    """Adds this times the KL divergence from the untrained model, a mean over latent elements as the log-prob is, to the loss of
-    ddpo_is or ddpo_sf. Another UNet forward pass, with LoRA switched off, for each transition; metric kl_to_reference. 0: nothing is
-    computed."""
+    """Adds this times the KL divergence from the model without LoRA (the bare one, also after lora.init), a mean over latent elements as
+    the log-prob is, to the loss of ddpo_is or ddpo_sf. Another UNet forward pass, with LoRA switched off, for each transition; metric
+    kl_to_reference. 0: nothing is computed."""
     max_grad_norm: float = 1.0
     """Gradient norm clip of every update."""
     timestep_fraction: float = 1.0
@@ -440,7 +444,7 @@ def parse(argv: list[str]) -> Config:
         raise ValueError(_one_line(str(error), parser)) from None
 
 
-PLACES = ("model.path", "model.config", "model.vae", "prompts.file", "reward.name", "deepspeed.config", "run.dir")
+PLACES = ("model.path", "model.config", "model.vae", "lora.init", "prompts.file", "reward.name", "deepspeed.config", "run.dir")
 """The options that say where something is, which is not what a run is: --resume takes them anew. Once parsed they are absolute paths, so
 that they mean the same in every working directory; what is no path (a hub id, a server's address, a reward of a package) stays as it is."""
 
@@ -464,7 +468,7 @@ def _check_known(began: list[str], parser: jsonargparse.ArgumentParser) -> None:
 def _check_places(config: Config) -> None:
     """Raises ValueError for what a resumed run needs and does not find."""
     for option in PLACES:
-        if option != "run.dir" and config[option] is not None and is_missing(option, config[option]):
+        if option not in ("run.dir", "lora.init") and config[option] is not None and is_missing(option, config[option]):
             raise ValueError(
                 f"{option}={config[option]}: there is nothing of this name now; where it is instead, --{option}=PLACE says, beside --resume"
             )

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ddpo_fast.gpus import GPUS, parse_devices
+from ddpo_fast.places import is_hub_id, is_lora, lora_file
 
 
 def _number(low, high=sys.float_info.max, open_low=False):
@@ -56,6 +57,11 @@ RULES = [
     ),
     (
         "model.path",
+        "a whole model; this is a LoRA: lora.init starts from it, beside the model.path that it is of",
+        lambda v, c: not is_lora(v),
+    ),
+    (
+        "model.path",
         "a folder with model_index.json, or a hub id such as org/name, or a .safetensors file; not a .ckpt, a pickle, which runs code when "
         "it is loaded",
         lambda v, c: _is_model(v) or _is_single_file(v),
@@ -72,6 +78,12 @@ RULES = [
         "all, mid_up, none, or block names joined by commas, such as mid_block,up_blocks.2",
         lambda v, c: v in ("all", "mid_up", "none") or bool(_SCOPE.fullmatch(v)),
     ),
+    (
+        "lora.init",
+        "the directory of a run, a folder with pytorch_lora_weights.safetensors, a LoRA's .safetensors file, or null",
+        lambda v, c: v is None or c.run.resume or (lora_file(v) is not None and is_lora(v)),
+    ),
+    ("lora.init", "null, when lora.scope is none", lambda v, c: v is None or c.lora.scope != "none"),
     ("lora.forward", "auto or separate, when lora.scope is none", lambda v, c: v != "merged" or c.lora.scope != "none"),
     ("lora.forward", "auto or separate, with zero.stage=3, which partitions the weights", lambda v, c: v != "merged" or c.zero.stage < 3),
     ("lora.targets", "at least one of attention, feed_forward, convolution, projection", lambda v, c: len(v) > 0),
@@ -228,13 +240,6 @@ def _has_checkpoint(run_dir: str) -> bool:
 
 def _is_model(path: str, config: str = "model_index.json") -> bool:
     return Path(path, config).is_file() if Path(path).exists() else is_hub_id(path)
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a model is on the hub: nothing of that name is here, and it is a name such as org/name."""
-    if os.path.exists(path) or Path(path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        return False
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
 
 
 def _is_single_file(path: str) -> bool:

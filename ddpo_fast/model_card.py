@@ -11,7 +11,7 @@ from ddpo_fast.files import write_text
 from ddpo_fast.report import Run, read_run
 
 _OPTIONS = (
-    "train.algorithm lora.scope lora.targets lora.rank lora.alpha prompts.name prompts.file sample.num_samples sample.num_steps "
+    "train.algorithm lora.init lora.scope lora.targets lora.rank lora.alpha prompts.name prompts.file sample.num_samples sample.num_steps "
     "sample.guidance_scale sample.eta train.num_minibatches train.inner_epochs train.learning_rate run.seed"
 ).split()
 _DDPO_OPTIONS = ("train.clip_range", "train.kl_coefficient", "baseline.name")
@@ -126,7 +126,7 @@ def _training(run: Run) -> str:
     for option in (*_OPTIONS, *(_DDPO_OPTIONS if is_ddpo else _RWR_OPTIONS)):
         section, key = option.split(".")
         value = run.config.get(section, {}).get(key)  # the run may be older than the option
-        values[option] = Path(value).name if option == "prompts.file" and value else value
+        values[option] = Path(value).name if option in ("prompts.file", "lora.init") and value else value
     values |= run.environment
     if listed := run.config["prompts"].get("list"):
         values["prompts.list"] = f"{len(listed)} of its own"

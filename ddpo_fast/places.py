@@ -1,9 +1,12 @@
 """Values of options that say where something is: as absolute paths, and whether two of them may be the same thing in another place."""
 
+import json
 import os
+import re
 from pathlib import Path
 
-from ddpo_fast.config_rules import is_hub_id
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers and we call a LoRA's weights."""
 
 
 def located(option: str, value: str) -> str:
@@ -37,6 +40,32 @@ def may_be_same(option: str, value, before) -> bool:
     if not isinstance(value, str) or not isinstance(before, str):
         return value == before
     return option != "reward.name" or _called(value) == _called(before)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a model is on the hub: nothing of that name is here, and it is a name such as org/name."""
+    if os.path.exists(path) or Path(path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        return False
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
+
+
+def lora_file(path: str) -> Path | None:
+    """The weights of a LoRA: a file, or those in a folder, or in the lora/ of a run's directory; None if there are none."""
+    files = (Path(path), Path(path, LORA_FILE), Path(path, "lora", LORA_FILE))
+    return next((file for file in files if file.suffix == ".safetensors" and os.path.isfile(file)), None)
+
+
+def is_lora(path: str) -> bool:
+    """Whether a file of weights, or one in a folder, is a LoRA's, by the names in its header."""
+    if os.path.isfile(Path(path, "model_index.json")) or (file := lora_file(path)) is None:
+        return False
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            names = json.loads(opened.read(length)) if length <= os.path.getsize(file) else {}
+        except (ValueError, RecursionError):  # a damaged one
+            return False
+    return isinstance(names, dict) and any(re.search(r"lora_|\.lora\.|_lora\.", name) for name in names)
 
 
 def is_address(reward: str) -> bool:

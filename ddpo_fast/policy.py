@@ -139,7 +139,7 @@ class Policy:
 
     @torch.no_grad()
     def predict_reference_noise(self, *inputs: Tensor) -> Tensor:
-        """`predict_noise` of the model as it was before training, without a gradient: LoRA is switched off, merged or not."""
+        """`predict_noise` of the bare model, without a gradient: LoRA is switched off, merged or not, also what lora.init put there."""
         self.unet.disable_adapters()
         try:
             return self.predict_noise(*inputs)

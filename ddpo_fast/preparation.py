@@ -16,6 +16,7 @@ from ddpo_fast.config import Config
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.engine import Engine, all_gather, broadcast, init_distributed
 from ddpo_fast.fused_unet import fuse
+from ddpo_fast.initial_lora import start_from
 from ddpo_fast.kernels import Ops
 from ddpo_fast.lora import merges
 from ddpo_fast.losses import scaled_clip_range
@@ -181,6 +182,10 @@ def load_policy(config: Config, rank: int, world_size: int, device: torch.device
     torch.manual_seed(config.run.seed)  # LoRA's initial weights
     lora, model = config.lora, config.model
     policy = Policy(model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config)
+    if lora.init is not None and not config.run.resume:
+        started = start_from(policy.pipe, lora.init, lora.scope)
+        if rank == 0:
+            print(started, flush=True)
     policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
     for note in policy.notes if rank == 0 else ():
         print(note, flush=True)

@@ -16,6 +16,7 @@ from ddpo_fast import kernels
 from ddpo_fast.config import Config, parse, user_error
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.fused_unet import fuse
+from ddpo_fast.initial_lora import start_from
 from ddpo_fast.lora import merges
 from ddpo_fast.metrics import picture_grid
 from ddpo_fast.pipelines import check_model
@@ -45,6 +46,8 @@ def before_and_after(weights: Path, config: Config, prompts: list[str], seeds: l
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ops, lora, sample = kernels.select("auto", device), config.lora, config.sample
     policy = Policy(model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config)
+    if lora.init is not None:
+        start_from(policy.pipe, lora.init, lora.scope)
     policy.decode_batch = sample.decode_batch
     if ops.backend == "triton":
         fuse(policy.unet, ops)
@@ -96,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         ("model.path", "Where the model is now."),
         ("model.config", "Where the configs of a single file are now."),
         ("model.vae", "Where the VAE is now."),
+        ("lora.init", "Where the LoRA is now that the run began from; null: 'before' is the model without it."),
         ("model.dtype", "fp32, fp16 or bf16."),
         ("sample.num_steps", "DDIM steps."),
         ("sample.guidance_scale", "Classifier-free guidance."),
