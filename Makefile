@@ -19,7 +19,7 @@ HAS_PYTHON := $(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or
 DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export DS_ACCELERATOR
 
-.PHONY: demo test test-oldest test-newest test-slow lint bench bench-kernels bench-reward bench-algorithms headline kernel-table gpu wheels has-gpu clean
+.PHONY: demo test test-oldest test-newest test-slow test-cpus lint bench bench-kernels bench-reward bench-algorithms headline kernel-table gpu wheels has-gpu clean
 
 demo: .venv/installed  ## reinforcement learning on the embedded model: the reward rises, pictures before and after
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed ddpo_fast/train.py
@@ -32,6 +32,9 @@ test-oldest test-newest: test-%: .venv-%/installed  ## the test suite on the old
 
 test-slow: .venv/installed  ## the tests that `test` leaves out: 20 minutes on a quiet machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-cpus: .venv/installed  ## the tests that compare rounded numbers, under each instruction set of this CPU: 10 minutes
+	$(BIN)/python tests/cpus.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -69,7 +69,7 @@ class LoraConfig:
     alpha: float = 16.0
     """Scale s = alpha / rank."""
     forward: Literal["auto", "merged", "separate"] = "auto"
-    """merged: a layer computes with W + s B A, formed once an update; the gradient is the same, and a forward pass as fast
+    """merged: a layer computes with W + s B A, formed once an update; the gradient is the same to rounding, and a forward pass as fast
     as without LoRA, for a second copy of these layers' weights. separate: W, A and B each on its own. auto: merged in fp32;
     fp16 and bf16 would round a small update away, so separate, and so at zero.stage=3, which partitions W."""
 
@@ -128,8 +128,8 @@ class SampleConfig:
     num_samples: int = 48
     """Pictures an iteration, over all ranks."""
     batch_size: Union[int, Literal["auto"]] = 48
-    """Pictures denoised together on one rank. Speed and memory only: a sample does not depend on it. auto: as many as --plan finds to
-    fit. Should memory run out all the same, it is halved and the run goes on."""
+    """Pictures denoised together on one rank. Speed and memory only: a sample depends on it by rounding alone. auto: as many as --plan
+    finds to fit. Should memory run out all the same, it is halved and the run goes on."""
     decode_batch: int = 16
     """Pictures that the VAE decodes together: 0.4 GB each at 512x512 in fp16."""
     num_steps: int = 10
@@ -152,7 +152,7 @@ class TrainConfig:
     the equations."""
     estimator: Literal["ppo", "score_accumulation"] = "ppo"
     """Where the gradient is computed. ppo: after sampling, which any number of updates an iteration needs. score_accumulation:
-    during sampling, each sample's apart, so that no second UNet pass is needed: the same gradient, for exactly one update an
+    during sampling, each sample's apart, so that no second UNet pass is needed: the same gradient to rounding, for exactly one update an
     iteration (train.num_minibatches=1, train.inner_epochs=1) of LoRA. Sampling then needs an update's memory, for
     sample.batch_size samples, and four bytes for each trained weight of every sample of a rank; train.micro_batch is not used."""
     num_minibatches: int = 4
@@ -160,12 +160,12 @@ class TrainConfig:
     inner_epochs: int = 1
     """Passes over an iteration's samples."""
     micro_batch: Union[int, Literal["auto"]] = 48
-    """Transitions (sample, step) per forward and backward on one rank. Speed and memory only: the gradient does not
-    depend on it. auto: as many as --plan finds to fit. Should memory run out all the same, it is halved and the run goes on (with
+    """Transitions (sample, step) per forward and backward on one rank. Speed and memory only: the gradient depends on
+    it by rounding alone. auto: as many as --plan finds to fit. Should memory run out all the same, it is halved and the run goes on (with
     ZeRO it ends: an update of which a part has been sent cannot begin anew)."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of the UNet's blocks for the backward pass, which then computes what is inside of them again: less
-    memory for an update about a third slower. The gradient is the same."""
+    memory for an update about a third slower. The gradient is the same, bit for bit."""
     learning_rate: float = 4e-3
     """AdamW's; constant. About 3e-4 for LoRA on SD, 1e-5 for its full UNet."""
     clip_range: float = 3e-4

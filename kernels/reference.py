@@ -42,7 +42,7 @@ def _uniform(word: Tensor) -> Tensor:
 
 
 def normal_noise(seed: int, sample_ids: Tensor, steps: Tensor, num_elements: int) -> Tensor:
-    """Standard normal noise as a pure function of (seed, sample id, step, element): batch and rank do not enter.
+    """Standard normal noise as a function of (seed, sample id, step, element): batch and rank do not enter, but for the last bits.
 
     Element e of a row takes lane e % 4 of Philox at counter (e // 4, step, id mod 2^32, id div 2^32); lanes (0, 1) and
     (2, 3) go through Box-Muller: sqrt(-2 ln u1) * (cos, sin)(2 pi u2).

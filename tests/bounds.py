@@ -17,10 +17,13 @@ another instruction set or another order of summation rounds differently. The de
 6. What moves out at step k was computed before z_k was drawn, so mean(z eta) is 0 within eta / sqrt(N); five of these are exceeded with
    probability 6e-7 a transition. log p itself is an fp32 number, whose mean of N terms is off by 0.2 eps sqrt(N / 2) / 2:
        |ratio - 1| <= exp(5 eta / sqrt(N) + eta^2 / 2 + eps (|log p| + 1 + 0.1 sqrt(N / 2))) - 1
-7. A gradient is a sum of d log p / d out = z c_out / (s N) through the network and back, which is three times the work of forward:
-   relative to its norm it is off by eta + 3 delta.
-8. Adam divides by the gradient's size. Where that is larger than the rounding a step stays; where it is not, the step may turn. Of
-   gradients spread like a Gaussian a share of `gradient` is that small, and each of these weights is off by twice the learning rate.
+7. A weight's gradient is the product of what came in and what comes back. It is off by delta five times: in what came in, in what the
+   loss makes of the output, in the derivatives at layers' inputs, in the products on the way back, and in the sum over rows. What the
+   loss makes of the output is d log p / d out = z c_out / (s N), with eta in z; together eta + 5 delta, relative, in 2-norm.
+8. A reward that is the difference of two means of pixels is off by no more than twice the pixels' rms error. A file's size is not such a
+   reward: it jumps. Advantages are rewards over their standard deviation, so they, and the gradient, are off by that over it.
+9. Adam divides by the gradient's size, so that little more than its sign counts. The signs of two Gaussians, one of which is the other
+   and an error of the relative size r, differ with probability arctan(r) / pi; each such weight is off by twice the learning rate.
 """
 
 import math
@@ -29,13 +32,23 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import nn
 
 from ddpo_fast.config import Config, parse
 from ddpo_fast.ddim import DDIMSchedule
 
 SIGMAS = 5
+BACKWARD = 5
+"""Deltas in a gradient, see 7."""
 HALF = (torch.float16, torch.bfloat16)
+
+
+def assert_same_noise(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Box-Muller of the same words: a logarithm, halved by the square root, and a cosine within 4 units in the last place each, which is
+    what vector libraries promise; an angle of at most pi / 4 rounded twice, times a radius of at most 5.7."""
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(actual, expected, rtol=8 * eps, atol=8 * eps)
 
 
 def network_rounding(network: nn.Module, dtype: torch.dtype = torch.float32) -> float:
@@ -45,6 +58,31 @@ def network_rounding(network: nn.Module, dtype: torch.dtype = torch.float32) -> 
     if dtype in HALF:
         return 0.2 * eps * math.sqrt(3 * len(terms))
     return 0.2 * eps * math.sqrt(2 * sum(count / 2 + 1 for count in terms))
+
+
+def assert_same_output(actual: torch.Tensor, expected: torch.Tensor, network: nn.Module) -> None:
+    """Two calls of `network`, or of one that computes the same in another order: every element is within SIGMAS deltas."""
+    size = expected.double().square().mean().sqrt().item()
+    bound = SIGMAS * network_rounding(network, expected.dtype) * size
+    assert actual.shape == expected.shape and (actual.double() - expected.double()).abs().max() <= bound
+
+
+def assert_same_network(results: list[torch.Tensor], expected: list[torch.Tensor], network: nn.Module) -> None:
+    """Outputs, which come first, and gradients of `network` by two ways to compute it.
+
+    All gradients joined, because those of layers that hardly matter are differences of others.
+    """
+    assert [result is None for result in results] == [exact is None for exact in expected]
+    (output, *results), (exact, *expected) = ([tensor for tensor in tensors if tensor is not None] for tensors in (results, expected))
+    assert_same_output(output, exact, network)
+    assert [result.shape for result in results] == [exact.shape for exact in expected]
+    ours, exact = (torch.cat([tensor.double().flatten() for tensor in tensors]) for tensors in (results, expected))
+    assert (ours - exact).norm() <= BACKWARD * network_rounding(network, output.dtype) * exact.norm() and exact.norm() > 0
+
+
+def turned(gradient: float) -> float:
+    """How far a step of Adam by a gradient that is off by `gradient` is off, in 2-norm, relative, see 9."""
+    return 2 * math.sqrt(gradient / math.pi)
 
 
 @dataclass(frozen=True)
@@ -76,20 +114,35 @@ class Rounding:
     @property
     def gradient(self) -> float:
         """Of a gradient, in 2-norm, relative."""
-        return self.eta + 3 * self.network
+        return self.eta + BACKWARD * self.network
 
     @property
     def picture(self) -> float:
         """Of any element of a picture in [0, 1], which is at most 1/2 from grey."""
         return SIGMAS * (self.latents + self.decoder) / 2
 
+    @property
+    def reward(self) -> float:
+        """Of a difference of two means of pixels, see 8."""
+        return self.latents + self.decoder
+
+    def learned(self, reward_std: float) -> float:
+        """Of a gradient whose advantages are of rewards that were rounded, too, in 2-norm, relative."""
+        return self.gradient + 2 * self.reward / reward_std
+
     def grad_norm(self, num_transitions: int) -> float:
         """Of a gradient's norm, relative. What is orthogonal to the gradient counts by its square."""
         return SIGMAS * self.gradient / math.sqrt(self.num_elements * num_transitions) + self.gradient**2 / 2
 
-    def weights(self, count: int) -> float:
-        """Of `count` weights after all of Adam's updates, in 2-norm, absolute, see 8."""
-        return 2 * math.sqrt(self.gradient) * self.rate * math.sqrt(count)
+    def weights(self, count: int, gradient: float) -> float:
+        """Of `count` weights after all of Adam's updates by gradients that are off by `gradient`, in 2-norm, absolute, see 9."""
+        return turned(gradient) * self.rate * math.sqrt(count)
+
+
+def moved(run_dir: Path) -> float:
+    """How far a run has moved its LoRA's B from where they began, 0, in 2-norm: what a bound on weights must be well below."""
+    tensors = load_file(run_dir / "lora" / "pytorch_lora_weights.safetensors")
+    return torch.cat([tensor.flatten() for name, tensor in tensors.items() if "lora_B" in name]).norm().item()
 
 
 def of(config: Config, dtype: torch.dtype = torch.float32) -> Rounding:

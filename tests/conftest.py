@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.register_assert_rewrite("bounds")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: without a GPU, kernels run in its interpreter
 

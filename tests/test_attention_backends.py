@@ -43,17 +43,17 @@ def gradients(policy: Policy) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in policy.trainable_parameters()]
 
 
-@pytest.mark.parametrize("backend, tolerance", [("math", 1e-5), ("flash", 0)])
-def test_a_back_end_is_the_same_attention(policy, backend, tolerance):
-    """On a CPU PyTorch itself takes its flash kernel."""
-    call, expected = policy.example_call(4), gradients(policy)
+@pytest.mark.rounding
+@pytest.mark.parametrize("backend", ["math", "flash"])
+def test_a_back_end_is_the_same_attention(policy, backend):
+    """On a CPU PyTorch itself takes its flash kernel: the same bits."""
+    expected = [policy.example_call(4), *gradients(policy)]
     set_attention(policy.unet, backend)
     processors = {type(module.processor) for module in policy.unet.modules() if isinstance(module, Attention)}
     assert processors == {DispatchedAttention}
-    torch.testing.assert_close(policy.example_call(4), call, rtol=0, atol=tolerance)
-    for gradient, other in zip(gradients(policy), expected, strict=True):
-        torch.testing.assert_close(gradient, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
-    assert max(gradient.abs().max() for gradient in expected) > 0
+    found = [policy.example_call(4), *gradients(policy)]
+    bounds.assert_same_network(found, expected, policy.unet)
+    assert backend == "math" or all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 def test_sdpa_leaves_the_unet_as_it_is(policy):
@@ -100,9 +100,10 @@ def test_the_fastest_is_chosen_and_the_choice_explained(monkeypatch):
 
 
 def test_times_are_measured():
-    """Math writes the whole matrix of weights, so it is the slower one by far at many keys."""
-    name, line = choose(["math", "sdpa"], Counter({(1024, 1024, 4, 32): 1}), 2, torch.float32, CPU)
-    assert name == "sdpa" and "math" in line
+    """And the smallest is chosen, whichever it is on this machine."""
+    name, line = choose(["math", "sdpa"], Counter({(256, 256, 4, 32): 1}), 2, torch.float32, CPU)
+    times = {backend: float(found) for backend, found in re.findall(r"(math|sdpa) ([\d.e+]+) ms", line)}
+    assert set(times) == {"math", "sdpa"} and times[name] == min(times.values()) > 0
 
 
 def test_a_wrong_result_is_not_used(monkeypatch):

@@ -59,7 +59,7 @@ def file(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def reward(file):
-    reward = open_reward(f"{file}:reward", {"scale": 3.0}, timeout_s=1.0, isolate=True)
+    reward = open_reward(f"{file}:reward", {"scale": 3.0}, timeout_s=3.0, isolate=True)
     yield reward
     reward.close()
 
@@ -69,7 +69,7 @@ def expected(file) -> list[float]:
     return open_reward(f"{file}:reward", {"scale": 3.0}, 1.0, isolate=False)(IMAGES.clone(), ["a", "b", "c"]).tolist()
 
 
-def assert_soon(condition, within_s: float = 5.0) -> None:
+def assert_soon(condition, within_s: float = 120.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline
@@ -111,7 +111,7 @@ def test_metadata_crosses_and_is_missed_in_good_time(file):
 
 def test_what_the_function_raised_is_shown_with_its_line(file, capfd):
     with pytest.raises(RewardError, match="KeyError"):
-        open_reward(f"{file}:reward", {}, 10.0, isolate=True)(IMAGES, ["raise", "b", "c"])
+        open_reward(f"{file}:reward", {}, 120.0, isolate=True)(IMAGES, ["raise", "b", "c"])
     assert f'File "{file}"' in capfd.readouterr().err
 
 
@@ -124,8 +124,8 @@ def test_what_the_function_raised_is_shown_with_its_line(file, capfd):
         ("exit", "the reward's process ended with status 3", False),
         ("crash", "the reward's process was ended by SIGSEGV", False),
         ("close", "the reward's process ", False),
-        ("hang", "the reward function took longer than reward.timeout_s=1.0", False),
-        ("never give up the GIL", "the reward function took longer than reward.timeout_s=1.0", False),
+        ("hang", "the reward function took longer than reward.timeout_s=3.0", False),
+        ("never give up the GIL", "the reward function took longer than reward.timeout_s=3.0", False),
     ],
 )
 def test_a_call_that_fails_costs_that_call_only(reward, expected, prompt, message, survives):
@@ -200,7 +200,7 @@ def test_a_module_that_ends_its_process_is_refused(tmp_path):
 def test_a_file_that_breaks_during_the_run_costs_calls_not_the_run(tmp_path):
     path = tmp_path / "breaking.py"
     path.write_text("import os\ndef f(images, prompts):\n    os._exit(1)\n")
-    reward = open_reward(f"{path}:f", {}, 10.0, isolate=True)
+    reward = open_reward(f"{path}:f", {}, 120.0, isolate=True)
     with pytest.raises(RewardError, match="ended with status 1"):
         reward(IMAGES, ["a", "b", "c"])
     path.write_text("def f(:")

@@ -22,7 +22,7 @@ def kernel_resources(monkeypatch):
 
 def run(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "bench.kernel_resources", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=7200)
 
 
 def test_no_kernel_got_worse():

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import bounds
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,6 +21,8 @@ BIN = Path(sys.executable).parent
 DEEPSPEED = [str(BIN / "deepspeed"), "--master_port"]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
 ENVIRONMENT |= {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+LIMIT_S = 1800
+"""Only what hangs takes as long, also on a machine many times slower than those at hand, where a start takes ten seconds."""
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _ports = iter(range(29600 + 100 * _worker, 29700 + 100 * _worker))
 
@@ -36,7 +39,7 @@ def options(tiny_model, tmp_path):
     return make
 
 
-def deepspeed(num_ranks: int, script: Path | str, argv: list[str], cwd: Path = ROOT, timeout=300) -> subprocess.CompletedProcess:
+def deepspeed(num_ranks: int, script: Path | str, argv: list[str], cwd: Path = ROOT, timeout=LIMIT_S) -> subprocess.CompletedProcess:
     command = [*DEEPSPEED, str(next(_ports)), "--num_gpus", str(num_ranks), str(script), *argv]
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
 
@@ -46,14 +49,21 @@ def weights(run_dir: Path) -> torch.Tensor:
     return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
 
 
+REDNESS = "def redness(images, prompts):\n    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))\n"
+"""A reward that rounding changes by no more than the pictures; a JPEG file's size jumps by whole bytes."""
+
+
+@pytest.mark.rounding
 def test_ranks_and_zero_stages_give_one_gradient(options, tmp_path):
     """Same noise, same minibatches, same gradient (one update by SGD with rate 1, unclipped) on 1 and 2 ranks, at every ZeRO stage."""
     runs = {}
+    (tmp_path / "reward.py").write_text(REDNESS)
     for ranks, stage in ((1, 0), (2, 0), (2, 1), (2, 2)):
         name = f"{ranks}-{stage}"
         extra = (
             f"--zero.stage={stage}",
             "--train.micro_batch=3",
+            f"--reward.name={tmp_path}/reward.py:redness",
             "--run.iterations=1",
             "--train.num_minibatches=1",
             "--train.learning_rate=1",
@@ -63,20 +73,22 @@ def test_ranks_and_zero_stages_give_one_gradient(options, tmp_path):
         done = deepspeed(ranks, ROOT / "tests" / "sgd.py", options(name, *extra))
         assert done.returncode == 0, done.stdout + done.stderr
         runs[ranks, stage] = weights(tmp_path / name), read_metrics(tmp_path / name)
-    expected, rows = runs.pop((1, 0))
-    for key, (gradient, other_rows) in runs.items():
-        assert (gradient - expected).abs().max() <= 1e-6, key
-        assert [row["reward_mean"] for row in other_rows] == [row["reward_mean"] for row in rows], key
-        assert other_rows[1]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4) and rows[1]["grad_norm"] > 1e-2, key
-        assert other_rows[1]["ratio_error"] <= 1e-6 and other_rows[1]["transitions"] == 40, key
+    expected, (_, row) = runs.pop((1, 0))
+    bound = bounds.of_run(tmp_path / "1-0")
+    learned = bound.learned(row["reward_std"])
+    for key, (gradient, (_, other)) in runs.items():
+        assert (gradient - expected).norm() <= learned * row["grad_norm"] and row["grad_norm"] > 1e-2, key
+        assert other["reward_mean"] == pytest.approx(row["reward_mean"], rel=0, abs=bound.reward), key
+        assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=learned), key
+        assert other["ratio_error"] <= bound.ratio and other["transitions"] == 40, key
 
 
 def test_kill_and_resume_is_the_uninterrupted_run(options, tmp_path):
     extra = ("--run.iterations=6", "--train.inner_epochs=2", "--baseline.min_count=2", "--eval.every=2")
     trainer = [sys.executable, str(ROOT / "ddpo_fast" / "train.py")]
-    subprocess.run([*trainer, *options("whole", *extra)], env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    subprocess.run([*trainer, *options("whole", *extra)], env=ENVIRONMENT, check=True, capture_output=True, timeout=LIMIT_S)
     victim = subprocess.Popen([*trainer, *options("killed", *extra)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + LIMIT_S
     while not list((tmp_path / "killed" / "checkpoints").glob("2")):
         assert victim.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -85,7 +97,7 @@ def test_kill_and_resume_is_the_uninterrupted_run(options, tmp_path):
     victim.wait()
     assert len(read_metrics(tmp_path / "killed")) < 7
     resumed = [*trainer, f"--run.dir={tmp_path / 'killed'}", "--resume"]
-    done = subprocess.run(resumed, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(resumed, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0 and "resumed after iteration" in done.stdout, done.stderr
     strip = [
         [{k: v for k, v in row.items() if not TIMES.search(k)} for row in read_metrics(tmp_path / name)] for name in ("whole", "killed")
@@ -118,7 +130,7 @@ def test_two_ranks_resume_with_sharded_optimizer(options, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     alone = [sys.executable, "ddpo_fast/train.py", f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=4"]
-    done = subprocess.run(alone, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(alone, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2 and "error: zero.stage=2: the optimizer's state is sharded over 2 ranks" in done.stderr
 
 
@@ -161,7 +173,7 @@ def test_every_way_to_start(options, tmp_path, form, cwd, packages, monkeypatch)
         done = deepspeed(1, script, argv, cwd=folder)
     else:
         command = [sys.executable, script] if form == "file" else [sys.executable, "-m", "ddpo_fast.train"]
-        done = subprocess.run([*command, *argv], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*command, *argv], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "reward on the fixed evaluation set after iteration 1:" in done.stdout and (tmp_path / "run" / "report.html").exists()
     ours = [line for line in (done.stdout + done.stderr).splitlines() if "launch" not in line and "runner" not in line]
@@ -182,12 +194,16 @@ def test_a_checkout_that_is_not_installed_says_so(tmp_path, form):
 
 
 def test_a_bad_option_costs_one_line_and_little_time(tmp_path):
-    start = time.monotonic()
-    command = [sys.executable, str(ROOT / "ddpo_fast" / "train.py"), "--sample.eta", "0"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    """Little, because it is answered before torch, diffusers and DeepSpeed are imported."""
+    script = str(ROOT / "ddpo_fast" / "train.py")
+    command = [sys.executable, "-X", "importtime", script, "--sample.eta", "0"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(r"error: sample\.eta=0\.0: valid is .*\n", done.stderr)
-    assert time.monotonic() - start < 20
+    imported, said = [], []
+    for line in done.stderr.splitlines():
+        imported.append(line.split("|")[-1].strip()) if line.startswith("import time:") else said.append(line)
+    assert re.fullmatch(r"error: sample\.eta=0\.0: valid is .*", "\n".join(said))
+    assert "ddpo_fast.config" in imported and not {"torch", "diffusers", "deepspeed"} & set(imported)
 
 
 def test_a_bad_option_on_two_ranks_is_said_once():

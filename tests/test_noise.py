@@ -1,5 +1,6 @@
 """The counter-based noise: published vectors, statistics, independence of the batch. Triton's numbers: test_kernels.py."""
 
+import bounds
 import pytest
 import torch
 
@@ -84,19 +85,30 @@ def test_neighbouring_elements_are_uncorrelated_at_every_lag(many):
     assert lags.abs().max() < 4 / length**0.5
 
 
+def test_words_are_the_same_alone_and_in_a_batch():
+    """Integers, so every bit."""
+    counters = torch.arange(64) * 977, torch.arange(64) % 5, torch.arange(64) << 20, torch.full((64,), 2)
+    batch = torch.stack(philox4x32(9 << 33, *counters))
+    for row in (0, 1, 31, 63):
+        assert torch.equal(torch.stack(philox4x32(9 << 33, *(counter[row : row + 1] for counter in counters))), batch[:, row : row + 1])
+
+
+@pytest.mark.rounding
 @pytest.mark.parametrize("num_elements", [1, 2, 3, 5, 63, 101, 4096])
 def test_a_sample_is_the_same_alone_and_in_a_batch(num_elements):
+    """To rounding: an element's place among others decides whether a vector or a scalar function computes it."""
     ids = torch.arange(64) * 977 + 2**33
     steps = (torch.arange(64) % 5).tolist()
     batch = noise(9, ids, steps, num_elements)
     assert batch.shape == (64, num_elements) and batch.dtype == torch.float32
     for row in (0, 1, 31, 63):
-        assert torch.equal(noise(9, ids[row : row + 1], steps[row : row + 1], num_elements)[0], batch[row])
+        bounds.assert_same_noise(noise(9, ids[row : row + 1], steps[row : row + 1], num_elements)[0], batch[row])
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("num_elements", [1, 2, 3, 5, 63, 101])
 def test_fewer_elements_are_a_prefix_of_more(num_elements):
-    assert torch.equal(noise(9, (1, 2), 3, num_elements), noise(9, (1, 2), 3, 256)[:, :num_elements])
+    bounds.assert_same_noise(noise(9, (1, 2), 3, num_elements), noise(9, (1, 2), 3, 256)[:, :num_elements])
 
 
 @pytest.mark.parametrize("bit", [0, 1, 31, 32, 33, 40, 62])

@@ -283,7 +283,7 @@ def hanging_reward():
     release = threading.Event()
 
     def reward(images, prompts):
-        release.wait(30)
+        release.wait(600)
         return [1.0] * 3
 
     yield reward
@@ -297,7 +297,7 @@ def test_reward_that_hangs_is_abandoned_in_time(hanging_reward):
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="took longer than reward.timeout_s=0.1"):
         score(hanging_reward, IMAGES, PROMPTS, timeout_s=0.1)
-    assert 0.1 <= time.monotonic() - start < 5
+    assert 0.1 <= time.monotonic() - start < 60
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "reward")  # none keeps the process from ending
 
 
@@ -308,7 +308,7 @@ def raising_reward(images, prompts):
 @pytest.mark.parametrize("reward, reason", [(raising_reward, "KeyError: 'wolf'"), (answering([1.0]), r"shape \(1,\)")])
 def test_failed_call_is_logged_and_gives_nan(reward, reason, caplog):
     with caplog.at_level(logging.WARNING, logger="ddpo_fast"):
-        rewards = score_or_nan(partial(score, reward, timeout_s=10), IMAGES, PROMPTS)
+        rewards = score_or_nan(partial(score, reward, timeout_s=600), IMAGES, PROMPTS)
     assert rewards.shape == (3,) and rewards.dtype == torch.float64 and rewards.isnan().all()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "3 samples" in record.getMessage()
@@ -321,13 +321,13 @@ def test_hanging_call_gives_nan(hanging_reward, caplog):
 
 
 def test_good_call_is_not_logged(caplog):
-    assert score_or_nan(partial(score, answering([1, 2, 3]), timeout_s=10), IMAGES, PROMPTS).tolist() == [1, 2, 3]
+    assert score_or_nan(partial(score, answering([1, 2, 3]), timeout_s=600), IMAGES, PROMPTS).tolist() == [1, 2, 3]
     assert not caplog.records
 
 
 def test_what_fp32_cannot_hold_costs_its_sample_only(caplog):
     """Its square would make every advantage of the iteration 0 or NaN."""
-    rewards = score_or_nan(partial(score, answering([1.0, 1e300, float("nan")]), timeout_s=10), IMAGES, PROMPTS)
+    rewards = score_or_nan(partial(score, answering([1.0, 1e300, float("nan")]), timeout_s=600), IMAGES, PROMPTS)
     assert rewards.isfinite().tolist() == [True, False, False]
     assert "2 of 3 rewards are not finite; these samples are left out" in caplog.text
 
@@ -349,13 +349,13 @@ def test_batches_are_scored_behind_the_callers_back_in_order_and_one_at_a_time(c
 
     def reward(images, prompts):
         active.append(prompts)
-        assert go.acquire(timeout=10) and active == [prompts]
+        assert go.acquire(timeout=600) and active == [prompts]
         active.clear()
         if prompts == ["bad"] * 3:
             raise KeyError("wolf")
         return [float(prompts[0])] * 3
 
-    scorer = Scorer(partial(score, reward, timeout_s=10))
+    scorer = Scorer(partial(score, reward, timeout_s=600))
     scorer.add(IMAGES, ["1"] * 3)  # comes back although the reward waits for the line below
     go.release()
     scorer.add(IMAGES, ["bad"] * 3)
@@ -380,7 +380,7 @@ def test_a_batch_that_ran_out_of_memory_is_scored_once_more_when_the_caller_wait
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return [float(prompts[0])] * 3
 
-    scorer = Scorer(partial(score, reward, timeout_s=10))
+    scorer = Scorer(partial(score, reward, timeout_s=600))
     for number in "123":
         scorer.add(IMAGES, [number] * 3)
     rewards = scorer.rewards()

@@ -15,14 +15,14 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_launch import DEEPSPEED, ENVIRONMENT, ROOT, TIMES, _ports, deepspeed
+from test_launch import DEEPSPEED, ENVIRONMENT, LIMIT_S, ROOT, TIMES, _ports, deepspeed
 
 from ddpo_fast.checkpoint import find_fault, list_checkpoints
 from ddpo_fast.metrics import read_metrics
 from ddpo_fast.preemption import StopRequest
 
-END_S = 60
-"""After a death everything has to be over within this."""
+END_S = 300
+"""After a death everything has to be over within this: a minute, and that on a machine five times slower."""
 REWARD = """
 import multiprocessing, os, pathlib, time
 def slow_redness(images, prompts):
@@ -82,7 +82,7 @@ class Run:
         return max((row["iteration"] for row in read_metrics(self.folder)), default=-1)
 
     def wait_for(self, condition) -> None:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + LIMIT_S
         while not condition():
             assert self.runner.poll() is None and time.monotonic() < deadline, self.log.read_text()
             if len(self.ranks) < 2:
@@ -197,19 +197,25 @@ def test_sigterm_saves_and_stops(options, tmp_path, whom, code):
 
 
 def test_a_second_signal_ends_the_run_at_once(options, tmp_path):
-    trainer = [sys.executable, "ddpo_fast/train.py", *options("stopped", "--run.iterations=500")]
-    alone = subprocess.Popen(trainer, cwd=ROOT, env=ENVIRONMENT | {"SCORING_S": "30"}, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "scoring").exists():
-        assert alone.poll() is None
-        time.sleep(0.05)
+    """Long before the reward, whose call the first one came in, is done."""
+    trainer, log = [sys.executable, "ddpo_fast/train.py", *options("stopped", "--run.iterations=500")], tmp_path / "log"
+    with log.open("w") as file:
+        alone = subprocess.Popen(trainer, cwd=ROOT, env=ENVIRONMENT | {"SCORING_S": str(LIMIT_S)}, stderr=file)
+
+    def wait_for(condition) -> None:
+        while not condition():
+            assert alone.poll() is None, log.read_text()
+            time.sleep(0.05)
+
+    wait_for((tmp_path / "scoring").exists)
     for process in (alone, *psutil.Process(alone.pid).children()):  # as Ctrl-C at a terminal does
         process.send_signal(signal.SIGINT)
+    wait_for(lambda: "SIGINT: saving a checkpoint" in log.read_text())
     time.sleep(2.5)
     assert alone.poll() is None
     alone.send_signal(signal.SIGTERM)
-    _, error = alone.communicate(timeout=5)
-    assert alone.returncode == 128 + signal.SIGTERM and "Traceback" not in error
-    assert error.count("SIGINT: saving a checkpoint") == 1  # not by the reward's worker, too
+    assert alone.wait(END_S) == 128 + signal.SIGTERM and "Traceback" not in log.read_text()
+    assert log.read_text().count("SIGINT: saving a checkpoint") == 1  # not by the reward's worker, too
     worker = int((tmp_path / "worker").read_text())
     assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
 
@@ -219,16 +225,16 @@ def test_a_forked_process_is_ended_by_sigterm_and_not_by_ctrl_c(capfd):
     """Else a pool of worker processes, which SIGTERM ends, would never end, and one at work would lose it to Ctrl-C."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
         child.start()
         os.kill(child.pid, signal.SIGINT)
         child.join(0.3)
         assert child.is_alive()
         child.terminate()
-        child.join(30)
+        child.join(600)
         assert child.exitcode == -signal.SIGTERM
         if not (pid := os.fork()):
-            os.execvp(sys.executable, [sys.executable, "-c", "import time; time.sleep(100)"])
+            os.execvp(sys.executable, [sys.executable, "-c", "import time; time.sleep(1000)"])
         os.kill(pid, signal.SIGINT)  # before or after the child has become another program
         os.kill(pid, signal.SIGTERM)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) in (signal.SIGINT, signal.SIGTERM)
@@ -253,5 +259,5 @@ def test_exit_codes(options, tmp_path):
     (tmp_path / "broken.py").write_text("def f(images, prompts):\n    raise KeyError\n")
     for extra, code in (("--run.iterations=1", 0), (f"--reward.name={tmp_path}/broken.py:f", 1), ("--sample.eta=0", 2)):
         command = [sys.executable, "ddpo_fast/train.py", *options(f"run{code}", extra)]
-        assert subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=120).returncode == code
+        assert subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=LIMIT_S).returncode == code
     assert os.listdir(tmp_path / "run0" / "checkpoints")
