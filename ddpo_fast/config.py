@@ -18,7 +18,7 @@ import yaml
 
 from ddpo_fast.config_rules import RULES
 from ddpo_fast.gpus import HERE
-from ddpo_fast.places import is_missing, located, located_kwargs, may_be_same
+from ddpo_fast.places import PLACES, is_missing, located, located_kwargs, may_be_same
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -442,11 +442,6 @@ def parse(argv: list[str]) -> Config:
         return config
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(_one_line(str(error), parser)) from None
-
-
-PLACES = ("model.path", "model.config", "model.vae", "lora.init", "prompts.file", "reward.name", "deepspeed.config", "run.dir")
-"""The options that say where something is, which is not what a run is: --resume takes them anew. Once parsed they are absolute paths, so
-that they mean the same in every working directory; what is no path (a hub id, a server's address, a reward of a package) stays as it is."""
 
 
 def _with_places(config: Config) -> Config:

@@ -10,24 +10,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ddpo_fast.files import new_file
+from ddpo_fast.places import lora_file, typed_path
 
 
-def write_kohya(run_dir: Path, output: Path) -> None:
-    """Writes <run_dir>/lora under kohya's names: for a layer a.b.0.c of the UNet
+def write_kohya(run_dir: Path, output: Path | None = None) -> Path:
+    """Writes <run_dir>/lora, or the LoRA in run_dir itself, under kohya's names: for a layer a.b.0.c of the UNet
 
     lora_unet_a_b_0_c.lora_down.weight (r, I) or (r, I, k, k), .lora_up.weight (O, r) or (O, r, 1, 1) and .alpha, a scalar: the layer's
-    weight grows by alpha / r up down. Raises ValueError if the run has no LoRA yet.
+    weight grows by alpha / r up down. Returns the file, by default <name of run_dir>.safetensors beside the LoRA's folder. Raises
+    ValueError if there is no LoRA yet.
     """
-    source = run_dir / "lora" / "pytorch_lora_weights.safetensors"
-    if not source.is_file():
+    source = lora_file(str(run_dir))
+    if source is None:
         instead = "fully fine-tuned, so that there is no LoRA: its unet/ is the result" if (run_dir / "unet").is_dir() else "no lora/ yet"
-        raise ValueError(f"RUN_DIR={run_dir}: {instead}; valid is the directory of a run of LoRA with a checkpoint")
+        raise ValueError(f"RUN_DIR={run_dir}: {instead}; valid is the directory of a run of LoRA with a checkpoint, or its lora/")
+    output = output or source.parents[1] / f"{run_dir.resolve().name}.safetensors"
+    if output.suffix != ".safetensors":
+        raise ValueError(f"--output={output}: valid is a name that ends in .safetensors")
     try:
         with safe_open(source, "pt") as file:
-            adapter = json.loads(file.metadata()["lora_adapter_metadata"])
+            adapter = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{source}: cannot be read: {error}") from None
+    if "unet.r" not in adapter:
+        raise ValueError(f"{source}: it does not say its rank and alpha; valid is what a run has written")
     rank, alpha = adapter["unet.r"], float(adapter["unet.lora_alpha"])
     converted = convert_state_dict_to_kohya(tensors)
     converted |= {name: torch.tensor(alpha) for name in converted if name.endswith(".alpha")}  # diffusers has put the rank there
@@ -36,6 +43,7 @@ def write_kohya(run_dir: Path, output: Path) -> None:
     }  # fmt: skip
     with new_file(output) as partial:
         save_file(converted, partial, metadata)
+    return output
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,16 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ddpo_fast.kohya", description="A run's LoRA for ComfyUI, AUTOMATIC1111 and others.")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--output", type=Path, help="The .safetensors file to write. Default: RUN_DIR/<name of RUN_DIR>.safetensors.")
+    parser.add_argument("--output", type=typed_path, help="The .safetensors file to write. Default: RUN_DIR/<name of RUN_DIR>.safetensors.")
     args = parser.parse_args(argv)
-    output = args.output or args.run_dir / f"{args.run_dir.resolve().name}.safetensors"
     try:
-        if output.suffix != ".safetensors":
-            raise ValueError(f"--output={output}: valid is a name that ends in .safetensors")
-        write_kohya(args.run_dir, output)
+        print(write_kohya(args.run_dir, args.output))
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(output)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from ddpo_fast.files import write_text
+from ddpo_fast.places import LORA_FILE
 from ddpo_fast.report import Run, read_run
 
 _OPTIONS = (
@@ -20,9 +21,9 @@ _CURVE = 12
 """Rows of the curve, at most."""
 
 
-def write_card(run_dir: Path) -> None:
-    """Writes README.md, before.png and after.png into <run_dir>/lora, or <run_dir>/unet after full fine-tuning."""
-    run, folder = read_run(run_dir), weights_folder(run_dir)
+def write_card(run_dir: Path, part: str = "") -> None:
+    """Writes README.md, before.png and after.png into <run_dir>/<part>/lora, or <run_dir>/<part>/unet after full fine-tuning."""
+    run, folder = read_run(run_dir), weights_folder(run_dir / part)
     for name, path in pictures(run).items():
         shutil.copyfile(path, folder / name)
     write_text(folder / "README.md", card(run, str(folder), public=False))
@@ -72,7 +73,8 @@ def card(run: Run, weights: str, public: bool) -> str:
     if pictures(run):
         parts.append("The same prompts and the same noise, before and after; below each picture its reward:")
         parts.append("![before](before.png)\n\n![after](after.png)")
-    parts += ["## Use", _use(options, weights, full, public), "## Training", _training(run)]
+    elsewhere = "" if full else _elsewhere(weights, public)
+    parts += ["## Use", _use(options, weights, full, public), elsewhere, "## Training", _training(run)]
     content = "\n\n".join(part for part in parts if part) + "\n"
     return str(ModelCard(content))
 
@@ -117,6 +119,19 @@ def _use(config: dict, weights: str, full: bool, public: bool) -> str:
         f"pipe = {pipeline}.{constructor}({arguments})\n{load}\n"
         f'pipe.scheduler = DDIMScheduler.from_config({{"clip_sample": False, **pipe.scheduler.config}})\n'
         f'image = pipe("a prompt", {call}).images[0]\n```'
+    )
+
+
+def _elsewhere(weights: str, public: bool) -> str:
+    """What to do with a LoRA outside of a pipeline of diffusers."""
+    fetch = f"`hf download {weights} --local-dir lora`, then " if public else ""
+    folder = "lora" if public else weights
+    return (
+        f"For ComfyUI, AUTOMATIC1111 and others, {fetch}`python -m ddpo_fast.kohya {folder}` writes a file that they read whole. "
+        f"`{LORA_FILE}` has names that they do not all know, and they leave out what they do not know.\n\n"
+        "A UNet alone takes it, too:\n\n"
+        f'```python\nunet.load_lora_adapter("{weights}", prefix="unet", weight_name="{LORA_FILE}")\n```\n\n'
+        "Its layers are then peft's. `PeftModel.from_pretrained` does not read it."
     )
 
 

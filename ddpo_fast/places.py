@@ -5,6 +5,9 @@ import os
 import re
 from pathlib import Path
 
+PLACES = ("model.path", "model.config", "model.vae", "lora.init", "prompts.file", "reward.name", "deepspeed.config", "run.dir")
+"""The options that say where something is, which is not what a run is: --resume takes them anew. Once parsed they are absolute paths, so
+that they mean the same in every working directory; what is no path (a hub id, a server's address, a reward of a package) stays as it is."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers and we call a LoRA's weights."""
 
@@ -15,6 +18,11 @@ def located(option: str, value: str) -> str:
     if not path.strip() or (option.startswith("model.") and is_hub_id(path)):
         return value
     return str(Path(os.path.expanduser(path)).absolute()) + function
+
+
+def typed_path(text: str) -> Path:
+    """A path of a command line, with ~ as the home directory, which a shell leaves alone after an equals sign."""
+    return Path(os.path.expanduser(text))
 
 
 def is_missing(option: str, value: str) -> bool:
@@ -40,6 +48,23 @@ def may_be_same(option: str, value, before) -> bool:
     if not isinstance(value, str) or not isinstance(before, str):
         return value == before
     return option != "reward.name" or _called(value) == _called(before)
+
+
+def without_folders(config: dict) -> dict:
+    """A run's config as others may see it: of places, and of absolute paths in reward.kwargs, only the last part."""
+    shown = {section: dict(values) for section, values in config.items()}
+    for section, key in (option.split(".") for option in (*PLACES, "reward.kwargs")):
+        if key in shown.get(section, {}):
+            shown[section][key] = _without_folders(shown[section][key])
+    return shown
+
+
+def _without_folders(value):
+    if isinstance(value, dict):
+        return {_without_folders(key): _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def is_hub_id(path: str) -> bool:

@@ -4,10 +4,12 @@ import argparse
 import re
 from pathlib import Path
 
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from ddpo_fast.model_card import card, pictures, weights_folder
+from ddpo_fast.places import without_folders
 from ddpo_fast.report import read_run
 
 _FAULTS = (ValueError, OSError, *HfHubHTTPError.__bases__)
@@ -25,7 +27,8 @@ def push(run_dir: Path, repo_id: str, private: bool) -> str:
     if get_token() is None:
         raise ValueError(f"REPO_ID={repo_id}: there is no token for the hub; `hf auth login`, or HF_TOKEN in the environment, gives it one")
     files = {path.name: path for path in sorted(folder.iterdir())} | pictures(run)
-    files |= {name: run_dir / name for name in ("config.yaml", "metrics.jsonl")}
+    files["metrics.jsonl"] = run_dir / "metrics.jsonl"
+    files["config.yaml"] = yaml.safe_dump(without_folders(run.config), sort_keys=False).encode()
     files["README.md"] = card(run, repo_id, public=True).encode()
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     hub = HfApi()

@@ -27,6 +27,7 @@ from PIL import Image
 
 from ddpo_fast.files import write_text
 from ddpo_fast.metrics import read_metrics
+from ddpo_fast.places import typed_path
 
 _STYLE = """
 * { box-sizing: border-box } html { -webkit-text-size-adjust: 100% }
@@ -460,7 +461,7 @@ def _plot(draw, alt: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ddpo_fast.report", description="A run, or several beside each other, as one page.")
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--output", type=Path, help="Where to write a page about several runs. Default: comparison.html, here.")
+    parser.add_argument("--output", type=typed_path, help="Where to write a page about several runs. Default: comparison.html, here.")
     args = parser.parse_args(argv)
     try:
         if len(args.run_dirs) > 1:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ddpo_fast import checkpoint
@@ -67,6 +68,7 @@ def keep_best(setup: Setup, engine: Engine, state: dict) -> None:
             with new_folder(setup.run_dir / "best") as folder:
                 setup.policy.export(folder)
                 write_text(folder / "evaluation.json", json.dumps(now, indent=1))
+            _describe("the model card of best/", partial(write_card, part="best"), setup.run_dir)
 
 
 def publish(setup: Setup, engine: Engine) -> None:

@@ -20,6 +20,7 @@ from ddpo_fast.initial_lora import start_from
 from ddpo_fast.lora import merges
 from ddpo_fast.metrics import picture_grid
 from ddpo_fast.pipelines import check_model
+from ddpo_fast.places import typed_path
 from ddpo_fast.policy import Policy
 from ddpo_fast.rollout import EVAL_SAMPLE_ID, generate
 
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT")
     parser.add_argument("--seed", nargs="+", type=int, default=[0], help="A picture of every prompt for each of these. Default: 0.")
-    parser.add_argument("--output", type=Path, help="Folder for the pictures. Default: RUN_DIR/samples.")
+    parser.add_argument("--output", type=typed_path, help="Folder for the pictures. Default: RUN_DIR/samples.")
     parser.add_argument("--best", action="store_true", help="The weights of RUN_DIR/best, not the newest.")
     for option, what in (
         ("model.path", "Where the model is now."),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ddpo_fast import kohya
 from ddpo_fast.policy import Policy
@@ -80,6 +80,8 @@ def test_the_folder_of_the_lora_still_loads_as_before(exported, tiny_model):
     folder, policy = exported
     kohya.main([str(folder)])
     assert (folder / f"{folder.name}.safetensors").stat().st_size > 0
+    kohya.main([str(folder / "lora")])  # as it is when it comes from the hub
+    assert (folder / "lora.safetensors").read_bytes()[-1000:] == (folder / f"{folder.name}.safetensors").read_bytes()[-1000:]
     assert [path.name for path in (folder / "lora").glob("*.safetensors")] == ["pytorch_lora_weights.safetensors"]
 
 
@@ -89,7 +91,11 @@ def test_mistakes_are_one_line(exported, tmp_path, capsys):
     damaged = tmp_path / "damaged" / "lora"
     damaged.mkdir(parents=True)
     (damaged / "pytorch_lora_weights.safetensors").write_bytes(b"no")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    save_file({"unet.conv1.lora_A.weight": torch.ones(1)}, foreign / "pytorch_lora_weights.safetensors")
     for argv, message in (
+        ([str(foreign)], "it does not say its rank and alpha; valid is what a run has written"),
         ([], "the following arguments are required: RUN_DIR"),
         ([str(tmp_path)], f"RUN_DIR={tmp_path}: no lora/ yet; valid is"),
         ([str(tmp_path / "full")], "fully fine-tuned, so that there is no LoRA: its unet/ is the result"),

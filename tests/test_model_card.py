@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from test_report import make_run
 from test_train import options, rewards_file, run  # noqa: F401
 
@@ -94,12 +94,19 @@ def test_snippet_for_a_single_file_and_another_vae(tmp_path, public):
 
 
 @pytest.mark.parametrize("scope", ["all", "none"])
-def test_snippet_loads_what_was_trained(options, scope):  # noqa: F811
+def test_snippet_loads_what_was_trained(options, scope, tiny_model):  # noqa: F811
     folder = run(options(lora__scope=scope, run__iterations=1, train__learning_rate=1e-2))
     text = (folder / ("unet" if scope == "none" else "lora") / "README.md").read_text()
     names = {}
     exec(re.search(r"```python\n(.*?)```", text, re.S)[1].replace('"a prompt"', '"a"'), names)
     assert names["image"].size == (16, 16) and isinstance(names["pipe"].scheduler, DDIMScheduler)
+    if scope == "all":
+        unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
+        exec(re.findall(r"```python\n(.*?)```", text, re.S)[1], {"unet": unet})
+        loaded, own = (u.state_dict() for u in (unet, names["pipe"].unet))
+        named = {re.sub(r"default(_0)?\.", "", name): tensor for name, tensor in own.items()}
+        assert all(torch.equal(named[re.sub(r"default(_0)?\.", "", name)], tensor) for name, tensor in loaded.items())
+        assert sum("lora_B" in name for name in loaded) > 10
     policy = trainer.prepare(parse(options("other", lora__scope=scope))).policy
     policy.load_exported(folder)
     latents, t = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([481, 481])  # both branches of guidance
@@ -111,6 +118,10 @@ def test_snippet_loads_what_was_trained(options, scope):  # noqa: F811
 
 def test_push_is_one_commit_without_local_paths_in_the_card(tmp_path, monkeypatch, capsys):
     folder, calls = written(tmp_path / "run"), []
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["reward"]["kwargs"] = {"rewards": {"/secret/a.py:f": {"file": "/secret/w.pth"}}}
+    config["prompts"] = {"list": ["/imagine a cat"], "file": None}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
     class Hub:
         def create_repo(self, repo_id, private, exist_ok):
@@ -135,7 +146,12 @@ def test_push_is_one_commit_without_local_paths_in_the_card(tmp_path, monkeypatc
     with files["README.md"].as_file() as content:
         text = content.read().decode()
     assert 'pipe.load_lora_weights("me/lora")' in text and "/secret" not in text and str(tmp_path) not in text
-    assert 'from_pretrained("my_model")' in text and "prompts.txt" in text and "base_model" not in text
+    assert "hf download me/lora --local-dir lora`, then `python -m ddpo_fast.kohya lora`" in text
+    with files["config.yaml"].as_file() as content:
+        config = yaml.safe_load(content)
+    assert "/secret" not in str(config) and config["model"]["path"] == "my_model" and config["reward"]["name"] == "mine.py:redness"
+    assert config["prompts"]["list"] == ["/imagine a cat"] and config["reward"]["kwargs"] == {"rewards": {"a.py:f": {"file": "w.pth"}}}
+    assert 'from_pretrained("my_model")' in text and "base_model" not in text
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):

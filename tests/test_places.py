@@ -11,9 +11,9 @@ from test_config import OPTIONS
 from test_train import options, rewards_file, run, untimed  # noqa: F401
 
 from ddpo_fast import train as trainer
-from ddpo_fast.config import PLACES, parse
+from ddpo_fast.config import parse
 from ddpo_fast.metrics import read_metrics
-from ddpo_fast.places import located, located_kwargs, may_be_same
+from ddpo_fast.places import PLACES, located, located_kwargs, may_be_same, typed_path
 
 NO_PLACES = {"lora.scope", "run.plan"}
 """The other options that are any text."""
@@ -114,6 +114,7 @@ def test_home_in_a_recipe_and_after_an_equals_sign(tmp_path, tiny_model, monkeyp
     config = parse(["--config=~/r.yaml", "--run.dir=~/run"])
     names = (config.model.path, config.prompts.file, config.reward.name, config.run.dir)
     assert names == tuple(f"{tmp_path}/{name}" for name in ("sd", "p.txt", "r.py:f", "run"))
+    assert typed_path("~/x.safetensors") == tmp_path / "x.safetensors"
 
 
 AWAY = "os.chdir(tempfile.mkdtemp())"
@@ -132,7 +133,9 @@ def test_a_reward_that_changes_the_working_directory_does_not_move_the_run(optio
     assert out.startswith(f"{shown}: ddpo_is for mine.py:redness on ") and out.endswith(
         f"report: {shown}/report.html\nweights: {shown}/lora\n"
     )
-    assert all((folder / name).exists() for name in ("lora", "best", "report.html", "images/iteration_00001.png", "checkpoints/1"))
+    assert all(
+        (folder / name).exists() for name in ("lora", "best/lora/README.md", "report.html", "images/iteration_00001.png", "checkpoints/1")
+    )
 
 
 @pytest.fixture(scope="module")
