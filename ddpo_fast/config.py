@@ -19,6 +19,7 @@ import yaml
 from ddpo_fast.config_rules import RULES
 from ddpo_fast.gpus import HERE
 from ddpo_fast.places import PLACES, is_missing, located, located_kwargs, may_be_same
+from ddpo_fast.prompts import load_prompts
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -89,8 +90,8 @@ class PromptsConfig:
     animal_activities (135, as in 'a cat washing the dishes'), counting (315, as in 'two cats'); or one that the paper's runs have not
     seen: unseen_animals (24), unseen_animal_activities (72), everyday_objects (24)."""
     file: Optional[str] = None
-    """A text file with one prompt a line, instead of a named set. A line may begin with a weight and a tab: the prompt is drawn so much
-    more often."""
+    """A file of prompts instead of a named set: text with a prompt a line (after a weight and a tab, if it is to be drawn so much more
+    often), .jsonl, .json, .csv or .tsv, which may have metadata for the reward; see docs/prompts.md."""
     list: Optional[PromptList] = None
     """The prompts themselves, instead of a named set: ['a cat', 'a dog'], or with weights {'a cat': 2, 'a dog': 1}."""
     limit: Optional[int] = None
@@ -378,6 +379,7 @@ class Config:
                 good = False
             if not good:
                 raise ValueError(f"{option}={value}: valid is {valid}")
+        load_prompts(self.prompts.name, self.prompts.file, self.prompts.limit, self.prompts.list)  # whose file may be at fault
 
     @property
     def training_guidance(self) -> float:

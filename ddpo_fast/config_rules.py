@@ -87,7 +87,6 @@ RULES = [
     ("lora.forward", "auto or separate, when lora.scope is none", lambda v, c: v != "merged" or c.lora.scope != "none"),
     ("lora.forward", "auto or separate, with zero.stage=3, which partitions the weights", lambda v, c: v != "merged" or c.zero.stage < 3),
     ("lora.targets", "at least one of attention, feed_forward, convolution, projection", lambda v, c: len(v) > 0),
-    ("prompts.file", "a text file with at least one line, of at most 10,000 characters each", lambda v, c: v is None or _has_lines(v)),
     ("prompts.list", "null, when prompts.file is given", lambda v, c: v is None or c.prompts.file is None),
     ("prompts.list", "at least one prompt, a text; a weight is a finite number > 0", lambda v, c: v is None or _is_prompt_list(v)),
     (
@@ -250,13 +249,6 @@ def _is_prompt_list(prompts: list[str] | dict[str, float]) -> bool:
     weights = prompts.values() if isinstance(prompts, dict) else []
     is_text = all(isinstance(prompt, str) for prompt in prompts)  # the parser takes any key of a mapping
     return is_text and len(prompts) > 0 and all(0 < weight <= sys.float_info.max for weight in weights)
-
-
-def _has_lines(path: str) -> bool:
-    if not Path(path).is_file():  # nor a device or a pipe, which may never end
-        return False
-    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    return any(line.strip() for line in lines) and max(map(len, lines)) <= 10_000 and not any("\0" in line for line in lines)
 
 
 def _can_be_folder(path: str) -> bool:

@@ -1,11 +1,13 @@
 """Prompt distributions: which prompts a run trains on and which of them each sample gets."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+
+from ddpo_fast.prompt_files import read_entries
 
 SIMPLE_ANIMALS = (
     "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant "
@@ -84,20 +86,25 @@ class Prompts:
 def load_prompts(
     name: str | None, file: str | None, limit: int | None = None, listed: list[str] | dict[str, float] | None = None
 ) -> Prompts:
-    """At most the first `limit` prompts of `listed` or `file`, or else of the named set.
+    """At most the first `limit` prompts of `listed` (a mapping has weights) or `file`, or else of the named set.
 
-    In `listed` a mapping has weights; in a file, a line "weight<TAB>prompt" (one without is a prompt of weight 1; blank ones are left
-    out). Raises ValueError, naming file and line, for a weight that is not a finite number > 0.
+    Raises ValueError, naming the file and the line at fault, see `read_entries`.
     """
-    if listed is not None:
-        weighted = [(prompt, listed[prompt] if isinstance(listed, dict) else 1.0) for prompt in listed]
-    elif file is not None:
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-        weighted = [_weighted(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    else:
-        weighted = [(prompt, 1.0) for prompt in PROMPT_SETS[name]]
-    texts, weights = map(list, zip(*weighted[:limit]))
-    return Prompts(texts, weights if len(set(weights)) > 1 else None)
+    if file is None:
+        texts = list(PROMPT_SETS[name] if listed is None else listed)[:limit]
+        return Prompts(texts, _different([listed[text] for text in texts]) if isinstance(listed, dict) else None)
+    texts, weights, metadata = [], [], []
+    for text, weight, entry in islice(read_entries(file), limit):
+        texts.append(text)
+        weights.append(weight)
+        metadata.append(entry)
+    if not texts:
+        raise ValueError(f"prompts.file={file}: it has no prompt")
+    return Prompts(texts, _different(weights), metadata if any(metadata) else None)
+
+
+def _different(weights: list[float]) -> list[float] | None:
+    return weights if len(set(weights)) > 1 else None
 
 
 def evaluation_prompts(prompts: str | list[str] | Prompts, count: int) -> Prompts:
@@ -105,18 +112,6 @@ def evaluation_prompts(prompts: str | list[str] | Prompts, count: int) -> Prompt
     if not isinstance(prompts, Prompts):
         prompts = Prompts(PROMPT_SETS[prompts] if isinstance(prompts, str) else prompts)
     return prompts[[i % len(prompts) for i in range(count)]]
-
-
-def _weighted(file: str, number: int, line: str) -> tuple[str, float]:
-    weight, tab, prompt = line.strip().partition("\t")
-    if not tab:
-        return weight, 1.0
-    try:
-        if not 0 < float(weight) < math.inf:
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"prompts.file={file}: line {number} has weight {weight!r}; valid is a number > 0, a tab, a prompt") from None
-    return prompt.strip(), float(weight)
 
 
 def draw_prompts(prompts: Prompts, num_samples: int, samples_per_prompt: int, seed: int, iteration: int) -> Prompts:
