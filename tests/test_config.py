@@ -170,7 +170,7 @@ BAD = [  # arguments, what the line must say
     ("--prompts.file {empty}", "empty: there is no such file"),
     ("--prompts.file {file}", "file: it has no prompt"),
     ("--prompts.file {blank_lines}", "blank_lines: it has no prompt"),
-    ("--prompts.file {binary}", "binary: line 1 is not in UTF-8 ("),
+    ("--prompts.file {binary}", "binary: line 3 is not in UTF-8 (invalid start byte)"),
     ("--prompts.file {null_byte}", "null_byte: line 1 has a null byte"),
     ("--prompts.file {enormous_line}", "enormous_line: line 2 has a prompt of 3,999,999 characters; valid is at most 10,000"),
     ("--prompts.file /dev/zero", "prompts.file=/dev/zero: there is no such file"),
