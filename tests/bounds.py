@@ -173,6 +173,6 @@ def of(config: Config, dtype: torch.dtype = torch.float32) -> Rounding:
     )  # fmt: skip
 
 
-def of_run(run_dir: Path) -> Rounding:
-    """What rounding may do to the run of this directory."""
-    return of(parse([f"--config={run_dir / 'config.yaml'}", f"--run.dir={run_dir}-bounds"]))
+def of_run(run_dir: Path, dtype: torch.dtype = torch.float32) -> Rounding:
+    """What rounding in `dtype` may do to the run of this directory."""
+    return of(parse([f"--config={run_dir / 'config.yaml'}", f"--run.dir={run_dir}-bounds"]), dtype)

@@ -189,7 +189,7 @@ def test_a_stopped_part_takes_its_contenders_with_it(monkeypatch):
     gpu.stop(process)
     process.stdout.close()
     assert process.returncode == -9
-    psutil.wait_procs([contender], timeout=30)
+    psutil.wait_procs([contender], timeout=600)
     assert not contender.is_running() or contender.status() == psutil.STATUS_ZOMBIE
 
 

@@ -188,7 +188,7 @@ def test_a_checkout_that_is_not_installed_says_so(tmp_path, form):
         (tmp_path / "ddpo_fast" / name).write_text((ROOT / "ddpo_fast" / name).read_text())
     start = ["ddpo_fast/train.py"] if form == "file" else ["-m", "ddpo_fast.train"]
     for python in ([sys.executable], [sys.executable, "-S"]):  # -S: without what is installed
-        done = subprocess.run([*python, *start], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*python, *start], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
         expected = f"error: this Python has not installed ddpo_fast from this folder: pip install -e {tmp_path}\n"
         assert (done.returncode, done.stderr) == (2, expected)
 

@@ -470,6 +470,6 @@ def test_metadata_of_a_batch_that_is_scored_again(taking, caplog):
             raise MemoryError
         return [entry.get("count", 0) for entry in metadata]
 
-    scorer = Scorer(partial(score, reward, timeout_s=10))
+    scorer = Scorer(partial(score, reward, timeout_s=600))
     scorer.add(IMAGES, PROMPTS, METADATA)
     assert scorer.rewards().tolist() == [2, 0, 5]
