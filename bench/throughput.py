@@ -67,11 +67,14 @@ def stages(work: Work, rounds: int, writer: Writer, deadline: float = math.inf) 
     """Rows of one work's stages. Raises GateError before anything is timed. `deadline`: as of `take_turns`."""
     with ExitStack() as stack:
         workers = start(stack, {work.model: ("ours", work.argv())})
+        for worker in workers.values():
+            worker.send("planned_memory")  # counted while the textbook loop loads
         with ExitStack() as own:
-            gate(workers, start_oracle(own, work.argv()))
+            oracle = start_oracle(own, work.argv())
+            planned = {label: worker.answer() for label, worker in workers.items()}
+            gate(workers, oracle)
         counted = warm_up(workers, count_flop=True)
         turns = take_turns(workers, rounds, deadline)
-        planned = {label: worker.call("planned_memory") for label, worker in workers.items()}
     if work.model not in turns:
         raise RuntimeError("it failed")
     worker, counted, turns = workers[work.model], counted[work.model], turns[work.model]

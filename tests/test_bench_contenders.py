@@ -2,11 +2,13 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
+from test_plan import COUNTS
 
-from bench import harness, models, peers, throughput, waterfall
+from bench import contenders, harness, models, peers, throughput, waterfall
 from bench.contenders import Ours, Stages, Textbook, make
 from bench.rows import Writer, read
 from ddpo_fast.kernels import reference
@@ -32,6 +34,12 @@ class Local:
             arguments["file"] = harness.Path(arguments["file"])
         return getattr(self.contender, method)(**arguments) or {}
 
+    def send(self, method):
+        self.answered = self.call(method)
+
+    def answer(self):
+        return self.answered
+
     def iterate(self, count_flop=False):
         return self.contender.iterate(count_flop)
 
@@ -44,6 +52,9 @@ def local_start(stack, contenders):
 def tiny_work(argv, monkeypatch):
     """Works on the tiny model, in this process."""
     work = models.Work("embedded", tuple(option for option in argv if not option.startswith("--model.path")))
+    monkeypatch.setattr(
+        contenders, "count_run", create_autospec(contenders.count_run, return_value=COUNTS)
+    )  # it takes longer than all else
     monkeypatch.setattr(models, "EMBEDDED", argv[0].partition("=")[2])
     for module in (harness, peers, throughput, waterfall):
         monkeypatch.setattr(module, "start", local_start)
