@@ -10,6 +10,8 @@ _package = Path(__file__).resolve().parent
 if sys.path and (Path(sys.path[0]).resolve() == _package or sys.argv[:1] == ["-m"] and Path(sys.path[0]).resolve() == _package.parent):
     del sys.path[0]
 
+logging.getLogger(__name__).setLevel(logging.WARNING)  # whatever a reward does to the root logger
+
 # What packages say when they are imported, about what a run may never use. Who asks for it is told so: attention_backends.fault.
 for _name in (
     "bitsandbytes.backends.cpu.ops",  # on a CPU with AVX512-BF16: a 4-bit kernel cannot be downloaded

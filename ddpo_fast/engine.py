@@ -64,6 +64,13 @@ def broadcast(value):
     return box[0]
 
 
+def gather(value) -> list:
+    """Every rank's picklable value, in rank order."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def all_reduce(tensor: Tensor, op: str) -> None:
     """Reduces a tensor on this rank's device over all ranks, in place; op "sum" or "max"."""
     dist.all_reduce(tensor, _OPS[op])

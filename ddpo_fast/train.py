@@ -24,6 +24,7 @@ if __name__ == "__main__":
     die_with_launcher()
     parse_or_exit(sys.argv[1:])  # --help and a wrong option are answered before the imports below take their seconds
 
+import faulthandler
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ from ddpo_fast import checkpoint
 from ddpo_fast.activation_cache import NO_CACHE, Cache
 from ddpo_fast.advantages import PromptBaseline, make_baseline
 from ddpo_fast.config import parse_or_exit, user_error
-from ddpo_fast.engine import Engine, WrongCheckpoint, all_gather, all_reduce, any_rank, is_lost_rank
+from ddpo_fast.engine import Engine, WrongCheckpoint, all_gather, all_reduce, any_rank, gather, is_lost_rank
 from ddpo_fast.files import unless_disk_full
 from ddpo_fast.losses import UpdateStatistics, kl_loss
 from ddpo_fast.metrics import MetricsWriter, StageTimer, diversity, image_grid, peak_memory_mib, save_grid
@@ -48,7 +49,7 @@ from ddpo_fast.policy import Policy
 from ddpo_fast.preemption import StopRequest
 from ddpo_fast.preparation import Setup, make_cache, make_engine, prepare
 from ddpo_fast.prompts import Prompts, draw_prompts
-from ddpo_fast.rewards import Scorer
+from ddpo_fast.rewards import Scorer, last_failure
 from ddpo_fast.rollout import EVAL_SAMPLE_ID, HELDOUT_SAMPLE_ID, MicroBatch, Pairs, Rollout, generate, micro_batches, passes
 from ddpo_fast.run_directory import METRICS, best_by, keep_best, line, open_run, print_result, publish, save
 from ddpo_fast.rwr import denoising_loss, reward_weights
@@ -180,7 +181,8 @@ def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline
     if bad_rewards > config.reward.max_bad_fraction * num_samples or not len(good):
         raise BadRewards(
             f"iteration {iteration}: {bad_rewards} of {num_samples} samples got no finite reward, and "
-            f"reward.max_bad_fraction={config.reward.max_bad_fraction}; mend the reward, then --resume continues from the newest checkpoint"
+            f"reward.max_bad_fraction={config.reward.max_bad_fraction}{_why()}; mend the reward, then --resume continues from the newest "
+            "checkpoint"
         )
     if setup.noising is None:
         limit = config.train.advantage_clip
@@ -450,7 +452,9 @@ def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -
         if not len(good):
             if iteration == 0:
                 option = "eval.prompts" if name == "eval" else "eval.heldout"
-                raise BadRewards(f"the reward gave no finite number for any picture of the untrained model on the prompts of {option}")
+                raise BadRewards(
+                    f"the reward gave no finite number for any picture of the untrained model on the prompts of {option}{_why()}"
+                )
             continue
         result = {"reward_mean": good.mean().item(), "reward_std": good.std(correction=0).item(), "samples": len(good)}
         result["diversity"] = diversity(images[finite])
@@ -459,6 +463,11 @@ def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -
         state[f"{name}_after"] = result | {"iteration": iteration}
         row |= result
     return row
+
+
+def _why() -> str:
+    """What the first rank that knows says of its reward's last failure."""
+    return next((f": {failure}" for failure in gather(last_failure()) if failure), "")
 
 
 def _block(count: int, rank: int, world_size: int) -> slice:
@@ -480,4 +489,5 @@ if __name__ == "__main__":
     # a process that a reward starts by multiprocessing's spawn or forkserver imports the main module if it finds it: DeepSpeed and all
     __spec__ = None
     del __file__
+    faulthandler.enable()  # a reward that crashes takes the run along: say at which line
     main()

@@ -120,7 +120,7 @@ def test_what_the_function_raised_is_shown_with_its_line(file, capfd):
     [
         ("raise", "the reward function raised KeyError: 'wolf'", True),
         ("sys.exit", "the reward function raised SystemExit: 3", True),
-        ("shape", r"the reward function returned shape \(2,\), not \(3,\)", True),
+        ("shape", r"the reward function returned a Tensor of shape \(2,\); valid is one number for each picture, 3 here", True),
         ("exit", "the reward's process ended with status 3", False),
         ("crash", "the reward's process was ended by SIGSEGV", False),
         ("close", "the reward's process ", False),

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,11 @@ import torch
 import urllib3
 
 from ddpo_fast.rewards import RewardError, open_reward, remote, score_or_nan
-from ddpo_fast.rewards.function import score
 from ddpo_fast.rewards.jpeg import jpeg_compressibility
 from ddpo_fast.rewards.pixels import MAX_PIXELS, decode_png, encode_png
 from ddpo_fast.rewards.remote import MAX_ANSWER_BYTES, TOKEN_VARIABLE
 from ddpo_fast.rewards.server import MAX_REQUEST_BYTES, RewardServer
+from ddpo_fast.rewards.threaded import ThreadedReward
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = torch.rand(3, 3, 16, 24, generator=torch.Generator().manual_seed(0))
@@ -44,7 +43,7 @@ def environment(monkeypatch):
 
 @contextmanager
 def serving(function, timeout_s: float = 600.0):
-    with RewardServer(partial(score, function, timeout_s=timeout_s), "127.0.0.1", 0) as server:
+    with RewardServer(ThreadedReward(lambda: function, timeout_s), "127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:

@@ -4,11 +4,14 @@ import ast
 import importlib.util
 import io
 import logging
+import math
 import re
 import threading
 import time
 import weakref
 from contextlib import suppress
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +21,16 @@ import torch
 from PIL import Image
 
 from ddpo_fast.rewards import RewardError, Scorer, score_or_nan
-from ddpo_fast.rewards.function import REWARDS, load_reward, score
+from ddpo_fast.rewards.function import REWARDS, load_reward
 from ddpo_fast.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
+from ddpo_fast.rewards.threaded import ThreadedReward
 
 PROMPTS = ["cat", "dog", "horse"]
 IMAGES = torch.zeros(3, 3, 8, 8)
+
+
+def score(reward, images, prompts, timeout_s, metadata=None):
+    return ThreadedReward(lambda: reward, timeout_s)(images, prompts, metadata)
 
 
 # --- JPEG ---
@@ -235,35 +243,73 @@ def test_nan_of_one_sample_passes_through():
 
 
 @pytest.mark.parametrize(
+    "answer, expected",
+    [
+        (torch.tensor([[1.0], [2.0], [3.0]]), [1, 2, 3]),
+        (np.array([[1, 2, 3]]), [1, 2, 3]),
+        ([[1], [2], [3]], [1, 2, 3]),
+        ([torch.tensor([1.0]), torch.tensor(2), np.float32(3)], [1, 2, 3]),
+        ([[[1.0, 2.0, 3.0]]], [1, 2, 3]),
+        (np.array([1, 2, 3], dtype=object), [1, 2, 3]),
+        ([Decimal(1), Fraction(2), True], [1, 2, 1]),
+        (torch.tensor([1, 2, 3], dtype=torch.bfloat16), [1, 2, 3]),
+        (np.array([True, False, True]), [1, 0, 1]),
+        ((torch.tensor([1.0, 2.0, 3.0]), {}), [1, 2, 3]),  # ddpo-pytorch's form
+        (([1, 2, 3], {"aux": [4, 5, 6]}), [1, 2, 3]),  # and TRL's
+        (([1, 2, 3], None), [1, 2, 3]),
+        ([1.0, None, 3.0], [1, None, 3]),
+        (np.array([1.0, None, 3.0], dtype=object), [1, None, 3]),
+        (np.ma.masked_array([1.0, 2.0, 3.0], mask=[False, True, False]), [1, None, 3]),
+        ([1, 2, 10**400], [1, 2, math.inf]),
+    ],
+    ids=str,
+)
+def test_what_is_plainly_three_numbers_is_three_rewards(answer, expected):
+    found = score(answering(answer), IMAGES, PROMPTS, 10)
+    assert found.dtype == torch.float64 and [None if math.isnan(x) else x for x in found.tolist()] == expected
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [((1.0, 2.0), [1, 2]), ([[1.0], [2.0]], [1, 2]), ((torch.tensor([1.0, 2.0]), {}), [1, 2]), ((1.0, None), [1, math.nan])],
+)
+def test_two_pictures_are_scored_as_three_are(answer, expected):
+    """What of a pair is (numbers, info) does not depend on how many pictures there are."""
+    assert str(score(answering(answer), IMAGES[:2], PROMPTS[:2], 10).tolist()) == str([float(x) for x in expected])
+
+
+def test_one_picture_may_have_a_single_number():
+    for answer in (5.0, [5], [[5.0]], torch.tensor(5), torch.tensor([[5.0]]), (5.0, {})):
+        assert score(answering(answer), IMAGES[:1], PROMPTS[:1], 10).tolist() == [5]
+
+
+@pytest.mark.parametrize(
     "answer, reason",
     [
-        (torch.zeros(2), r"shape \(2,\), not \(3,\)"),
-        (torch.zeros(3, 1), r"shape \(3, 1\), not \(3,\)"),
-        (1.0, r"shape \(\), not \(3,\)"),
-        ([], r"shape \(0,\), not \(3,\)"),
-        (None, "NoneType, not 3 numbers"),
-        ("abc", "str, not 3 numbers"),
-        (["a", "b", "c"], "list, not 3 numbers"),
-        ([1.0, None, 2.0], "list, not 3 numbers"),
-        ([[1.0], [2.0, 3.0], []], "list, not 3 numbers"),
-        ({"cat": 1.0}, "dict, not 3 numbers"),
-        (np.array(["a", "b", "c"]), "ndarray, not 3 numbers"),
-        (np.array([1.0, None, 2.0], dtype=object), "ndarray, not 3 numbers"),
-        ((torch.zeros(3), {}), "tuple, not 3 numbers"),  # (rewards, metadata), as other trainers want it
+        (torch.zeros(2), r"a Tensor of shape \(2,\); valid is one number for each picture, 3 here"),
+        (torch.zeros(3, 2), r"a Tensor of shape \(3, 2\)"),
+        (torch.zeros(3, 3, 8, 8), r"a Tensor of shape \(3, 3, 8, 8\)"),
+        ((torch.zeros(3), torch.zeros(3)), r"a tuple of shape \(2, 3\)"),
+        (1.0, "1.0; valid is one number for each picture"),
+        ([], r"a list of shape \(0,\)"),
+        (None, "None: is there a `return`"),
+        ("abc", "'abc'"),
+        (["a", "b", "c"], "a list with 'a', which is no number"),
+        ([1.0, "2.0", 3.0], "a list with '2.0', which is no number"),
+        ([[1.0], [2.0, 3.0], []], r"a list with '\[2.0, 3.0\]', which is no number"),
+        ({"cat": 1.0}, "a dict with the keys cat"),
+        (({"clip": [1, 2, 3]}, {}), "a dict with the keys clip"),
+        (np.array(["a", "b", "c"]), "a ndarray with 'a', which is no number"),
+        (np.array(["2020-01-01"] * 3, dtype="M8[ns]"), "a ndarray of datetime64"),
+        (torch.zeros(3, dtype=torch.complex64), "a Tensor with '0j', which is no number"),
+        ({1, 2, 3}, "a set"),
+        ((x for x in (1, 2, 3)), "a generator"),
     ],
+    ids=str,
 )
 def test_answer_that_is_not_three_numbers_is_an_error(answer, reason):
-    with pytest.raises(RuntimeError, match=f"the reward function returned {reason}"):
+    with pytest.raises(RewardError, match=f"the reward function returned {reason}"):
         score(answering(answer), IMAGES, PROMPTS, 10)
-
-
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-def test_async_reward_is_an_error():
-    async def reward(images, prompts):
-        return [1.0] * 3
-
-    with pytest.raises(RuntimeError, match="the reward function returned coroutine, not 3 numbers"):
-        score(reward, IMAGES, PROMPTS, 10)
 
 
 @pytest.mark.parametrize(
@@ -288,9 +334,6 @@ def hanging_reward():
 
     yield reward
     release.set()
-    for thread in threading.enumerate():
-        if thread.name == "reward":
-            thread.join()
 
 
 def test_reward_that_hangs_is_abandoned_in_time(hanging_reward):
@@ -308,7 +351,7 @@ def raising_reward(images, prompts):
 @pytest.mark.parametrize("reward, reason", [(raising_reward, "KeyError: 'wolf'"), (answering([1.0]), r"shape \(1,\)")])
 def test_failed_call_is_logged_and_gives_nan(reward, reason, caplog):
     with caplog.at_level(logging.WARNING, logger="ddpo_fast"):
-        rewards = score_or_nan(partial(score, reward, timeout_s=600), IMAGES, PROMPTS)
+        rewards = score_or_nan(ThreadedReward(lambda: reward, 600), IMAGES, PROMPTS)
     assert rewards.shape == (3,) and rewards.dtype == torch.float64 and rewards.isnan().all()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "3 samples" in record.getMessage()
@@ -316,18 +359,18 @@ def test_failed_call_is_logged_and_gives_nan(reward, reason, caplog):
 
 
 def test_hanging_call_gives_nan(hanging_reward, caplog):
-    assert score_or_nan(partial(score, hanging_reward, timeout_s=0.1), IMAGES, PROMPTS).isnan().all()
+    assert score_or_nan(ThreadedReward(lambda: hanging_reward, 0.1), IMAGES, PROMPTS).isnan().all()
     assert "reward.timeout_s=0.1" in caplog.text
 
 
 def test_good_call_is_not_logged(caplog):
-    assert score_or_nan(partial(score, answering([1, 2, 3]), timeout_s=600), IMAGES, PROMPTS).tolist() == [1, 2, 3]
+    assert score_or_nan(ThreadedReward(lambda: answering([1, 2, 3]), 600), IMAGES, PROMPTS).tolist() == [1, 2, 3]
     assert not caplog.records
 
 
 def test_what_fp32_cannot_hold_costs_its_sample_only(caplog):
     """Its square would make every advantage of the iteration 0 or NaN."""
-    rewards = score_or_nan(partial(score, answering([1.0, 1e300, float("nan")]), timeout_s=600), IMAGES, PROMPTS)
+    rewards = score_or_nan(ThreadedReward(lambda: answering([1.0, 1e300, float("nan")]), 600), IMAGES, PROMPTS)
     assert rewards.isfinite().tolist() == [True, False, False]
     assert "2 of 3 rewards are not finite; these samples are left out" in caplog.text
 
@@ -355,7 +398,7 @@ def test_batches_are_scored_behind_the_callers_back_in_order_and_one_at_a_time(c
             raise KeyError("wolf")
         return [float(prompts[0])] * 3
 
-    scorer = Scorer(partial(score, reward, timeout_s=600))
+    scorer = Scorer(ThreadedReward(lambda: reward, 600))
     scorer.add(IMAGES, ["1"] * 3)  # comes back although the reward waits for the line below
     go.release()
     scorer.add(IMAGES, ["bad"] * 3)
@@ -380,7 +423,7 @@ def test_a_batch_that_ran_out_of_memory_is_scored_once_more_when_the_caller_wait
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return [float(prompts[0])] * 3
 
-    scorer = Scorer(partial(score, reward, timeout_s=600))
+    scorer = Scorer(ThreadedReward(lambda: reward, 600))
     for number in "123":
         scorer.add(IMAGES, [number] * 3)
     rewards = scorer.rewards()
@@ -470,6 +513,6 @@ def test_metadata_of_a_batch_that_is_scored_again(taking, caplog):
             raise MemoryError
         return [entry.get("count", 0) for entry in metadata]
 
-    scorer = Scorer(partial(score, reward, timeout_s=600))
+    scorer = Scorer(ThreadedReward(lambda: reward, 600))
     scorer.add(IMAGES, PROMPTS, METADATA)
     assert scorer.rewards().tolist() == [2, 0, 5]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ddpo_fast.memory import release_memory
 from ddpo_fast.places import is_address
-from ddpo_fast.rewards.function import RewardError, RewardMemoryError, in_background, load_reward, score
+from ddpo_fast.rewards.function import RewardError, RewardMemoryError, load_reward
 from ddpo_fast.rewards.isolated import IsolatedReward
 from ddpo_fast.rewards.remote import RemoteReward
+from ddpo_fast.rewards.threaded import ThreadedReward, in_background
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +36,18 @@ def open_reward(name: str, kwargs: dict, timeout_s: float, isolate: bool, withou
             raise ValueError("reward.isolate=True: valid is False for a remote reward, which runs in another process already")
         if kwargs:
             raise ValueError(f"reward.kwargs={kwargs}: valid is {{}} for a remote reward; its server is given them")
-        return partial(score, RemoteReward(name, timeout_s), timeout_s=timeout_s)
+        return ThreadedReward(partial(RemoteReward, name, timeout_s), timeout_s)
     if isolate:
         return IsolatedReward(name, kwargs, timeout_s, without_metadata)
-    return partial(score, load_reward(name, kwargs, without_metadata), timeout_s=timeout_s)
+    return ThreadedReward(partial(load_reward, name, kwargs, without_metadata), timeout_s)
+
+
+_last_failure = ""
+
+
+def last_failure() -> str:
+    """Why the last batch that has not all its rewards has not; empty if there is none."""
+    return _last_failure
 
 
 def score_or_nan(reward: Reward, images: Tensor, prompts: list[str], metadata: Metadata = None, last: bool = True) -> Tensor:
@@ -46,15 +55,18 @@ def score_or_nan(reward: Reward, images: Tensor, prompts: list[str], metadata: M
 
     Raises RewardMemoryError for want of memory, unless it is the `last` attempt.
     """
+    global _last_failure
     try:
         rewards = reward(images, prompts, metadata=metadata)
     except RewardError as error:
         if isinstance(error, RewardMemoryError) and not last:
             raise
+        _last_failure = " ".join(str(error).split())  # one line
         logger.warning("%s; its %d samples are left out", error, len(prompts), exc_info=error.__cause__)
         return torch.full((len(prompts),), torch.nan, dtype=torch.float64)
     if bad := int((~rewards.isfinite()).sum()):
-        logger.warning("%d of %d rewards are not finite; these samples are left out", bad, len(prompts))
+        _last_failure = f"{bad} of {len(prompts)} rewards are not finite"
+        logger.warning("%s; these samples are left out", _last_failure)
     return rewards
 
 

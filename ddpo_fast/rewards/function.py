@@ -1,15 +1,17 @@
 """A reward, (images (B, 3, H, W) fp32 in [0, 1], prompts: B strings) -> (B,) numbers: finding it by its name and calling it."""
 
+import asyncio
 import copy
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
+import sysconfig
 import threading
+import traceback
 import zlib
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpo_fast.memory import is_out_of_memory
+from ddpo_fast.rewards.answer import NotNumbers, to_numbers
 
 # a process that is forked has none of the threads that this one computes with, and would wait for them
 os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
@@ -51,10 +54,11 @@ def load_reward(name: str, kwargs: dict, without_metadata: str | None = None) ->
     folder = str(Path(source).resolve().parent if source.endswith(".py") else Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
+    event_loop()
     try:
         module = _load_file(Path(source).resolve()) if source.endswith(".py") else importlib.import_module(source)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"reward.name={name}: importing {source} failed: {type(error).__name__}: {error}") from error
+        raise ValueError(f"reward.name={name}: importing {source} failed: {_said(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         functions = ", ".join(n for n, f in vars(module).items() if inspect.isfunction(f) or inspect.isclass(f)) or "none"
@@ -84,7 +88,7 @@ def _make(name: str, reward: type, kwargs: dict) -> Callable:
     except ValueError:
         raise
     except (Exception, SystemExit) as error:
-        raise ValueError(f"reward.name={name}: {reward.__name__}(**kwargs) raised {type(error).__name__}: {error}") from error
+        raise ValueError(f"reward.name={name}: {reward.__name__}(**kwargs) raised {_said(error)}") from error
     try:
         inspect.signature(instance).bind(None, None, **_with_metadata(instance, None))
     except TypeError:
@@ -111,25 +115,32 @@ def needs_metadata(reward: Callable, name: str) -> str | None:
     return name if parameter is not None and parameter.default is parameter.empty else getattr(reward, "needs_metadata", None)
 
 
-_FILES: dict[Path, tuple[int, ModuleType]] = {}
-"""By file, the module that is loaded, and when the file was written."""
+_of_thread = threading.local()
+
+
+def event_loop() -> asyncio.AbstractEventLoop:
+    """This thread's event loop, the same for all calls: what a reward opens in one, such as a session, it may use in the next."""
+    if not hasattr(_of_thread, "loop"):
+        _of_thread.loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(_of_thread.loop)  # which asyncio.run takes away
+    return _of_thread.loop
 
 
 def _load_file(file: Path) -> ModuleType:
-    """The module in a file, which is executed once, and again when the file has changed.
+    """The module in a file, which is executed once for all parts of a reward.
 
     The module has the name that `import` finds it by, as the workers of a process pool do. Where another module has that name, it has a
     name of its own, which no worker can import.
     """
-    written = file.stat().st_mtime_ns
-    if file in _FILES and _FILES[file][0] == written:
-        return _FILES[file][1]
+    files = vars(_of_thread).setdefault("files", {})
+    if file in files:
+        return files[file]
     name = file.stem if _finds(file) else f"reward_{file.stem}_{zlib.crc32(bytes(file)):x}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses and pickle look for it
     spec.loader.exec_module(module)
-    _FILES[file] = written, module
+    files[file] = module
     return module
 
 
@@ -145,6 +156,20 @@ def _finds(file: Path) -> bool:
 _VALID = f"valid is one of {', '.join(REWARDS)}, path/to/file.py:function or package.module:function"
 
 
+def _said(error: BaseException) -> str:
+    """An error, where in the user's code it was raised, and what would help."""
+    frames = traceback.extract_tb(error.__traceback__)
+    advice = "; reward.isolate=true calls it in a main thread" if "signal only works in main thread" in str(error) else ""
+    return f"{type(error).__name__}: {error}{place(frames)}{advice}"
+
+
+def place(frames: traceback.StackSummary) -> str:
+    """Which line of the user's own code is the last one in the frames: neither Python's, nor a package's, nor ours."""
+    others = (*sysconfig.get_paths().values(), str(Path(__file__).parents[1]), "<")
+    own = [frame for frame in frames if not frame.filename.startswith(others)]
+    return f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
+
+
 class RewardError(RuntimeError):
     """A call of a reward that failed; the message says how."""
 
@@ -157,52 +182,24 @@ def call(reward: Callable, images: Tensor, prompts: list[str], metadata: list[di
     """Calls a reward on the images' device, without gradient, and checks its answer. Returns (B,) fp64 on the CPU.
 
     metadata: B JSON objects for one that takes them; None where the prompts have none, then it is called without.
-    What fp32 cannot hold becomes infinite. Raises RewardError, caused by what the function raised, sys.exit() included; that is a
-    RewardMemoryError if memory ran out.
+    An `async def` is awaited. What fp32 cannot hold becomes infinite. Raises RewardError, caused by what the function raised,
+    sys.exit() included; that is a RewardMemoryError if memory ran out.
     """
     if images.is_cuda:
         torch.cuda.set_device(images.device)  # the current device is a thread's own
     try:
         with torch.no_grad():
+            loop = event_loop()
             answer = reward(images, prompts, **({} if metadata is None else _with_metadata(reward, metadata)))
+            if inspect.isawaitable(answer):
+                answer = loop.run_until_complete(answer)
     except RewardError:
         raise
     except BaseException as error:
         kind = RewardMemoryError if is_out_of_memory(error) else RewardError
-        raise kind(f"the reward function raised {type(error).__name__}: {error}") from error
+        raise kind(f"the reward function raised {_said(error)}") from error
     try:
-        rewards = torch.as_tensor(answer).detach()
-        if rewards.is_complex():
-            raise TypeError("complex numbers have no order")
-        rewards = rewards.to("cpu", torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RewardError(f"the reward function returned {type(answer).__name__}, not {len(prompts)} numbers: {error}") from error
-    if rewards.shape != (len(prompts),):
-        raise RewardError(f"the reward function returned shape {tuple(rewards.shape)}, not ({len(prompts)},)")
+        rewards = to_numbers(answer, len(prompts))
+    except NotNumbers as error:
+        raise RewardError(f"the reward function returned {error}") from None
     return rewards.masked_fill(rewards.abs() > torch.finfo(torch.float32).max, torch.inf)
-
-
-def score(reward: Callable, images: Tensor, prompts: list[str], timeout_s: float, metadata: list[dict] | None = None) -> Tensor:
-    """`call` that is abandoned (its daemon thread is left behind) and raises RewardError when it outlasts `timeout_s`."""
-    rewards = in_background("reward", call, reward, images, prompts, metadata)
-    if wait([rewards], timeout_s).not_done:
-        raise RewardError(f"the reward function took longer than reward.timeout_s={timeout_s}")
-    try:
-        return rewards.result()
-    finally:
-        del rewards  # else a cycle, by way of its exception's traceback, keeps the images
-
-
-def in_background(name: str, function: Callable, *args) -> Future:
-    """Calls a function in a daemon thread: unlike an executor's, it does not keep a program from ending."""
-    future = Future()
-    threading.Thread(target=_run, args=(future, function, args), daemon=True, name=name).start()
-    return future
-
-
-def _run(future: Future, function: Callable, args: tuple) -> None:
-    try:
-        future.set_result(function(*args))
-    except BaseException as error:
-        future.set_exception(error)
-        del future  # see `score`

@@ -3,12 +3,14 @@
 The process is started anew for the next batch. It ends with the trainer, whatever ends that.
 """
 
+import faulthandler
 import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import weakref
 from contextlib import contextmanager, suppress
@@ -81,7 +83,7 @@ class IsolatedReward:
     def _limit(self, seconds: float, message: str):
         """Kills the process if the block takes longer. Raises RewardError if the process does not outlive the block."""
         late = threading.Event()
-        timer = threading.Timer(seconds, lambda: (late.set(), _kill(self.process)))
+        timer = threading.Timer(seconds, lambda: (late.set(), _show(self.process), _kill(self.process)))
         timer.daemon = True
         timer.start()
         try:
@@ -93,6 +95,13 @@ class IsolatedReward:
             raise RewardError(message if late.is_set() else f"the reward's process {cause}") from None
         finally:
             timer.cancel()
+
+
+def _show(process: subprocess.Popen) -> None:
+    """Has the process write to standard error which line each of its threads is at, also where one of them never gives up the GIL."""
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGQUIT)
+        time.sleep(0.1)
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -113,6 +122,8 @@ def serve(connection: int, lifeline: int) -> None:
     """What the process does: loads the function, then answers each batch that arrives with its rewards, or with a RewardError."""
     for descriptor in (connection, lifeline):
         os.set_inheritable(descriptor, False)
+    faulthandler.enable()  # a crash shows where it was
+    faulthandler.register(signal.SIGQUIT)  # see `_show`
     # DeepSpeed's launcher sends it to all that a rank has started when that is to save a checkpoint, with this function's numbers
     handle_here(signal.SIGTERM, lambda number, frame: None)
     # when the trainer has ended, SIGIO ends this process and those it has started, also one that never gives up the GIL
