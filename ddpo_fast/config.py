@@ -36,6 +36,9 @@ class ModelConfig:
     tokenizer. Its weights are not read."""
     vae: Optional[str] = None
     """Folder in diffusers format, or hub id, of a VAE instead of the pipeline's: one of SDXL that does not overflow in fp16, say."""
+    variant: Optional[str] = None
+    """Which weights of a folder or hub id: fp16 is unet/diffusion_pytorch_model.fp16.safetensors and so on. A part without that variant has
+    its plain weights. null: the plain weights, or, of a part that has none, the only variant. model.dtype is what they compute in."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Compute type of the networks; latents, log-probs and trainable weights are fp32 in any case. auto: fp16 on a
     GPU, fp32 on a CPU. bf16's log-prob noise (about 1e-4) is as large as the clip range."""

@@ -74,6 +74,11 @@ RULES = [
     ),
     ("model.vae", "a folder with config.json, or a hub id such as org/name", lambda v, c: v is None or _is_model(v, "config.json")),
     (
+        "model.variant",
+        "a word such as fp16, or null; null with a single file",
+        lambda v, c: v is None or bool(re.fullmatch(r"[\w-]+", v)) and c.model.config is None,
+    ),
+    (
         "lora.scope",
         "all, mid_up, none, or block names joined by commas, such as mid_block,up_blocks.2",
         lambda v, c: v in ("all", "mid_up", "none") or bool(_SCOPE.fullmatch(v)),

@@ -4,7 +4,6 @@ Networks are built from their configs as fake tensors, shapes without memory, an
 count operations and the bytes alive.
 """
 
-import json
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,15 +21,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ddpo_fast.deepspeed_options import LIVE_ELEMENTS, PERSISTENT_ELEMENTS
 from ddpo_fast.fused_unet import fuse
 from ddpo_fast.gradient_checkpointing import checkpoint_gradients
+from ddpo_fast.hub import local_folder
 from ddpo_fast.kernels import Ops, reference
 from ddpo_fast.lora import set_trainable
 from ddpo_fast.memory import MIB
 from ddpo_fast.merged_lora import merge
+from ddpo_fast.model_parts import NETWORKS, TEXT_ENCODERS, check_vae, read_config, text_encoder
+from ddpo_fast.pipelines import find_model
 from ddpo_fast.shared_guidance import SharedGuidance
 from ddpo_fast.split_unet import SplitUNet, stored_bytes
 
@@ -101,33 +101,22 @@ VAES = {"madebyollin/sdxl-vae-fp16-fix": _SDXL["vae"] | {"force_upcast": False}}
 """VAEs known without a network."""
 
 
-def architecture(path: str, vae: str | None = None) -> dict[str, dict]:
-    """The configs of a pipeline's unet, vae, text_encoder and, for SDXL, text_encoder_2: of a folder, of `ARCHITECTURES`, or from the hub.
+def architecture(path: str, vae: str | None = None, config: str | None = None, variant: str | None = None) -> dict[str, dict]:
+    """The configs of a pipeline's unet, vae, scheduler, text_encoder and, for SDXL, text_encoder_2: of `ARCHITECTURES`, else checked.
 
-    vae: a VAE instead of the pipeline's, of a folder, of `VAES`, or from the hub. Raises ValueError where they cannot be read.
+    The arguments are those of `find_model`; a VAE may be of `VAES`. Raises ValueError as `find_model` does.
     """
-    option = f"model.path={path}"
-    try:
-        arch = None if Path(path).is_dir() else ARCHITECTURES.get(path)
-        if arch is None:
-            arch = {part: _read_config(path, part) for part in ("unet", "vae", "text_encoder")}
-            if arch["unet"].get("addition_embed_type") is not None:
-                arch["text_encoder_2"] = _read_config(path, "text_encoder_2")
-        if vae is not None:
-            option = f"model.vae={vae}"
-            own = None if Path(vae).is_dir() else VAES.get(vae)
-            arch = arch | {"vae": dict(AutoencoderKL.load_config(vae)) if own is None else own}
-        return arch
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{option}: {' '.join(str(error).split())}") from error
-
-
-def _read_config(path: str, part: str) -> dict:
-    if Path(path).is_dir():
-        return json.loads(Path(path, part, "config.json").read_text())
-    if part.startswith("text_encoder"):
-        return CLIPTextConfig.from_pretrained(path, subfolder=part).to_dict()
-    return dict((UNet2DConditionModel if part == "unet" else AutoencoderKL).load_config(path, subfolder=part))
+    source = config or path
+    known = None if Path(source).is_dir() else ARCHITECTURES.get(source)
+    own = None if vae is None or Path(vae).is_dir() else VAES.get(vae)
+    if known is None:
+        model = find_model(path, config, vae if own is None else None, variant)
+        model.check_networks()
+        known = model.configs | {"scheduler": dict(model.scheduler.config)}
+    elif vae is not None and own is None:
+        own = read_config(f"model.vae={vae}", local_folder("model.vae", vae), "config.json")
+        check_vae(f"model.vae={vae}", "config.json", own)
+    return known if own is None else known | {"vae": own}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -295,12 +284,9 @@ def count_model(
     weights. shared: the branches of guidance share what precedes the first cross-attention. checkpointing: the UNet's blocks are run
     again in backward. Raises as `set_trainable` does.
     """
-    text = CLIPTextConfig(**arch.get("text_encoder", {}))
     with torch.device("meta"):
-        unet, vae = (kind.from_config(arch[part]) for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")))
-        parts = {"unet": unet, "vae": vae} | ({"text_encoder": CLIPTextModel(text)} if "text_encoder" in arch else {})
-        if "text_encoder_2" in arch:
-            parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**arch["text_encoder_2"]))
+        unet, vae = (kind.from_config(arch[part]) for part, kind in NETWORKS.items())
+        parts = {"unet": unet, "vae": vae} | {part: text_encoder(part, arch[part]) for part in TEXT_ENCODERS if part in arch}
     is_sdxl = unet.config.addition_embed_type == "text_time"
     vae_dtype = torch.float32 if is_sdxl and vae.config.force_upcast and dtype == torch.float16 else dtype  # as `open_pipeline` has it
     for network in parts.values():
@@ -308,7 +294,8 @@ def count_model(
     set_trainable(unet, lora.scope, lora.targets, lora.rank, lora.alpha)
     copies = _merge(unet) if merged else []
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim if is_sdxl else 0
-    embed_shape, size = (text.max_position_embeddings, unet.config.cross_attention_dim), unet.config.sample_size
+    num_tokens = parts["text_encoder"].config.max_position_embeddings if "text_encoder" in parts else 77
+    embed_shape, size = (num_tokens, unet.config.cross_attention_dim), unet.config.sample_size
     latent_shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     norms = _CudaNorms() if on_gpu and dtype != torch.float32 else nullcontext()

@@ -1,8 +1,6 @@
 """Which pipelines can be trained, and how they are opened: a folder in diffusers format, a hub id, or a single file of weights."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -13,169 +11,154 @@ transformers.logging.set_verbosity_error()  # it warns that torchvision is missi
 transformers.logging.disable_progress_bar()
 diffusers.utils.logging.disable_progress_bar()
 
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from torch import nn
 
-from ddpo_fast.ddim import SD_STEPS, changed_steps, ddim_scheduler
-
-CLASSES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
-"""What can be trained, by the name in model_index.json."""
-SCHEDULERS = tuple(
-    f"{name}Scheduler"
-    for name in "DDIM DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete "
-    "KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep UniPCMultistep SASolver".split()
-)
-"""Samplers of models that were trained to denoise at every step of their betas, which is what DDIM needs."""
+from ddpo_fast import model_parts
+from ddpo_fast.ddim import changed_steps
+from ddpo_fast.hub import CONFIGS, check_readable, choose_weights, file_names, in_one_line, local_folder
+from ddpo_fast.model_parts import NETWORKS, TEXT_ENCODERS, read_config
 
 
-LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-"""What the parts of a pipeline may come from; anything else would be code that a folder brings, or a module that it picks."""
+@dataclass(frozen=True)
+class Weights:
+    """Where a network's weights are."""
+
+    option: str
+    source: str
+    """Folder or hub id."""
+    part: str
+    """Its folder in there, or ""."""
+    variant: str | None
+    """None for the plain ones."""
+    files: list[str]
 
 
-def check_model(path: str, config: str | None, vae: str | None) -> None:
-    """Raises ValueError for a model that cannot be trained, as far as the configs in a folder and the names in a file say.
+@dataclass(frozen=True)
+class Model:
+    """A model of which all has been checked but the contents of the weights: what `open_pipeline` reads."""
 
-    path, config, vae: as `open_pipeline` has them. Of a hub id that will tell.
-    """
-    if Path(config or path).is_dir():
-        _checked_class(path, config, vae)
+    path: str
+    """Folder, hub id or single file."""
+    option: str
+    """What its configs are of: "model.path=..." or, of a single file, "model.config=..."."""
+    kind: type
+    """The pipeline's class."""
+    folder: Path
+    """Where its configs and tokenizers are."""
+    configs: dict[str, dict]
+    """Of every network, by its part's name."""
+    tokenizers: dict[str, transformers.PreTrainedTokenizerBase]
+    scheduler: DDIMScheduler
+    """DDIM's of the model's betas, whatever sampler is saved with it."""
+    weights: dict[str, Weights]
+    """Of every network that is not in the single file."""
+    notes: list[str]
+    """What a user has to be told."""
+
+    def check_networks(self) -> None:
+        """Calls the networks without their weights, in some seconds. Raises ValueError if they do not go together."""
+        lengths = {part: self.tokenizers[name].model_max_length for part, name in TEXT_ENCODERS.items() if part in self.configs}
+        model_parts.check_networks(self.option, self.kind, self.configs, lengths)
 
 
-def open_pipeline(
-    path: str, config: str | None, vae: str | None, dtype: torch.dtype
-) -> tuple[StableDiffusionPipeline | StableDiffusionXLPipeline, list[str]]:
-    """The pipeline of `path`, with the VAE of `vae` instead of its own, in `dtype`; of safetensors only. And what is to be said of it.
-
-    Its scheduler is DDIM's of the model's betas, see `ddim_scheduler`, whatever sampler is saved with it.
+def find_model(path: str, config: str | None = None, vae: str | None = None, variant: str | None = None) -> Model:
+    """Looks a model up and checks it by its configs and the names of its weights.
 
     path is a folder or hub id; or, if `config` is one, with the configs and the tokenizer of a pipeline of the same layout, a file of
-    weights as Stable Diffusion was first published. SDXL's own VAE overflows in fp16 and says so by `force_upcast`; it is then in fp32,
-    as diffusers has it. Raises ValueError where `path`, `config` or `vae` has nothing of the kind, before weights are read if configs tell.
+    weights as Stable Diffusion was first published. vae: folder or hub id of one instead of the pipeline's. variant: of the weights, see
+    `choose_weights`. Raises ValueError, naming the option, for what cannot be trained.
     """
-    kind, scheduler, notes = _checked_class(path, config, vae)
-    is_sdxl = kind is StableDiffusionXLPipeline
-    parts = {"scheduler": scheduler}
+    option, source = ("model.path", path) if config is None else ("model.config", config)
+    folder, option = local_folder(option, source), f"{option}={source}"
+    index = read_config(option, folder, "model_index.json")
+    kind = model_parts.check_index(option, index)
+    stated = read_config(option, folder, "scheduler_config.json", "scheduler")
+    scheduler = model_parts.check_scheduler(option, kind, index, stated)
+    encoders = {part: name for part, name in TEXT_ENCODERS.items() if part == "text_encoder" or kind is StableDiffusionXLPipeline}
+    configs = {part: read_config(option, folder, "config.json", part) for part in ("unet", "vae", *encoders)}
+    tokenizers = {}
+    for part, name in encoders.items():
+        tokenizers[name] = model_parts.load_tokenizer(option, folder, name, index, configs[part])
+        configs[part] |= {"_class_name": index[part][1]}
+    weights = (
+        {}
+        if config is not None
+        else _find_weights(option, path, folder, [part for part in configs if part != "vae" or vae is None], variant)
+    )
+    vae_option = option
     if vae is not None:
-        with _in_one_line(f"model.vae={vae}"):
-            parts["vae"] = AutoencoderKL.from_pretrained(vae, dtype=dtype, use_safetensors=True)
+        vae_folder, vae_option = local_folder("model.vae", vae), f"model.vae={vae}"
+        configs["vae"] = read_config(vae_option, vae_folder, "config.json")
+        weights["vae"] = _find_weights(vae_option, vae, vae_folder, [""], variant)[""]
+    channels = model_parts.check_vae(vae_option, "vae/config.json" if vae is None else "config.json", configs["vae"])
+    configs["unet"] = model_parts.check_unet(option, kind, configs["unet"], channels)
+    if config is not None:
+        _check_file(path, kind, vae)
+    if variant is not None and variant not in {found.variant for found in weights.values()}:
+        raise ValueError(f"model.variant={variant}: no part of {path} has weights of that variant; valid is null")
+    return Model(path, option, kind, folder, configs, tokenizers, scheduler, weights, _notes(option, stated, scheduler, weights))
+
+
+def _find_weights(option: str, source: str, folder: Path, parts: list[str], variant: str | None) -> dict[str, Weights]:
+    names, weights = file_names(source, folder), {}
+    for part in parts:
+        stem = "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
+        weights[part] = Weights(option, source, part, *choose_weights(option, names, part, stem, variant))
+        check_readable(option, folder, weights[part].files)
+    return weights
+
+
+def _notes(option: str, stated: dict, scheduler: DDIMScheduler, weights: dict[str, Weights]) -> list[str]:
+    """A line for what is not as the configs, or as one would expect."""
+    notes = []
+    if changed := changed_steps(stated, scheduler):
+        ours, theirs = (", ".join(f"{key}={values[key]}" for key in changed) for values in (changed, stated))
+        notes.append(f"{option}: the steps are DDIM's with {ours}; its scheduler_config.json has {theirs}")
+    if variants := [f"{part} ({found.variant})" for part, found in weights.items() if found.variant is not None]:
+        notes.append(f"{option}: weights of a variant are read for {', '.join(variants)}")
+    return notes
+
+
+def open_pipeline(model: Model, dtype: torch.dtype) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """The pipeline with its weights, of safetensors only, in `dtype`, and with DDIM's scheduler.
+
+    SDXL's own VAE overflows in fp16 and says so by `force_upcast`; it is then in fp32, as diffusers has it. Raises ValueError, naming the
+    option, for weights that are damaged or another network's.
+    """
+    parts = {part: _load(part, model.configs[part], weights, dtype) for part, weights in model.weights.items()}
+    parts |= {**model.tokenizers, "scheduler": model.scheduler, "feature_extractor": None, "image_encoder": None}
+    is_sdxl = model.kind is StableDiffusionXLPipeline
     parts |= {"add_watermarker": False} if is_sdxl else {"safety_checker": None, "requires_safety_checker": False}
-    if config is None:
-        parts |= _text_encoders(path, dtype)
-    with _in_one_line(f"model.path={path}"):
-        if config is None:
-            pipe = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **parts)
+    option = f"model.path={model.path}"
+    with in_one_line(option):
+        if Path(model.path).is_file():
+            pipe = model.kind.from_single_file(model.path, config=str(model.folder), dtype=dtype, **parts)
         else:
-            parts |= {"feature_extractor": None, "image_encoder": None}
-            pipe = kind.from_single_file(path, config=config, dtype=dtype, **parts)
+            pipe = model.kind.from_pretrained(model.folder, **parts)
     for network in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
         if missing := next((name for name, tensor in network.state_dict().items() if tensor.is_meta), None):
-            raise ValueError(f"model.path={path}: the weights of its {type(network).__name__} lack {missing}")
-    unet, expected = pipe.unet.config, "text_time" if is_sdxl else None
-    if unet.addition_embed_type != expected or unet.in_channels != pipe.vae.config.latent_channels:
-        raise ValueError(f"model.path={path}: its UNet takes more than latents, time, text and, of SDXL, sizes; valid is text-to-image")
-    if is_sdxl and (pipe.text_encoder is None or pipe.text_encoder_2 is None):
-        raise ValueError(f"model.path={path}: it lacks a text encoder; valid is an SDXL base model, with two")
+            raise ValueError(f"{option}: the weights of its {type(network).__name__} lack {missing}")
+    pipe.unet.register_to_config(sample_size=model.configs["unet"]["sample_size"])
     if is_sdxl and dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.float()
-    return pipe, notes
+    return pipe
 
 
-def _text_encoders(path: str, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The text encoders of a folder or hub id, by their part's name. Raises ValueError for one whose file lacks a weight, which
-    transformers draws at random and tells only who asks."""
-    option, encoders = f"model.path={path}", {}
-    index = _read_config(option, path, DiffusionPipeline)
-    for part in ("text_encoder", "text_encoder_2"):
-        if (name := (index.get(part) or [None, None])[1]) is None:
-            continue
-        with _in_one_line(option):
-            encoders[part], found = getattr(transformers, name).from_pretrained(
-                path, subfolder=part, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-        if missing := sorted(found["missing_keys"]):
-            raise ValueError(f"{option}: {part}/*.safetensors lack {missing[0]}")
-    return encoders
-
-
-def _checked_class(path: str, config: str | None, vae: str | None) -> tuple[type, DDIMScheduler, list[str]]:
-    """The pipeline's class, its scheduler and what is to be said of it, if configs and names of weights are of a model to train.
-
-    Raises ValueError otherwise.
-    """
-    source = config or path
-    option = f"model.path={path}" if config is None else f"model.config={config}"
-    name = (index := _read_config(option, source, DiffusionPipeline)).get("_class_name")
-    if not isinstance(name, str) or name not in CLASSES:
-        raise ValueError(f"{option}: it holds a {name}; valid is a StableDiffusionPipeline (SD 1.x or 2.x) or a StableDiffusionXLPipeline")
-    for part, origin in index.items():
-        if isinstance(origin, list) and not (part.isidentifier() and (origin == [None, None] or _is_class(origin))):
-            raise ValueError(f"{option}: model_index.json has {part}={origin}; valid are classes of {', '.join(LIBRARIES[:2])}")
-    if index.get("unet") != ["diffusers", "UNet2DConditionModel"]:
-        raise ValueError(f"{option}: model_index.json has unet={index.get('unet')}; valid is UNet2DConditionModel of diffusers")
-    unet, scheduler = (_read_config(option, source, *part) for part in ((UNet2DConditionModel, "unet"), (DDIMScheduler, "scheduler")))
-    scheduler_class = index.get("scheduler")
-    sampler = scheduler_class[1] if isinstance(scheduler_class, list) else None
-    if sampler not in SCHEDULERS:
-        raise ValueError(
-            f"{option}: its scheduler is a {sampler}, whose steps are not DDIM's: the last one, or every one, is deterministic and has "
-            f"no density to train by; valid is a model for {', '.join(SCHEDULERS)}"
-        )
-    if unet.get("time_cond_proj_dim") is not None:
-        raise ValueError(
-            f"{option}: its UNet is given the guidance scale (time_cond_proj_dim={unet['time_cond_proj_dim']}): it is distilled to a few "
-            "steps of its own, not DDIM's, of which the last has no density to train by; valid is the model that it was distilled from"
-        )
-    learnt_noise = scheduler.get("prediction_type", "epsilon") == "epsilon" and not scheduler.get("rescale_betas_zero_snr", False)
-    if sampler.startswith("Euler") and scheduler.get("timestep_spacing") == "trailing" and learnt_noise:
-        raise ValueError(
-            f"{option}: its scheduler, {sampler} with timestep_spacing=trailing, is that of a model distilled to a few steps (turbo): "
-            "they are not DDIM's, and the last of them has no density to train by; valid is the model that it was distilled from"
-        )
-    if scheduler.get("timestep_type") == "continuous":
-        raise ValueError(
-            f"{option}: its scheduler has timestep_type=continuous, as EDM's do, whose levels of noise are no betas; valid is discrete"
-        )
-    if config is not None:
-        _check_file(path, CLASSES[name], vae)
-    ddim, notes = _ddim_scheduler(CLASSES[name], sampler, scheduler), []
-    if changed := changed_steps(scheduler, ddim):
-        ours, stated = (", ".join(f"{key}={values[key]}" for key in changed) for values in (changed, scheduler))
-        notes = [f"{option}: the steps are DDIM's with {ours}; its scheduler_config.json has {stated}"]
-    return CLASSES[name], ddim, notes
-
-
-def _ddim_scheduler(kind: type, sampler: str, config: dict) -> DDIMScheduler:
-    """`ddim_scheduler`, where the config is silent or old as the pipeline's class and the sampler's have it."""
-    config = {"clip_sample": sampler.startswith(("DDIM", "DDPM"))} | config
-    if kind is StableDiffusionPipeline:
-        config |= {"clip_sample": False, "steps_offset": SD_STEPS["steps_offset"]}
-    return ddim_scheduler(config)
-
-
-def _is_class(origin: list) -> bool:
-    return len(origin) == 2 and origin[0] in LIBRARIES and isinstance(origin[1], str)
-
-
-def _read_config(option: str, source: str, kind: type, part: str = "") -> dict:
-    """The config of `part` of a folder or hub id, which is of the class `kind`."""
-    if not Path(source).is_dir():
-        with _in_one_line(option):
-            return dict(kind.load_config(source, subfolder=part or None))
-    try:
-        config = json.loads(Path(source, part, kind.config_name).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError("it is no object")
-        return config
-    except (OSError, TypeError, ValueError, RecursionError) as error:  # a JSON or Unicode error is a ValueError
-        raise ValueError(f"{option}: {Path(part, kind.config_name)} cannot be read: {error}") from None
+def _load(part: str, config: dict, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """A network of a folder or hub id. Raises ValueError for one whose files lack a weight, which transformers draws at random and tells
+    only who asks."""
+    folder = local_folder(weights.option.split("=")[0], weights.source, [*CONFIGS, *weights.files])
+    options = {"subfolder": weights.part, "variant": weights.variant, "dtype": dtype, "use_safetensors": True}
+    with in_one_line(weights.option):
+        if part in NETWORKS:
+            return NETWORKS[part].from_pretrained(folder, **options)
+        kind = getattr(transformers, config["_class_name"])
+        network, found = kind.from_pretrained(folder, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{weights.option}: {part}/*.safetensors lack {missing[0]}")
+    return network
 
 
 def _check_file(path: str, kind: type, vae: str | None) -> None:
@@ -183,19 +166,10 @@ def _check_file(path: str, kind: type, vae: str | None) -> None:
     parts = ["model.diffusion_model."] if vae is not None else ["model.diffusion_model.", "first_stage_model."]
     sdxl = kind is StableDiffusionXLPipeline
     parts += ["conditioner.embedders.0.", "conditioner.embedders.1."] if sdxl else ["cond_stage_model."]
-    with _in_one_line(f"model.path={path}"), safe_open(path, "pt") as file:
+    with in_one_line(f"model.path={path}"), safe_open(path, "pt") as file:
         names = list(file.keys())
     for part in parts:
         if not any(name.startswith(part) for name in names):
             raise ValueError(
                 f"model.path={path}: it holds no {part}*; valid is a whole checkpoint, of a {kind.__name__} as model.config says"
             )
-
-
-@contextmanager
-def _in_one_line(option: str) -> Iterator[None]:
-    """Inside, what a library raises of files becomes a ValueError of one line that names the option."""
-    try:
-        yield
-    except Exception as error:  # whatever a damaged folder brings about in the libraries that read it
-        raise ValueError(f"{option}: it cannot be loaded: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ddpo_fast.counts import MIB, ModelCounts, architecture, count_model
+from ddpo_fast.ddim import DDIMSchedule, ddim_scheduler
 from ddpo_fast.deepspeed_options import BUCKET_ELEMENTS
 from ddpo_fast.gpus import GPUS, HERE, parse_devices
 from ddpo_fast.lora import merges
@@ -295,9 +296,9 @@ def compute_dtype(name: str, on_gpu: bool) -> torch.dtype:
 
 def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
     """The counts of a config's model. Raises ValueError naming the option at fault."""
-    arch = architecture(config.model.config or config.model.path, config.model.vae)
-    if arch["unet"].get("addition_embed_type") not in (None, "text_time"):
-        raise ValueError(f"model.path={config.model.path}: its UNet takes more than latents, time and text; valid is SD 1.x, 2.x or XL")
+    model = config.model
+    arch = architecture(model.path, model.vae, model.config, model.variant)
+    DDIMSchedule.from_scheduler(ddim_scheduler(arch["scheduler"]), config.sample.num_steps, config.sample.eta)
     counts = count_model(
         arch,
         dtype,

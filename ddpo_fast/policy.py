@@ -15,7 +15,7 @@ from ddpo_fast.files import new_folder
 from ddpo_fast.gradient_checkpointing import checkpoint_gradients
 from ddpo_fast.lora import set_trainable
 from ddpo_fast.merged_lora import merge
-from ddpo_fast.pipelines import StableDiffusionXLPipeline, open_pipeline
+from ddpo_fast.pipelines import StableDiffusionXLPipeline, find_model, open_pipeline
 from ddpo_fast.shared_guidance import SharedGuidance
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -44,9 +44,11 @@ class Policy:
         alpha: float,
         vae: str | None = None,
         config: str | None = None,
+        variant: str | None = None,
     ):
         self.device, self.dtype = device, DTYPES[dtype]
-        self.pipe, self.notes = open_pipeline(path, config, vae, self.dtype)
+        model = find_model(path, config, vae, variant)
+        self.pipe, self.notes = open_pipeline(model, self.dtype), model.notes
         self.is_sdxl = isinstance(self.pipe, StableDiffusionXLPipeline)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)

@@ -23,7 +23,7 @@ from ddpo_fast.losses import scaled_clip_range
 from ddpo_fast.memory import Room, free_mib, local_ranks
 from ddpo_fast.metrics import check_installed, tracker_fault
 from ddpo_fast.optimizer import check_optimizer, make_optimizer
-from ddpo_fast.pipelines import check_model
+from ddpo_fast.pipelines import find_model
 from ddpo_fast.plan import resolve_sizes
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import Prompts, evaluation_prompts, load_prompts
@@ -79,7 +79,7 @@ class Setup:
 def prepare(config: Config) -> Setup:
     """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault."""
     started_in = Path.cwd()
-    check_model(config.model.path, config.model.config, config.model.vae)
+    check_model(config)
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
     evaluations = evaluation_sets(config, prompts)
     check_optimizer(config.optimizer.name)
@@ -156,6 +156,13 @@ def _say_changes(state: dict, now: dict[str, str]) -> None:
         logger.warning("%s: it has changed since iteration %d; the run goes on with what is there now", what, state["iteration"])
 
 
+def check_model(config: Config) -> None:
+    """Raises ValueError for a model that cannot be trained, or not with so many steps, before its weights are read."""
+    model = find_model(config.model.path, config.model.config, config.model.vae, config.model.variant)
+    DDIMSchedule.from_scheduler(model.scheduler, config.sample.num_steps, config.sample.eta)
+    model.check_networks()
+
+
 def evaluation_sets(config: Config, prompts: Prompts) -> dict[str, Prompts]:
     """The prompts of each picture of `Setup.evaluations`. Raises ValueError for a held-out one that is among those trained on."""
     count, heldout = config.eval.num_samples, config.eval.heldout
@@ -181,7 +188,9 @@ def load_policy(config: Config, rank: int, world_size: int, device: torch.device
     """The model as the run computes with it: LoRA, attention, fused operations; and the config with the attention that was chosen."""
     torch.manual_seed(config.run.seed)  # LoRA's initial weights
     lora, model = config.lora, config.model
-    policy = Policy(model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config)
+    policy = Policy(
+        model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config, model.variant
+    )  # fmt: skip
     if lora.init is not None and not config.run.resume:
         started = start_from(policy.pipe, lora.init, lora.scope)
         if rank == 0:

@@ -19,7 +19,6 @@ from ddpo_fast.fused_unet import fuse
 from ddpo_fast.initial_lora import start_from
 from ddpo_fast.lora import merges
 from ddpo_fast.metrics import picture_grid
-from ddpo_fast.pipelines import check_model
 from ddpo_fast.places import typed_path
 from ddpo_fast.policy import Policy
 from ddpo_fast.rollout import EVAL_SAMPLE_ID, generate
@@ -43,10 +42,11 @@ def before_and_after(weights: Path, config: Config, prompts: list[str], seeds: l
     if not any((weights / name).is_dir() for name in ("lora", "unet")):
         raise ValueError(f"{weights}: there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint, best/ on evaluation")
     model = config.model
-    check_model(model.path, model.config, model.vae)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ops, lora, sample = kernels.select("auto", device), config.lora, config.sample
-    policy = Policy(model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config)
+    policy = Policy(
+        model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config, model.variant
+    )  # fmt: skip
     if lora.init is not None:
         start_from(policy.pipe, lora.init, lora.scope)
     policy.decode_batch = sample.decode_batch

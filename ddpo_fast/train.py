@@ -43,7 +43,6 @@ from ddpo_fast.engine import Engine, WrongCheckpoint, all_gather, all_reduce, an
 from ddpo_fast.files import unless_disk_full
 from ddpo_fast.losses import UpdateStatistics, kl_loss
 from ddpo_fast.metrics import MetricsWriter, StageTimer, diversity, image_grid, peak_memory_mib, save_grid
-from ddpo_fast.pipelines import check_model
 from ddpo_fast.plan import make_plan, plan_text
 from ddpo_fast.policy import Policy
 from ddpo_fast.preemption import StopRequest
@@ -65,7 +64,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if config.run.plan is not None:
             if os.environ.get("RANK", "0") == "0":
-                check_model(config.model.path, config.model.config, config.model.vae)
                 print(plan_text(make_plan(config)), flush=True)
             return
         setup = prepare(config)

@@ -19,7 +19,7 @@ from ddpo_fast.counts import architecture
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.kernels.reference import normal_noise
 from ddpo_fast.metrics import StageTimer, read_metrics
-from ddpo_fast.pipelines import check_model, open_pipeline
+from ddpo_fast.pipelines import find_model, open_pipeline
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import Prompts
 
@@ -245,7 +245,7 @@ def test_a_file_that_cannot_be_opened_is_one_line(single_files, tmp_path, capsys
     save_file({f"model.diffusion_model.{name}": tensor for name, tensor in unet.items()}, tmp_path / "unet.safetensors")
     save_file({"unet.a": torch.ones(1)}, tmp_path / "lora.safetensors")
     shutil.copytree(configs, tmp_path / "wide")
-    change(tmp_path / "wide" / "unet" / "config.json", cross_attention_dim=24)
+    change(tmp_path / "wide" / "unet" / "config.json", block_out_channels=[16, 64])
     (tmp_path / "broken.safetensors").write_bytes(b"x" * 100)
     (tmp_path / "m.ckpt").write_bytes(b"x")
     places = {"file": file, "folder": folder, "configs": configs, "tmp": tmp_path, "other": single_files["sdxl"][2]}
@@ -310,7 +310,7 @@ def test_what_is_not_distilled_is_not_refused(tmp_path, sampler, scheduler):
     path = make_pipeline(tmp_path / "m")
     change(path / "model_index.json", scheduler=["diffusers", sampler])
     change(path / "scheduler" / "scheduler_config.json", _class_name=sampler, **scheduler)
-    check_model(str(path), None, None)
+    find_model(str(path))
 
 
 @pytest.fixture(scope="module")
@@ -334,10 +334,8 @@ def test_any_sampler_gives_the_ddim_steps_and_says_so(both_kinds, tmp_path, kind
     path = shutil.copytree(both_kinds[kind], tmp_path / "m")
     change(path / "model_index.json", scheduler=["diffusers", sampler])
     change(path / "scheduler" / "scheduler_config.json", _class_name=sampler, **saved)
-    (pipe, (note,)), own = (
-        open_pipeline(str(path), None, None, torch.float32),
-        DDIMScheduler.from_pretrained(both_kinds[kind] / "scheduler"),
-    )
+    model, own = find_model(str(path)), DDIMScheduler.from_pretrained(both_kinds[kind] / "scheduler")
+    (note,), pipe = model.notes, open_pipeline(model, torch.float32)
     tables = [DDIMSchedule.from_scheduler(scheduler, 10, 1.0).coefficients for scheduler in (pipe.scheduler, own)]
     key = next(iter(saved))
     assert torch.equal(*tables) and note.startswith(f"model.path={path}: the steps are DDIM's with ") and f"{key}={saved[key]}" in note
@@ -356,4 +354,4 @@ def test_levels_of_noise_that_are_no_betas_are_refused(both_kinds, tmp_path):
     change(path / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
     change(path / "scheduler" / "scheduler_config.json", timestep_type="continuous")
     with pytest.raises(ValueError, match=f"model.path={path}: its scheduler has timestep_type=continuous"):
-        check_model(str(path), None, None)
+        find_model(str(path))

@@ -1,8 +1,8 @@
 """Pretrained networks for rewards: loading transformers' checkpoints, and pictures as CLIP wants them."""
 
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,30 +14,50 @@ transformers.logging.disable_progress_bar()
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpo_fast.hub import CONFIGS, check_readable, choose_weights, file_names, in_one_line, local_folder
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load(from_pretrained: Callable, source: str, option: str, valid: str, **kwargs) -> Any:
-    """`from_pretrained(source)`, a folder or a hub id. Raises ValueError: what the option `option` names is not there or not `valid`."""
-    if not os.path.isdir(source) and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", source):
-        raise ValueError(f"{option}={source}: there is no such folder; valid is {valid}")
-    try:
-        return from_pretrained(source, **kwargs)
-    except Exception as error:  # a damaged checkpoint can raise anything
-        raise ValueError(f"{option}={source}: {' '.join(str(error).split())}; valid is {valid}") from error
+    """`from_pretrained(source)` without weights, a folder or a hub id.
+
+    Raises ValueError: what the option `option` names is not there or not `valid`.
+    """
+    with _or_valid(valid):
+        folder = local_folder(option, source)
+        with in_one_line(f"{option}={source}"):
+            return from_pretrained(folder, **kwargs)
 
 
 def load_model(cls: type, source: str, option: str, valid: str, dtype: str, unused: tuple[str, ...] = ()) -> nn.Module:
     """A frozen network on the CPU, with all of its weights from the checkpoint but those whose names begin with what is `unused`.
 
-    Raises ValueError as `load` does.
+    The weights are the plain ones, or the only variant. transformers reads a .bin as data alone. Raises ValueError as `load` does.
     """
     if dtype not in DTYPES:
         raise ValueError(f"reward.kwargs.dtype={dtype}: valid is {', '.join(DTYPES)}")
-    model, found = load(cls.from_pretrained, source, option, valid, dtype=DTYPES[dtype], output_loading_info=True)
-    if missing := sorted(key for key in found["missing_keys"] if not key.startswith(unused)):
-        raise ValueError(f"{option}={source}: {len(missing)} weights are missing, {missing[0]} first; valid is {valid}")
+    with _or_valid(valid):
+        names = file_names(source, local_folder(option, source))
+        pickles = [name for name in names if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?", name)]
+        has_tensors = any(name.startswith("model.") and ".safetensors" in name for name in names)
+        variant, files = (None, pickles) if pickles and not has_tensors else choose_weights(f"{option}={source}", names, "", "model", None)
+        folder = local_folder(option, source, [*CONFIGS, *files])
+        check_readable(f"{option}={source}", folder, files)
+        with in_one_line(f"{option}={source}"):
+            model, found = cls.from_pretrained(folder, variant=variant, dtype=DTYPES[dtype], output_loading_info=True)
+        if missing := sorted(key for key in found["missing_keys"] if not key.startswith(unused)):
+            raise ValueError(f"{option}={source}: {len(missing)} weights are missing, {missing[0]} first")
     return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _or_valid(valid: str) -> Iterator[None]:
+    """Inside, a ValueError is told what is valid as well."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; valid is {valid}") from error
 
 
 def check_device(device: str) -> torch.device | None:

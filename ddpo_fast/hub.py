@@ -1,0 +1,131 @@
+"""Models by name, a folder here or a repository of the hub; their weights' files; what went wrong with them in one line."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+CONFIGS = ["*.json", "*.txt", "*.model", "*.jinja"]
+"""What a model has beside its weights; a * is for folders, too."""
+_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
+
+
+def local_folder(option: str, source: str, patterns: list[str] = CONFIGS) -> Path:
+    """The folder `source`, or where the files of the hub's repository `source` that fit `patterns` lie, once downloaded.
+
+    Without a network it is the cache's. Raises ValueError, naming the option, if there is neither.
+    """
+    if Path(source).is_dir():
+        if not os.access(source, os.R_OK | os.X_OK):
+            raise ValueError(f"{option}={source}: {os.strerror(errno.EACCES)}; valid is a folder that may be read")
+        return Path(source)
+    parent = Path(source).parent
+    if not _ID.fullmatch(source):
+        raise ValueError(f"{option}={source}: there is no such folder")
+    if parent != Path() and parent.is_dir() and not _is_cached(source):
+        raise ValueError(f"{option}={source}: there is no such folder: the hub is not asked, because {parent}/ is a folder here")
+    with in_one_line(f"{option}={source}"):
+        return Path(snapshot_download(source, allow_patterns=patterns))
+
+
+def _is_cached(repository: str) -> bool:
+    return Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}").is_dir()
+
+
+def file_names(source: str, folder: Path) -> list[str]:
+    """Of all files of the folder, or of the hub's repository `source`, whose `local_folder` it is; without a network, of what is cached."""
+    if not Path(source).is_dir():
+        try:
+            return HfApi().list_repo_files(source)
+        except Exception:  # the network's or the hub's; what is in the cache will do
+            pass
+    return [path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern)]
+
+
+def choose_weights(option: str, names: list[str], part: str, stem: str, variant: str | None) -> tuple[str | None, list[str]]:
+    """The variant of a network's weights to be read, None for the plain ones, and its files.
+
+    option: "model.path=..." for errors. names: as `file_names` has them. part: the network's folder, or "". stem: what its files' names
+    begin with. variant: wanted; the plain ones are taken where there is none such, and without a wish where there are plain ones, else the
+    only variant. Raises ValueError where that does not decide.
+    """
+    inside, found = f"{part}/" if part else "", {}
+    files = [name.removeprefix(inside) for name in names if name.startswith(inside) and "/" not in name.removeprefix(inside)]
+    pattern = re.compile(
+        rf"{stem}(?:\.([\w-]+?))?(?:-\d+-of-\d+)?(?:\.([\w-]+))?\.safetensors|{stem}\.safetensors\.index(?:\.([\w-]+))?\.json"
+    )
+    for name in files:
+        if match := pattern.fullmatch(name):
+            found.setdefault(match[1] or match[2] or match[3], []).append(inside + name)
+    where = f"its {part}/" if part else "it"
+    if not found:
+        pickles = [name for name in files if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+        if pickles:
+            raise ValueError(
+                f"{option}: {where} has its weights as {sorted(pickles)[0]}, a pickle, which runs code when it is loaded; valid is "
+                f"{stem}.safetensors; docs/models.md has the line that converts a model that you trust"
+            )
+        raise ValueError(f"{option}: {where} has no weights; valid is {stem}.safetensors, or a variant such as {stem}.fp16.safetensors")
+    if variant in found or None in found:
+        chosen = variant if variant in found else None
+    elif variant is None and len(found) == 1:
+        (chosen,) = found
+    else:
+        there = ", ".join(sorted(found))
+        raise ValueError(
+            f"{option}: {where} has weights of the variants {there} alone; model.variant={variant or 'null'}: valid is one of them"
+        )
+    return chosen, found[chosen]
+
+
+def check_readable(option: str, folder: Path, names: list[str]) -> None:
+    """Raises ValueError for a file that may not be read, of which libraries say that there is no such file."""
+    for name in names:
+        if (folder / name).exists() and not os.access(folder / name, os.R_OK):
+            raise ValueError(f"{option}: {name} cannot be read: {os.strerror(errno.EACCES)}")
+
+
+@contextmanager
+def in_one_line(option: str) -> Iterator[None]:
+    """Inside, what a library raises of a model's files becomes a ValueError of one line that names the option and says what to do."""
+    try:
+        yield
+    except Exception as error:  # whatever a damaged folder brings about in the libraries that read it
+        what = of_hub(error) or f"it cannot be loaded: {type(error).__name__}: {error}"
+        raise ValueError(f"{option}: {' '.join(what.split())}") from error
+
+
+def of_hub(error: Exception | None) -> str | None:
+    """What a user can do about an error that the hub, or its absence, is behind; None of another."""
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    log_in = "`hf auth login`, or HF_TOKEN in the environment"
+    if any(isinstance(error, GatedRepoError) for error in chain):
+        page = f"on its page at {constants.ENDPOINT}"
+        return f"the hub gives it only to those who have accepted its licence, {page}, and have logged in: {log_in}"
+    if any(isinstance(error, RepositoryNotFoundError) or _status(error) in (401, 403) for error in chain):
+        return f"there is no such folder, and no such public model on the hub; a private one wants one to log in: {log_in}"
+    if constants.HF_HUB_OFFLINE and any(isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError) for error in chain):
+        return (
+            "there is no such folder, it is not in the hub's cache, and the offline mode (HF_HUB_OFFLINE=1) keeps the hub from being asked"
+        )
+    lost = [error for error in chain if _is_of_network(error)]
+    if lost:
+        return f"there is no such folder, it is not in the hub's cache, and the hub cannot be asked: {type(lost[-1]).__name__}: {lost[-1]}"
+    return None
+
+
+def _is_of_network(error: Exception) -> bool:
+    is_down = (_status(error) or 0) >= 500 or _status(error) == 429
+    return is_down or isinstance(error, LocalEntryNotFoundError) or type(error).__module__.startswith(("httpx", "httpcore"))
+
+
+def _status(error: Exception) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None

@@ -1,0 +1,271 @@
+"""Whether a pipeline's parts are those of a text-to-image model that can be trained, as far as their classes and configs tell.
+
+Every check raises ValueError of one line that begins with `option`, such as "model.path=...". Networks are made of their configs as shapes
+without memory and called as the policy calls them, so that what no rule below knows of is found out as well.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from ddpo_fast.ddim import SD_STEPS, ddim_scheduler
+
+CLASSES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+"""What can be trained, by the name in model_index.json."""
+SCHEDULERS = tuple(
+    f"{name}Scheduler"
+    for name in "DDIM DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete "
+    "KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep UniPCMultistep SASolver".split()
+)
+"""Samplers of models that were trained to denoise at every step of their betas, which is what DDIM needs."""
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+"""What the parts of a pipeline may come from; anything else would be code that a folder brings, or a module that it picks."""
+NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+TEXT_ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+_TEXT_CLASSES = {"text_encoder": transformers.CLIPTextModel, "text_encoder_2": transformers.CLIPTextModelWithProjection}
+_PLAIN_UNET = {
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "attention_type": "default",
+    "dual_cross_attention": False,
+}
+"""What a UNet's config has where the UNet is given nothing but latents, time, text and, of SDXL, sizes."""
+
+
+def check_index(option: str, index: dict) -> type:
+    """The pipeline's class, by its model_index.json."""
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in CLASSES:
+        raise ValueError(f"{option}: it holds a {name}; valid is a StableDiffusionPipeline (SD 1.x or 2.x) or a StableDiffusionXLPipeline")
+    for part, origin in index.items():
+        if isinstance(origin, list) and not (part.isidentifier() and (origin == [None, None] or _is_class(origin))):
+            raise ValueError(f"{option}: model_index.json has {part}={origin}; valid are classes of {', '.join(LIBRARIES[:2])}")
+    for part, network in NETWORKS.items():
+        if index.get(part) != ["diffusers", network.__name__]:
+            raise ValueError(f"{option}: model_index.json has {part}={index.get(part)}; valid is {network.__name__} of diffusers")
+    is_sdxl = CLASSES[name] is StableDiffusionXLPipeline
+    if is_sdxl and any(index.get(part) in (None, [None, None]) for part in TEXT_ENCODERS):
+        raise ValueError(f"{option}: it lacks a text encoder; valid is an SDXL base model, with two")
+    for part, tokenizer in list(TEXT_ENCODERS.items())[: 2 if is_sdxl else 1]:
+        network, default = _of_transformers(index, part, transformers.PreTrainedModel), _TEXT_CLASSES[part]
+        if network is None or is_sdxl and network is not default:
+            raise ValueError(f"{option}: model_index.json has {part}={index.get(part)}; valid is {default.__name__} of transformers")
+        if _of_transformers(index, tokenizer, transformers.PreTrainedTokenizerBase) is None:
+            raise ValueError(f"{option}: model_index.json has {tokenizer}={index.get(tokenizer)}; valid is CLIPTokenizer of transformers")
+    return CLASSES[name]
+
+
+def _is_class(origin: list) -> bool:
+    return len(origin) == 2 and origin[0] in LIBRARIES and isinstance(origin[1], str)
+
+
+def _of_transformers(index: dict, part: str, kind: type) -> type | None:
+    """The class of a part of model_index.json, if it is one of transformers' of this kind."""
+    origin = index.get(part)
+    named = getattr(transformers, origin[1], None) if isinstance(origin, list) and origin[0] == "transformers" else None
+    return named if isinstance(named, type) and issubclass(named, kind) else None
+
+
+def read_config(option: str, folder: Path, name: str, part: str = "") -> dict:
+    """A part's config as it lies there."""
+    try:
+        config = json.loads((folder / part / name).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError("it is no object")
+        return config
+    except (OSError, TypeError, ValueError, RecursionError) as error:  # a JSON or Unicode error is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{option}: {Path(part, name)} cannot be read: {reason}") from None
+
+
+def check_scheduler(option: str, kind: type, index: dict, config: dict) -> DDIMScheduler:
+    """DDIM's scheduler of the model's betas, see `ddim_scheduler`; where its config is silent or old, as the pipeline has it."""
+    origin = index.get("scheduler")
+    sampler = origin[1] if isinstance(origin, list) else None
+    if sampler not in SCHEDULERS:
+        raise ValueError(
+            f"{option}: its scheduler is a {sampler}, whose steps are not DDIM's: the last one, or every one, is deterministic and has "
+            f"no density to train by; valid is a model for {', '.join(SCHEDULERS)}"
+        )
+    learnt_noise = config.get("prediction_type", "epsilon") == "epsilon" and not config.get("rescale_betas_zero_snr", False)
+    if sampler.startswith("Euler") and config.get("timestep_spacing") == "trailing" and learnt_noise:
+        raise ValueError(
+            f"{option}: its scheduler, {sampler} with timestep_spacing=trailing, is that of a model distilled to a few steps (turbo): "
+            "they are not DDIM's, and the last of them has no density to train by; valid is the model that it was distilled from"
+        )
+    if config.get("timestep_type") == "continuous":
+        raise ValueError(
+            f"{option}: its scheduler has timestep_type=continuous, as EDM's do, whose levels of noise are no betas; valid is discrete"
+        )
+    config = {"clip_sample": sampler.startswith(("DDIM", "DDPM"))} | config
+    if kind is StableDiffusionPipeline:
+        config |= {"clip_sample": False, "steps_offset": SD_STEPS["steps_offset"]}
+    option, num_steps = f"{option}: scheduler/scheduler_config.json", config.get("num_train_timesteps", 1000)
+    for key, valid, good in (
+        ("num_train_timesteps", "a whole number from 1 to 100000", lambda value: _is_whole(value) and 1 <= value <= 100_000),
+        ("prediction_type", "epsilon, v_prediction or sample", lambda value: value in ("epsilon", "v_prediction", "sample")),
+        ("steps_offset", "a whole number below num_train_timesteps", lambda value: _is_whole(value) and value < num_steps),
+        ("clip_sample_range", "a number > 0", lambda value: _is_number(value) and value > 0),
+        ("thresholding", "false, for a latent diffusion model", lambda value: not value),
+    ):
+        if key in config and not good(config[key]):
+            raise ValueError(f"{option} has {key}={config[key]}; valid is {valid}")
+    with _made_of(option):
+        scheduler = ddim_scheduler(config)
+    betas = scheduler.betas
+    if betas.shape != (num_steps,) or not ((betas > 0) & (betas <= 1)).all():
+        raise ValueError(f"{option} has betas that are not {num_steps} numbers above 0 and up to 1")
+    return scheduler
+
+
+def check_unet(option: str, kind: type, config: dict, latent_channels: int) -> dict:
+    """The config with the `sample_size` that the pipeline gives it where it has none, or an old one."""
+    is_sdxl, guided = kind is StableDiffusionXLPipeline, config.get("time_cond_proj_dim")
+    if guided is not None:
+        raise ValueError(
+            f"{option}: its UNet is given the guidance scale (time_cond_proj_dim={guided}): it is distilled to a few "
+            "steps of its own, not DDIM's, of which the last has no density to train by; valid is the model that it was distilled from"
+        )
+    for key, valid in (_PLAIN_UNET | {"addition_embed_type": "text_time" if is_sdxl else None}).items():
+        if config.get(key, valid) != valid:
+            raise ValueError(
+                f"{option}: unet/config.json has {key}={config[key]}; valid is {json.dumps(valid)}: a UNet that takes more or less than "
+                "latents, time, text and, of SDXL, sizes is no text-to-image model"
+            )
+    for key in ("in_channels", "out_channels"):
+        if config.get(key, 4) != latent_channels:
+            raise ValueError(
+                f"{option}: unet/config.json has {key}={config.get(key, 4)}; valid is {latent_channels}, the latent_channels of the VAE"
+            )
+    size = config.get("sample_size")
+    if size is None:
+        size = 128 if is_sdxl else 64
+    if not all(_is_whole(side) and 1 <= side <= 4096 for side in _pair(size)):
+        raise ValueError(f"{option}: unet/config.json has sample_size={size}; valid is a whole number, or two of them, from 1 to 4096")
+    if not is_sdxl and isinstance(size, int) and size < 64 and re.match(r"0\.[0-8]\.", str(config.get("_diffusers_version"))):
+        size = 64
+    return config | {"sample_size": size}
+
+
+def _pair(size) -> tuple | list:
+    return size if isinstance(size, list) and len(size) == 2 else (size, size)
+
+
+def latent_size(unet_config: dict) -> tuple[int, int]:
+    """Height and width of the latents of a config that `check_unet` has returned."""
+    return tuple(_pair(unet_config["sample_size"]))
+
+
+def check_networks(option: str, kind: type, configs: dict[str, dict], lengths: dict[str, int]) -> None:
+    """That the networks of these configs go together and can be called. lengths: of each text encoder's prompts, in tokens."""
+    height, width = latent_size(configs["unet"])
+    with torch.device("meta"), torch.no_grad():
+        texts, pooled = [], None
+        for part, length in lengths.items():
+            with _made_of(f"{option}: {part}/config.json"):
+                encoder = text_encoder(part, configs[part])
+                out = encoder(torch.zeros(1, length, dtype=torch.int64), output_hidden_states=True)
+                texts.append(out.hidden_states[-2] if kind is StableDiffusionXLPipeline else out[0])
+                pooled = out[0] if part == "text_encoder_2" else None
+        embeds = torch.cat(texts, -1) if len({text.shape[1] for text in texts}) == 1 else texts[0]
+        _check_text(option, configs["unet"], embeds, pooled)
+        added = None if pooled is None else {"text_embeds": pooled, "time_ids": torch.empty(1, 6)}
+        latents = torch.empty(1, configs["unet"].get("in_channels", 4), height, width)
+        with _made_of(f"{option}: unet/config.json"):
+            unet = UNet2DConditionModel.from_config(configs["unet"])
+            if scalars := [name for name, parameter in unet.named_parameters() if parameter.dim() == 0]:
+                raise ValueError(f"{scalars[0]} is a scalar")
+            out = unet(latents, torch.zeros(1, dtype=torch.int64), embeds, added_cond_kwargs=added, return_dict=False)[0]
+            if out.shape != latents.shape:
+                raise ValueError(f"latents {tuple(latents.shape)} come out as {tuple(out.shape)}")
+
+
+def _check_text(option: str, unet: dict, embeds: Tensor, pooled: Tensor | None) -> None:
+    wanted = unet.get("cross_attention_dim", 1280)
+    if wanted != embeds.shape[-1]:
+        raise ValueError(
+            f"{option}: unet/config.json has cross_attention_dim={wanted}; valid is {embeds.shape[-1]}, the text encoders' width"
+        )
+    if pooled is not None:
+        times, wanted = unet.get("addition_time_embed_dim"), unet.get("projection_class_embeddings_input_dim")
+        if not _is_whole(times) or wanted != pooled.shape[-1] + 6 * times:
+            raise ValueError(
+                f"{option}: unet/config.json has projection_class_embeddings_input_dim={wanted} and addition_time_embed_dim={times}; valid "
+                f"is {pooled.shape[-1]}, the projection_dim of text_encoder_2, and six times the latter"
+            )
+
+
+def check_vae(option: str, where: str, config: dict) -> int:
+    """The VAE's latent channels. where: its config's path in the model."""
+    channels, scale = config.get("latent_channels", 4), config.get("scaling_factor", 0.18215)
+    if (name := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise ValueError(f"{option}: {where} is a {name}'s; valid is AutoencoderKL's")
+    if not _is_number(scale) or scale <= 0:
+        raise ValueError(f"{option}: {where} has scaling_factor={scale}; valid is a number > 0")
+    for key in ("latents_mean", "latents_std"):
+        numbers = config.get(key)
+        good = isinstance(numbers, list) and len(numbers) == channels and all(map(_is_number, numbers))
+        if numbers is not None and not good:
+            raise ValueError(f"{option}: {where} has {key}={numbers}; valid is null, or {channels} numbers")
+    with _made_of(f"{option}: {where}"), torch.device("meta"), torch.no_grad():
+        vae = AutoencoderKL.from_config(config)
+        side = 8 * 2 ** (len(vae.config.block_out_channels) - 1)
+        if (shape := tuple(vae.decode(torch.empty(1, channels, 8, 8), return_dict=False)[0].shape)) != (1, 3, side, side):
+            raise ValueError(f"8x8 latents are decoded to {shape}, not {(1, 3, side, side)}")
+    return channels
+
+
+def text_encoder(part: str, config: dict) -> nn.Module:
+    """A text encoder of its config, on the default device; of a CLIP unless the config's `_class_name` is another class of transformers."""
+    network = getattr(transformers, config.get("_class_name", _TEXT_CLASSES[part].__name__))
+    return network(network.config_class(**{key: value for key, value in config.items() if key != "_class_name"}))
+
+
+def load_tokenizer(option: str, folder: Path, part: str, index: dict, encoder: dict) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a text encoder with the config `encoder`."""
+    kind = _of_transformers(index, part, transformers.PreTrainedTokenizerBase)
+    files = {key: name for key, name in kind.vocab_files_names.items() if isinstance(name, str)}
+    whole, pieces = files.pop("tokenizer_file", "tokenizer.json"), set(files.values())
+    there = set(os.listdir(folder / part)) if (folder / part).is_dir() else set()
+    if whole not in there and not (pieces and pieces <= there):  # transformers would make one that knows no word
+        raise ValueError(f"{option}: {part}/ lacks the tokenizer's files; valid is {whole}, or {' and '.join(sorted(pieces))}")
+    with _made_of(f"{option}: {part}/"):
+        tokenizer = kind.from_pretrained(folder / part)
+        largest = max([*tokenizer.get_vocab().values(), *tokenizer("a cat").input_ids])
+    vocabulary, positions = encoder.get("vocab_size", 49408), encoder.get("max_position_embeddings", 77)
+    if not _is_whole(vocabulary) or largest >= vocabulary:
+        raise ValueError(f"{option}: {part}/ has a token number {largest}; valid is below {vocabulary}, the text encoder's vocab_size")
+    if not _is_whole(positions) or not 2 <= tokenizer.model_max_length <= positions:
+        raise ValueError(
+            f"{option}: {part}/tokenizer_config.json has model_max_length={tokenizer.model_max_length}; valid is 2 to {positions}, the "
+            "text encoder's max_position_embeddings"
+        )
+    return tokenizer
+
+
+@contextmanager
+def _made_of(what: str) -> Iterator[None]:
+    """Inside, whatever a bad config brings about in the libraries becomes a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: nothing that works can be made of it: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
