@@ -12,7 +12,7 @@ setuptools.setup(
     version="0.1.0",
     description="Fast reinforcement learning of text-to-image diffusion models (DDPO) with DeepSpeed",
     license_expression="Apache-2.0",
-    license_files=["LICENSE", "NOTICE", "ddpo_fast/*/NOTICE"],
+    license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11,<3.14",
     packages=["ddpo_fast", "ddpo_fast.kernels", "ddpo_fast.rewards", "ddpo_fast.embedded"],
     package_dir={"ddpo_fast.kernels": "kernels"},  # a top-level `kernels` is another project's name

@@ -105,10 +105,11 @@ def test_wheel_carries_the_licences(wheel):
     (folder,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     metadata = message_from_bytes(wheel.read(f"{folder}/METADATA"))
     assert metadata["License-Expression"] == "Apache-2.0"
-    named = metadata.get_all("License-File")
-    assert sorted(named) == ["LICENSE", "NOTICE", "ddpo_fast/embedded/NOTICE", "ddpo_fast/prompt_sets/NOTICE"]
-    for name in named:
+    assert metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
+    for name in ("LICENSE", "NOTICE"):
         assert wheel.read(f"{folder}/licenses/{name}") == (ROOT / name).read_bytes()
+    for name in re.findall(r"ddpo_fast/\w+/NOTICE", (ROOT / "NOTICE").read_text(encoding="utf-8")):
+        assert name in wheel.namelist()
 
 
 def test_notice_names_every_set_of_pictures():
