@@ -24,6 +24,7 @@ from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import Prompts
 
 CPU = torch.device("cpu")
+EPS = torch.finfo(torch.float32).eps
 
 
 def options(folder: Path, path: Path, **changed) -> list[str]:
@@ -38,6 +39,7 @@ def options(folder: Path, path: Path, **changed) -> list[str]:
     return [f"--{key}={value}" for key, value in values.items()]
 
 
+@pytest.mark.rounding
 def test_v_prediction(tmp_path):
     """A run; and diffusers' DDIM with the saved LoRA makes the trained policy's own transitions, given its noise."""
     path = make_pipeline(tmp_path / "v", prediction_type="v_prediction")
@@ -62,7 +64,9 @@ def test_v_prediction(tmp_path):
         with torch.no_grad():
             out = pipe.unet(x, t, encoder_hidden_states=embeds).sample
         y = scheduler.step(out, t, x, eta=1.0, variance_noise=noise).prev_sample
-        torch.testing.assert_close(rollout.latents[:, k + 1], y, rtol=0, atol=2e-5)
+        # the network's output; the scheduler's fp32 product of t factors 1 - beta, in a_t and, less 1, in s
+        size = (bounds.network_rounding(pipe.unet) + 3 * 0.2 * EPS * t.item() ** 0.5) * rollout.latents[:, k : k + 2].std().item() + 4 * EPS
+        assert (rollout.latents[:, k + 1] - y).abs().max() <= bounds.SIGMAS * size
 
 
 RESNET = {
