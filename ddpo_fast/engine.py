@@ -21,24 +21,31 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ddpo_fast import deepspeed_options
+from ddpo_fast.launcher import check_launcher
 from ddpo_fast.optimizer import MOMENTS, settle_state
 
+MEETING_S = 600
+"""What the ranks may take to find each other; some have been started later, or import more slowly."""
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
     """Joins the processes that the launcher started, or makes a group of one. Returns rank, world size and this rank's device.
 
-    A rank may keep the others waiting for `timeout_s`, say with a slow reward; then the run is over.
+    A rank may keep the others waiting for `timeout_s`, say with a slow reward; then the run is over. Raises ValueError where the
+    environment is not that of a rank, or where the ranks do not find each other.
     """
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    alone = "RANK" not in os.environ
-    if alone:
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
+    if not dist.is_initialized():
+        check_launcher(os.environ)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"LOCAL_RANK={device.index}: valid is below the {torch.cuda.device_count()} of GPUs that are visible")
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -50,11 +57,31 @@ def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     if not dist.is_initialized():
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
-        if alone:  # through memory: a port that is free now may be taken a moment later
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store, rank, world_size = _meet()
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
         atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """What the ranks find each other by, this rank's number and how many there are."""
+    rank, world_size = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if world_size == 1:  # through memory: a port that is free now may be taken a moment later, by another run
+        return dist.HashStore(), 0, 1
+    port = os.environ["MASTER_PORT"]
+    try:
+        store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=MEETING_S)))
+    except dist.DistError as error:
+        reason = str(error).split("\n")[0]
+        if "EADDRINUSE" in reason:
+            raise ValueError(f"MASTER_PORT={port}: another program has it; valid is a free one (the launchers' --master_port)") from None
+        raise ValueError(
+            f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={port}: the {world_size} ranks did not find each other within "
+            f"{MEETING_S} s ({reason}); valid is one process for each rank, and an address that all of them reach"
+        ) from None
+    return dist.PrefixStore("default_pg", store), rank, world_size
 
 
 def broadcast(value):
