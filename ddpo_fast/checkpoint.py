@@ -1,4 +1,4 @@
-"""Checkpoints: everything that an exact resume needs; a kill or a full disk at any moment leaves the last good one.
+"""Checkpoints: everything that an exact resume needs; a kill or a failing disk at any moment leaves the last good one.
 
 <run_dir>/checkpoints/<iteration>/ holds the engine's safetensors, state.json and, written last, manifest.json: size and SHA-256 of every
 other file. Nothing in it can run code when it is loaded. The manifest finds damage; it is no signature.
@@ -26,7 +26,7 @@ STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
 def save(run_dir: Path, iteration: int, engine: Engine, state: dict, rank: int, keep: int) -> None:
     """Writes <run_dir>/checkpoints/<iteration>/, every rank its part, and removes all but the newest `keep`.
 
-    Where a rank cannot write, say because the disk is full, that is logged, nothing of the new checkpoint stays, and no old one goes.
+    Raises OSError, on every rank, where one cannot write: nothing of the new checkpoint stays then, and no old one goes.
     """
     final = run_dir / "checkpoints" / str(iteration)
     folder = final.with_name(f".{final.name}.partial")
@@ -36,27 +36,22 @@ def save(run_dir: Path, iteration: int, engine: Engine, state: dict, rank: int, 
         (folder / MANIFEST_FILE).write_text(json.dumps({path.name: _fingerprint(path) for path in sorted(folder.iterdir())}, indent=1))
         written.close()
 
-    try:
-        with ExitStack() as written:
-            _on_every_rank(lambda: rank == 0 and written.enter_context(new_folder(final)))
-            _on_every_rank(lambda: engine.save(folder))
-            _on_every_rank(lambda: rank == 0 and complete())
-    except OSError as error:
-        if rank == 0:
-            logger.warning("checkpoint %d could not be written (%s); the run goes on, the last good one stays", iteration, error)
-        return
+    with ExitStack() as written:
+        on_every_rank(lambda: rank == 0 and written.enter_context(new_folder(final)))
+        on_every_rank(lambda: engine.save(folder))
+        on_every_rank(lambda: rank == 0 and complete())
     if rank == 0:
         for old in list_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def _on_every_rank(step: Callable) -> None:
+def on_every_rank(step: Callable) -> None:
     """Runs a step; if it raised OSError on one rank, so does this on all of them."""
     fault = None
     try:
         step()
     except (OSError, SafetensorError) as error:
-        fault = OSError(error)
+        fault = error if isinstance(error, OSError) else OSError(str(error))
     if any_rank(fault is not None):
         raise fault or OSError("another rank could not write its part")
 

@@ -1,16 +1,12 @@
 """Writing files so that a kill at any moment leaves either the old or the new one, whole."""
 
 import errno
-import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-logger = logging.getLogger("ddpo_fast")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -23,6 +19,7 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Gives another name to write a file under, which takes the name `path` once the block has ended well; else it goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -36,18 +33,23 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Gives a folder to fill, which takes the name `path`, and the place of what has it, once the block has ended well; else it goes."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
         for written in (partial, *partial.rglob("*")):
             flush(written)
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)  # not removed: a disk that fails in the next line would leave neither
         partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
         raise
+    shutil.rmtree(old, ignore_errors=True)
     flush(path.parent)
 
 
@@ -56,18 +58,8 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no fsync, or none of folders
+            raise
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def unless_disk_full(what: str) -> Iterator[None]:
-    """Lets a block that only leaves a record of the run behind fail for want of space; `what` it would have written is logged."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in DISK_FULL:
-            raise
-        if isinstance(error, SafetensorError) and not str(error).endswith(tuple(f"(os error {number})" for number in DISK_FULL)):
-            raise
-        logger.warning("%s could not be written (%s); the run goes on", what, error)

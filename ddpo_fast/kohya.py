@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from ddpo_fast.files import new_file
 from ddpo_fast.places import lora_file, typed_path
+from ddpo_fast.terminal import steady_streams
 
 
 def write_kohya(run_dir: Path, output: Path | None = None) -> Path:
@@ -41,13 +42,18 @@ def write_kohya(run_dir: Path, output: Path | None = None) -> Path:
     metadata = {
         "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha), "ss_output_name": output.stem,
     }  # fmt: skip
-    with new_file(output) as partial:
-        save_file(converted, partial, metadata)
+    try:
+        with new_file(output) as partial:
+            save_file(converted, partial, metadata)
+    except SafetensorError as error:
+        raise ValueError(f"--output={output}: cannot be written: {error}") from None
     return output
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a command line. A mistake is one line on standard error and exit code 2."""
+    if argv is None:
+        steady_streams()
     parser = argparse.ArgumentParser(prog="python -m ddpo_fast.kohya", description="A run's LoRA for ComfyUI, AUTOMATIC1111 and others.")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")

@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ddpo_fast.claim import Claim
 from ddpo_fast.files import DISK_FULL, new_file, write_text
 
 logger = logging.getLogger("ddpo_fast")
@@ -62,9 +63,14 @@ def check_installed(names: list[str]) -> None:
 
 
 def tracker_fault(names: list[str]) -> str | None:
-    """What keeps a tracker from beginning: wandb without a key for its service. For the one rank that begins them."""
+    """What keeps a tracker from beginning: wandb switched off, or without a key. For the one rank that begins them."""
     if "wandb" not in names or os.environ.get("WANDB_MODE", "online") != "online":
         return None
+    if (value := os.environ.get("WANDB_DISABLED", "")).lower() in ("1", "true", "yes", "on"):
+        return (
+            f"run.trackers={names}: WANDB_DISABLED={value} asks for no wandb, and is not wandb's own variable; "
+            "valid is a list without wandb, WANDB_MODE=disabled, or WANDB_DISABLED unset"
+        )
     try:
         import_module("wandb").login()
     except Exception as error:
@@ -77,54 +83,66 @@ class MetricsWriter:
 
     tensorboard writes to <run_dir>/tensorboard/; wandb and trackio, imported when asked for, begin a run with `config`, or go on with it if
     `iteration` is not -1. One of these two that raises later is left out from then on, with a warning.
+    Only the beginning raises: OSError, or ValueError for a tracker. What cannot be written later is said in `claim`.
     """
 
-    def __init__(self, run_dir: Path, iteration: int, trackers: list[str], config: dict):
-        self.path, self.trackers = run_dir / "metrics.jsonl", trackers
-        kept = [row for row in read_metrics(run_dir) if row["iteration"] <= iteration]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.unwritten: list[dict] = []
-        self._open_tensorboard(purge_step=iteration + 1)
+    def __init__(self, run_dir: Path, claim: Claim, iteration: int, trackers: list[str], config: dict):
+        self.path, self.claim, self.trackers = run_dir / "metrics.jsonl", claim, trackers
+        self.rows = [row for row in read_metrics(run_dir) if row["iteration"] <= iteration]
+        self._write_all()
+        self.tensorboard = self._open_tensorboard(purge_step=iteration + 1) if "tensorboard" in trackers else None
         self.remote = {}
         self._begin([name for name in trackers if name != "tensorboard"], run_dir, iteration, config)
 
-    def _open_tensorboard(self, **options) -> None:
-        if "tensorboard" in self.trackers:
-            self.tensorboard = SummaryWriter(self.path.with_name("tensorboard"), **options)
-
     def write(self, row: dict) -> None:
-        """Raises OSError where the disk is full; the row is written with the next one then."""
+        """A row that cannot be written is written with the next one, or by `close`."""
         row = {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}  # JSON has no NaN
-        self.unwritten.append(row)
-        size = self.path.stat().st_size
-        try:
-            with self.path.open("a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in self.unwritten))
-        except OSError:
-            os.truncate(self.path, size)
-            raise
-        self.unwritten.clear()
+        self.rows.append(row)
+        self._write([row])
         values = {name: value for name, value in row.items() if value is not None and name != "iteration"}
         self._tell(lambda _, run: run.log(values, step=row["iteration"]))
-        if "tensorboard" not in self.trackers:
-            return
-        try:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, row["iteration"])
-            self.tensorboard.flush()
-        except OSError:
-            self._open_tensorboard()  # the old one's thread has died
-            raise
+        self._tell_tensorboard(
+            lambda board: [board.add_scalar(name, value, row["iteration"]) for name, value in values.items()], row["iteration"]
+        )
 
     def write_images(self, grid: Image.Image, name: str, iteration: int) -> None:
-        if "tensorboard" in self.trackers:
-            self.tensorboard.add_image(name, np.asarray(grid), iteration, dataformats="HWC")
         self._tell(lambda tracker, run: run.log({name: import_module(tracker).Image(grid)}, step=iteration))
+        self._tell_tensorboard(lambda board: board.add_image(name, np.asarray(grid), iteration, dataformats="HWC"), iteration)
 
     def close(self) -> None:
-        if "tensorboard" in self.trackers:
-            self.tensorboard.close()
+        """Tries once more to write what could not be written."""
+        self._write([])
+        if self.tensorboard is not None:
+            self._tell_tensorboard(SummaryWriter.close, self.rows[-1]["iteration"])
         self._tell(lambda _, run: run.finish())
+
+    def _write(self, new: list[dict]) -> None:
+        """Appends the newest rows; or writes all of them where some are not in the file, which may have been deleted."""
+        whole = "the metrics" not in self.claim.unwritten
+        with self.claim.writing("the metrics", self.rows[-1]["iteration"]):
+            self.claim.hold()
+            if not whole or not self.path.exists():
+                self._write_all()
+            elif new:
+                with self.path.open("a") as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in new))
+
+    def _write_all(self) -> None:
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def _open_tensorboard(self, **options) -> SummaryWriter:
+        return SummaryWriter(self.path.with_name("tensorboard"), **options)
+
+    def _tell_tensorboard(self, what: Callable[[SummaryWriter], object], iteration: int) -> None:
+        """Calls what(writer) where there is one; after a fault, when its thread has died, the next call has a new one."""
+        if "tensorboard" not in self.trackers:
+            return
+        with self.claim.writing("TensorBoard's file", iteration):
+            self.claim.hold()
+            board, self.tensorboard = self.tensorboard or self._open_tensorboard(), None
+            what(board)
+            board.flush()
+            self.tensorboard = board
 
     def _tell(self, what: Callable[[str, Any], object]) -> None:
         """Calls what(tracker, run) for wandb's and trackio's runs."""
@@ -138,10 +156,11 @@ class MetricsWriter:
         try:
             yield
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in DISK_FULL:
-                raise
-            self.remote.pop(tracker, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if isinstance(error, OSError) and error.errno in DISK_FULL:  # no fault of the tracker: it gets the next row
+                logger.warning("%s could not be told (%s); all numbers are in %s", tracker, reason, self.path)
+                return
+            self.remote.pop(tracker, None)
             logger.warning("%s failed (%s); the run goes on without it, with all of its numbers in %s", tracker, reason, self.path)
 
     def _begin(self, trackers: list[str], run_dir: Path, iteration: int, config: dict) -> None:
@@ -155,7 +174,11 @@ class MetricsWriter:
                 options |= {"name": name, "id": id_file.read_text(), "dir": str(run_dir)}
             else:
                 options["name"] = id_file.read_text()  # trackio goes by the name
-            self.remote[tracker] = import_module(tracker).init(**options)
+            try:
+                self.remote[tracker] = import_module(tracker).init(**options)
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise ValueError(f"run.trackers={self.trackers}: {tracker} cannot begin ({reason}); valid are those that can") from error
 
 
 def read_metrics(run_dir: Path) -> list[dict]:

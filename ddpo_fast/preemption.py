@@ -1,6 +1,7 @@
 """How a run ends early: SIGTERM and SIGINT stop it at its next safe point, and the ranks of a launcher that is gone do not linger."""
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
@@ -8,10 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+logger = logging.getLogger("ddpo_fast")
 SAME_REQUEST_S = 2.0
 """A signal this soon after the first is the same request: the launcher forwards one that its ranks may have got already."""
 
@@ -69,6 +72,7 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 class StopRequest:
     """While entered, SIGTERM and SIGINT only set `requested`; another one, SAME_REQUEST_S later, ends the process with 128 + its number.
 
+    In a thread other than the main one, where Python has no signals, it sets nothing up.
     The command `deepspeed` does not pass a signal on: on the machine it was started on, its end is a request, too.
     """
 
@@ -81,7 +85,11 @@ class StopRequest:
                 self._runner = runner.pid
 
     def __enter__(self) -> "StopRequest":
-        self._undo = [handle_here(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)]
+        self._undo = []
+        if threading.current_thread() is threading.main_thread():
+            self._undo = [handle_here(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)]
+        else:
+            logger.warning("not in the main thread: SIGTERM and SIGINT save no checkpoint; --resume continues from the newest all the same")
         return self
 
     def __exit__(self, *_) -> None:
@@ -98,7 +106,8 @@ class StopRequest:
         if self._received_at is None:
             self._received_at = now
             # os.write: print may be what the signal has interrupted
-            os.write(2, f"\n{name}: saving a checkpoint after this iteration, then stopping; once more to stop at once\n".encode())
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{name}: saving a checkpoint after this iteration, then stopping; once more to stop at once\n".encode())
         elif now - self._received_at > SAME_REQUEST_S:
             for child in multiprocessing.active_children():  # a reward's, which wait for work for ever
                 child.kill()

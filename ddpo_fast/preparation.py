@@ -12,6 +12,7 @@ import torch
 
 from ddpo_fast import activation_cache, attention_backends, checkpoint, deepspeed_options, fingerprints, kernels
 from ddpo_fast.activation_cache import NO_CACHE, ActivationCache, Cache
+from ddpo_fast.claim import Claim
 from ddpo_fast.config import Config
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.engine import Engine, all_gather, broadcast, init_distributed
@@ -42,6 +43,8 @@ class Setup:
 
     config: Config
     run_dir: Path
+    claim: Claim
+    """To run_dir, where the run has one."""
     started_in: Path
     """The working directory as the run began, before a reward's code could change it."""
     rank: int
@@ -76,8 +79,11 @@ class Setup:
         return str(path.relative_to(self.started_in)) if path.is_relative_to(self.started_in) else str(place)
 
 
-def prepare(config: Config) -> Setup:
-    """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault."""
+def prepare(config: Config, claim: Claim | None = None) -> Setup:
+    """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault.
+
+    claim: what takes the run's directory, before anything heavy is loaded; None for who wants the parts and no run.
+    """
     started_in = Path.cwd()
     check_model(config)
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
@@ -96,10 +102,11 @@ def prepare(config: Config) -> Setup:
     ops = kernels.select(config.kernels.backend, device)
     attention_backends.require(config.attention.backend, device)
     lacking = without_metadata(config, prompts, evaluations)
-    reward = open_reward(config.reward.name, config.reward.kwargs, config.reward.timeout_s, config.reward.isolate, lacking)
     for option, multiple in (("sample.num_samples", world_size * config.train.num_minibatches), ("eval.num_samples", world_size)):
         if config[option] % multiple:
             raise ValueError(f"{option}={config[option]}: valid is a multiple of {multiple} with {world_size} ranks")
+    config = config.replace(run__dir=_claim_directory(config, started_in, claim if rank == 0 else None))
+    reward = open_reward(config.reward.name, config.reward.kwargs, config.reward.timeout_s, config.reward.isolate, lacking)
     resumed = checkpoint.find(Path(config.run.dir), rank) if config.run.resume else None
     if resumed and (config.zero.stage == 3 or config.zero.stage > 0 and config.optimizer.name != "adamw"):
         before = checkpoint.read_state(resumed)["world_size"]
@@ -111,9 +118,6 @@ def prepare(config: Config) -> Setup:
         config = config.replace(model__dtype="fp16" if device.type == "cuda" else "fp32")
     free = all_gather(torch.tensor([free_mib(device, local_ranks())])).min().item()
     config = resolve_sizes(config, free, world_size, device.type == "cuda")
-    reward_name = re.sub(r"[^\w.-]+", "-", Path(config.reward.name).name)[:100]
-    run_dir = config.run.dir or str(started_in / f"runs/{reward_name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    config = config.replace(run__dir=broadcast(run_dir))
     config, policy = load_policy(config, rank, world_size, device, ops)
     made_of = _fingerprints(config, policy, prompts) if rank == 0 else {}
     if resumed and rank == 0:
@@ -135,9 +139,24 @@ def prepare(config: Config) -> Setup:
     split = activation_cache.split(config.cache.mode, policy) if cached else None
     room = Room(retry=config.zero.stage < 3)
     return Setup(
-        config, Path(config.run.dir), started_in, rank, world_size, prompts, evaluations, reward, policy, schedule, ops,
-        split, clip_range, scores, noising, room, resumed, deepspeed, made_of,
+        config, Path(config.run.dir), claim or Claim(), started_in, rank, world_size, prompts, evaluations, reward, policy,
+        schedule, ops, split, clip_range, scores, noising, room, resumed, deepspeed, made_of,
     )  # fmt: skip
+
+
+def _claim_directory(config: Config, started_in: Path, claim: Claim | None) -> str:
+    """The run's directory, on every rank that which rank 0 has claimed. Raises ValueError on all of them where that is refused."""
+    reward_name = re.sub(r"[^\w.-]+", "-", Path(config.reward.name).name)[:100]
+    folder, refusal = Path(config.run.dir or started_in / f"runs/{reward_name}-{time.strftime('%Y%m%d-%H%M%S')}"), None
+    if claim is not None:
+        try:
+            folder = claim.take(folder, new=config.run.dir is None)
+        except ValueError as error:
+            refusal = str(error)
+    folder, refusal = broadcast((str(folder), refusal))
+    if refusal is not None:
+        raise ValueError(refusal)
+    return folder
 
 
 def _fingerprints(config: Config, policy: Policy, prompts: Prompts) -> dict[str, str]:

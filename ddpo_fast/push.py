@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from ddpo_fast.model_card import card, pictures, weights_folder
 from ddpo_fast.places import without_folders
 from ddpo_fast.report import read_run
+from ddpo_fast.terminal import steady_streams
 
 _FAULTS = (ValueError, OSError, *HfHubHTTPError.__bases__)
 """What the hub raises; the last is that of its HTTP library, of which no connection is one, too."""
@@ -38,6 +39,8 @@ def push(run_dir: Path, repo_id: str, private: bool) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a command line. A mistake is one line on standard error and exit code 2."""
+    if argv is None:
+        steady_streams()
     parser = argparse.ArgumentParser(prog="python -m ddpo_fast.push", description="A run's weights and model card for the hub.")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")

@@ -28,6 +28,7 @@ from PIL import Image
 from ddpo_fast.files import write_text
 from ddpo_fast.metrics import read_metrics
 from ddpo_fast.places import typed_path
+from ddpo_fast.terminal import steady_streams
 
 _STYLE = """
 * { box-sizing: border-box } html { -webkit-text-size-adjust: 100% }
@@ -459,6 +460,8 @@ def _plot(draw, alt: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    if argv is None:
+        steady_streams()
     parser = argparse.ArgumentParser(prog="python -m ddpo_fast.report", description="A run, or several beside each other, as one page.")
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--output", type=typed_path, help="Where to write a page about several runs. Default: comparison.html, here.")

@@ -22,6 +22,7 @@ from ddpo_fast.metrics import picture_grid
 from ddpo_fast.places import typed_path
 from ddpo_fast.policy import Policy
 from ddpo_fast.rollout import EVAL_SAMPLE_ID, generate
+from ddpo_fast.terminal import steady_streams
 
 
 def read_config(run_dir: Path, options: list[str]) -> Config:
@@ -89,6 +90,8 @@ def save(folder: Path, prompts: list[str], seeds: list[int], before: Tensor, aft
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a command line. A mistake is one line on standard error and exit code 2."""
+    if argv is None:
+        steady_streams()
     parser = argparse.ArgumentParser(prog="ddpo-fast-sample", description="Pictures of your prompts before and after a run.")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")

@@ -20,13 +20,16 @@ if __name__ == "__main__":
         sys.exit(2)
     from ddpo_fast.config import parse_or_exit
     from ddpo_fast.preemption import die_with_launcher
+    from ddpo_fast.terminal import steady_streams
 
+    steady_streams()
     die_with_launcher()
     parse_or_exit(sys.argv[1:])  # --help and a wrong option are answered before the imports below take their seconds
 
 import faulthandler
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import zip_longest
@@ -38,9 +41,9 @@ from tqdm import tqdm
 from ddpo_fast import checkpoint
 from ddpo_fast.activation_cache import NO_CACHE, Cache
 from ddpo_fast.advantages import PromptBaseline, make_baseline
-from ddpo_fast.config import parse_or_exit, user_error
+from ddpo_fast.claim import Claim
+from ddpo_fast.config import Config, parse_or_exit, user_error
 from ddpo_fast.engine import Engine, WrongCheckpoint, all_gather, all_reduce, any_rank, gather, is_lost_rank
-from ddpo_fast.files import unless_disk_full
 from ddpo_fast.losses import UpdateStatistics, kl_loss
 from ddpo_fast.metrics import MetricsWriter, StageTimer, diversity, image_grid, peak_memory_mib, save_grid
 from ddpo_fast.plan import make_plan, plan_text
@@ -50,15 +53,33 @@ from ddpo_fast.preparation import Setup, make_cache, make_engine, prepare
 from ddpo_fast.prompts import Prompts, draw_prompts
 from ddpo_fast.rewards import Scorer, last_failure
 from ddpo_fast.rollout import EVAL_SAMPLE_ID, HELDOUT_SAMPLE_ID, MicroBatch, Pairs, Rollout, generate, micro_batches, passes
-from ddpo_fast.run_directory import METRICS, best_by, keep_best, line, open_run, print_result, publish, save
+from ddpo_fast.run_directory import (
+    METRICS,
+    CannotBegin,
+    NotSaved,
+    best_by,
+    conclude,
+    keep_best,
+    line,
+    open_run,
+    publish,
+    save,
+)  # fmt: skip
 from ddpo_fast.rwr import denoising_loss, reward_weights
 from ddpo_fast.score_accumulation import ScoreAccumulator
+from ddpo_fast.terminal import steady_streams
 
 logger = logging.getLogger("ddpo_fast")
 
 
+_one_run = threading.Lock()
+"""Held by the run that is going on in this process."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs a command line. A wrong option is one line on standard error and exit code 2; a fault is exit code 1."""
+    if argv is None:
+        steady_streams()
     config = parse_or_exit(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
@@ -66,15 +87,28 @@ def main(argv: list[str] | None = None) -> None:
             if os.environ.get("RANK", "0") == "0":
                 print(plan_text(make_plan(config)), flush=True)
             return
-        setup = prepare(config)
+    except ValueError as error:
+        user_error(error)
+    if not _one_run.acquire(blocking=False):
+        user_error("a run is going on in this process, in another thread; valid is one after the other, or a process for each")
+    try:
+        with Claim() as claim:
+            _run(config, claim)
+    finally:
+        _one_run.release()
+
+
+def _run(config: Config, claim: Claim) -> None:
+    try:
+        setup = prepare(config, claim)
     except ValueError as error:
         user_error(error)
     try:
         with StopRequest() as stop:
             train(setup, stop)
-    except WrongCheckpoint as error:
+    except (WrongCheckpoint, CannotBegin) as error:
         user_error(error)
-    except BadRewards as error:
+    except (BadRewards, NotSaved) as error:
         sys.exit(f"error: {error}" if setup.rank == 0 else 1)
     except RuntimeError as error:
         if not is_lost_rank(error):
@@ -89,7 +123,7 @@ class BadRewards(RuntimeError):
 def train(setup: Setup, stop: StopRequest) -> None:
     """The run: iteration 0 evaluates the untrained model, every later one improves it; metrics, pictures and checkpoints as it goes.
 
-    Asked to stop, it saves a checkpoint when the iteration is done and returns.
+    Asked to stop, it saves a checkpoint when the iteration is done and returns. Raises NotSaved for a result that could not be written.
     """
     config, rank = setup.config, setup.rank
     options = config.baseline
@@ -100,10 +134,9 @@ def train(setup: Setup, stop: StopRequest) -> None:
     if setup.checkpoint is not None:
         state = checkpoint.load(setup.checkpoint, engine)
         baseline.load_state_dict(state["baseline"])
-    last, writer = config.run.iterations, None
-    if rank == 0:
-        cache_plan = cache.plan_text(updates(setup, max(1, state["iteration"] + 1)), setup.policy.dtype)
-        writer = open_run(setup, engine.num_trainable, cache_plan, state["iteration"])
+    last = config.run.iterations
+    cache_plan = cache.plan_text(updates(setup, max(1, state["iteration"] + 1)), setup.policy.dtype) if rank == 0 else ""
+    writer = open_run(setup, engine.num_trainable, cache_plan, state["iteration"])
     bar = tqdm(total=last, initial=max(state["iteration"], 0), desc="iterations", unit="it", disable=rank != 0, dynamic_ncols=True)
 
     for iteration in range(state["iteration"] + 1, last + 1):
@@ -132,8 +165,7 @@ def train(setup: Setup, stop: StopRequest) -> None:
             **{f"time_{stage}_s": timer.seconds.get(stage, 0.0) for stage in ("sample", "reward", "train", "eval", "total")},
         }
         if rank == 0:
-            with unless_disk_full("the metrics"):
-                writer.write(row)
+            writer.write(row)
             tqdm.write(line(row))
         stopping = any_rank(stop.requested)
         with timer("save"):
@@ -142,20 +174,18 @@ def train(setup: Setup, stop: StopRequest) -> None:
             if iteration % config.run.checkpoint_every == 0 or iteration == last or stopping:
                 save(setup, engine, baseline, state)
                 if iteration < last:
-                    publish(setup, engine)
+                    publish(setup, engine, iteration)
         state["device_hours"] += timer.seconds["save"] * setup.world_size / 3600
         bar.update(iteration > 0)
         if stopping and iteration < last:
-            if rank == 0:
-                writer.close()
-                tqdm.write(f"stopped after iteration {iteration}; --run.dir={setup.shown(setup.run_dir)} --resume continues")
-            bar.close()
-            return
+            break
     bar.close()
-    publish(setup, engine)
     if rank == 0:
         writer.close()
-        print_result(setup, state)
+    stopped = state["iteration"] < last
+    if not stopped:
+        publish(setup, engine, last)
+    conclude(setup, state, writer, stopped)
 
 
 def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline, timer: StageTimer, iteration: int) -> dict[str, float]:
@@ -442,9 +472,10 @@ def evaluate(setup: Setup, writer: MetricsWriter, iteration: int, state: dict) -
         if setup.rank == 0:
             shown = slice(48)
             grid = image_grid(images[shown], prompts.texts[shown], rewards[shown])
-            with unless_disk_full("the pictures"):
+            with setup.claim.writing("the pictures", iteration):
+                setup.claim.hold()
                 save_grid(grid, setup.run_dir / "images" / f"{'iteration' if name == 'eval' else name}_{iteration:05d}.png")
-                writer.write_images(grid, "evaluation" if name == "eval" else name, iteration)
+            writer.write_images(grid, "evaluation" if name == "eval" else name, iteration)
         finite = rewards.isfinite()
         good = rewards[finite]
         if not len(good):

@@ -327,7 +327,7 @@ def test_real_runs_killed_and_continued(bench, monkeypatch, tmp_path):
         resumed.append("--resume" in command)
         trainer.main(command[2:]) if len(resumed) > 1 else real(command)
 
-    def killed(setup, engine) -> None:
+    def killed(*_) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(reward, "run_process", run)

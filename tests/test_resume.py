@@ -144,7 +144,8 @@ def test_a_disk_that_is_full_for_a_while(options, any_file_size, tmp_path, caplo
     free = run(options("free", run__iterations=3, eval__every=2, reward__name=f"{tmp_path}/free.py:redness"))
     messages = [record.message for record in caplog.records if "could not be written" in record.message]
     assert [message.split(" could")[0] for message in messages] == [
-        "the pictures", "the metrics", "the best weights", "checkpoint 2", "the weights", "the report",
+        "the pictures of iteration 2", "TensorBoard's file of iteration 2", "the best weights of iteration 2",
+        "the checkpoint of iteration 2", "the weights of iteration 2", "the report of iteration 2",
     ]  # fmt: skip
     assert sorted(path.name for path in (whole / "images").iterdir()) == ["iteration_00000.png", "iteration_00003.png"]  # none is half
     assert all("\n" not in message for message in messages)

@@ -13,6 +13,7 @@ from test_train import options, rewards_file, run  # noqa: F401
 
 from ddpo_fast import preparation
 from ddpo_fast import train as trainer
+from ddpo_fast.claim import Claim
 from ddpo_fast.metrics import MetricsWriter, read_metrics, tracker_fault
 
 
@@ -108,7 +109,7 @@ def test_one_that_fails_is_warned_of_once_and_left_out(stand_ins, tmp_path, capl
     """wandb fails from `call` on; trackio and metrics.jsonl get every row all the same."""
     calls = ["picture 1", "log 1", "picture 2", "log 2", "finish"]
     stand_ins["wandb"].broken = dict.fromkeys(calls[calls.index(call) :], "no\nroute")
-    writer = MetricsWriter(tmp_path, -1, ["wandb", "trackio"], {})
+    writer = MetricsWriter(tmp_path, Claim(), -1, ["wandb", "trackio"], {})
     for iteration in (0, 1, 2):
         writer.write_images(Image.new("RGB", (8, 8)), "evaluation", iteration)
         writer.write({"iteration": iteration, "loss": 0.5})
@@ -124,13 +125,13 @@ def test_one_that_fails_is_warned_of_once_and_left_out(stand_ins, tmp_path, capl
 
 def test_one_that_cannot_begin_ends_the_run(stand_ins, tmp_path):
     stand_ins["wandb"].broken = {"init": "no route"}
-    with pytest.raises(ConnectionError, match="no route"):
-        MetricsWriter(tmp_path, -1, ["wandb", "trackio"], {})
+    with pytest.raises(ValueError, match=r"run.trackers=.*: wandb cannot begin \(ConnectionError: no route\)"):
+        MetricsWriter(tmp_path, Claim(), -1, ["wandb", "trackio"], {})
 
 
 def test_a_full_disk_is_no_fault_of_the_tracker(stand_ins, tmp_path, caplog, monkeypatch):
-    """What a tracker writes fails with the metrics, once; it gets the next row."""
-    writer = MetricsWriter(tmp_path, -1, ["wandb"], {})
+    """A tracker that could not write one row gets the next one."""
+    writer = MetricsWriter(tmp_path, Claim(), -1, ["wandb"], {})
     log, full = writer.remote["wandb"].log, [OSError(errno.ENOSPC, "No space left on device")]
 
     def once_full(*args, **kwargs):
@@ -139,10 +140,11 @@ def test_a_full_disk_is_no_fault_of_the_tracker(stand_ins, tmp_path, caplog, mon
         log(*args, **kwargs)
 
     monkeypatch.setattr(writer.remote["wandb"], "log", once_full)
-    with pytest.raises(OSError, match="No space left"):
-        writer.write({"iteration": 0, "loss": 0.5})
-    writer.write({"iteration": 1, "loss": 0.5})
-    assert list(stand_ins["wandb"].runs[0]["rows"]) == [1] and not caplog.records
+    for iteration in (0, 1):
+        writer.write({"iteration": iteration, "loss": 0.5})
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("wandb could not be told (OSError: [Errno 28] No space left on device); all numbers are in ")
+    assert list(stand_ins["wandb"].runs[0]["rows"]) == [1] and [row["iteration"] for row in read_metrics(tmp_path)] == [0, 1]
 
 
 def test_who_is_not_known_to_wandb_is_told_so_before_a_model_is_loaded(options, stand_ins, monkeypatch, capsys):  # noqa: F811
@@ -157,3 +159,23 @@ def test_who_is_not_known_to_wandb_is_told_so_before_a_model_is_loaded(options, 
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert tracker_fault(["wandb", "trackio"]) is None
     assert stand_ins["wandb"].logins == [False] and not stand_ins["trackio"].logins
+
+
+@pytest.mark.parametrize("value", ["true", "1", "ON"])
+def test_another_librarys_switch_is_named(options, stand_ins, monkeypatch, capsys, value):  # noqa: F811
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    monkeypatch.setattr(preparation, "Policy", None)
+    with pytest.raises(SystemExit, match="2"):
+        trainer.main(options(run__trackers='["wandb"]'))
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: run.trackers=['wandb']: WANDB_DISABLED={value} asks for no wandb") and error.count("\n") == 1
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # wandb's own
+    assert tracker_fault(["wandb"]) is None and tracker_fault(["trackio"]) is None and not stand_ins["wandb"].logins
+
+
+def test_a_run_whose_tracker_does_not_begin_is_one_line(options, stand_ins, capsys):  # noqa: F811
+    stand_ins["trackio"].broken = {"init": "no\nroute"}
+    with pytest.raises(SystemExit, match="2"):
+        trainer.main(options(run__trackers='["trackio"]'))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "error: run.trackers=['trackio']: trackio cannot begin (ConnectionError: no route); valid are those that can"

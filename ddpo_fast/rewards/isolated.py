@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ddpo_fast.preemption import handle_here
 from ddpo_fast.rewards.function import RewardError, call, load_reward
+from ddpo_fast.terminal import steady_streams
 
 START_TIMEOUT_S = 300.0
 """What the process may take to start and to import the function's module, unless reward.timeout_s is longer."""
@@ -120,6 +121,7 @@ def _close(process: subprocess.Popen, connection: Connection, lifeline: int) -> 
 
 def serve(connection: int, lifeline: int) -> None:
     """What the process does: loads the function, then answers each batch that arrives with its rewards, or with a RewardError."""
+    steady_streams()
     for descriptor in (connection, lifeline):
         os.set_inheritable(descriptor, False)
     faulthandler.enable()  # a crash shows where it was

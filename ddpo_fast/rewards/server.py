@@ -25,6 +25,7 @@ from ddpo_fast.rewards import Metadata, Reward, open_reward
 from ddpo_fast.rewards.function import RewardError
 from ddpo_fast.rewards.pixels import decode_png
 from ddpo_fast.rewards.remote import TOKEN_VARIABLE, read_token
+from ddpo_fast.terminal import steady_streams
 
 MAX_REQUEST_BYTES = 2**28
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -104,6 +105,8 @@ def parse_request(body: bytes) -> tuple[Tensor, list[str], Metadata]:
 
 def main(argv: list[str] | None = None) -> None:
     """Serves until it is interrupted. A wrong option is one line on standard error and exit code 2."""
+    if argv is None:
+        steady_streams()
     parser = jsonargparse.ArgumentParser(
         prog="python -m ddpo_fast.rewards.server", description="Serves a reward function to trainers.", exit_on_error=False
     )

@@ -1,0 +1,58 @@
+"""Standard output and error that no run dies of: of any encoding, closed, with a reader that is gone, on a full disk."""
+
+import atexit
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import TextIO
+
+
+class SteadyStream:
+    """A text stream that passes over what it cannot write. A run's result is in its files and its exit code."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # ValueError: somebody has closed it
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+def steady_streams() -> None:
+    """Makes sys.stdout and sys.stderr steady, for a process of its own: first of all in a command. Once is enough.
+
+    A character that the encoding does not have is written as an escape. A stream that is closed becomes one of os.devnull: otherwise
+    the next file that is opened would get its number, and what other programs and libraries write there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # not yet, and no notebook's
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, SteadyStream(stream))
+            atexit.register(_end, stream)
+
+
+def _end(stream: TextIO) -> None:
+    """Flushes a stream; what is left in it would otherwise be the interpreter's last fault, and its exit code 120."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, stream.fileno())
+        os.close(devnull)

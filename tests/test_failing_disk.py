@@ -1,0 +1,132 @@
+"""Runs whose disk fails, or whose directory is another's: nothing hangs, and the last lines and the exit code say what is there."""
+
+import errno
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from test_train import options, rewards_file, weights  # noqa: F401
+
+from ddpo_fast import files, preparation, run_directory
+from ddpo_fast import train as trainer
+from ddpo_fast.checkpoint import list_checkpoints
+from ddpo_fast.claim import Claim
+from ddpo_fast.metrics import read_metrics
+
+SMALL = {"sample__num_samples": 4, "sample__num_steps": 2, "eval__num_samples": 2, "run__iterations": 1, "run__trackers": "[]"}
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Fails, once iteration 1 has begun, with the error number in `disk["fails"]`; `disk["then"]` is called when it begins."""
+    state, improve, flush = {"fails": None, "then": lambda: None, "begun": False}, trainer.improve, files.flush
+
+    def begin(*args):
+        state["begun"] = True
+        state["then"]()
+        return improve(*args)
+
+    def fail(path):
+        if state["begun"] and state["fails"]:
+            raise OSError(state["fails"], os.strerror(state["fails"]))
+        flush(path)
+
+    monkeypatch.setattr(trainer, "improve", begin)
+    monkeypatch.setattr(files, "flush", fail)
+    return state
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_the_end_says_what_could_not_be_written_and_resume_writes_it(options, disk, tmp_path, capsys, number):  # noqa: F811
+    argv, disk["fails"] = options(**SMALL), number
+    with pytest.raises(SystemExit) as end:
+        trainer.main(argv)
+    folder, out = tmp_path / "run", capsys.readouterr().out
+    assert end.value.code == (
+        f"error: iteration 1: the checkpoint, the weights and the best weights could not be written ({os.strerror(number)}); "
+        f"--run.dir={folder} --resume continues from iteration 0"
+    )
+    assert out.splitlines()[-2:] == [
+        f"report: could not be written ({os.strerror(number)}); python -m ddpo_fast.report {folder} writes it",
+        f"weights: those of iteration 1 could not be written; those in {folder / 'lora'} are of iteration 0, not trained",
+    ]
+    assert all((tensor == 0).all() for name, tensor in weights(folder).items() if "lora_B" in name)
+    assert not [path for path in folder.rglob(".*")]
+    disk["fails"] = None
+    trainer.main([f"--run.dir={folder}", "--resume"])
+    assert f"weights: {folder / 'lora'}" in capsys.readouterr().out and [row["iteration"] for row in read_metrics(folder)] == [0, 1]
+    assert any((tensor != 0).any() for name, tensor in weights(folder).items() if "lora_B" in name) and (folder / "best").exists()
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written_says_so(options, disk, tmp_path, capsys, monkeypatch):  # noqa: F811
+    disk["fails"] = errno.EIO
+    monkeypatch.setattr(trainer.StopRequest, "requested", property(lambda _: disk["begun"]))
+    with pytest.raises(SystemExit) as end:
+        trainer.main(options(**SMALL | {"run__iterations": 3}))
+    assert "iteration 1: the checkpoint and the weights could not be written (Input/output error); --run.dir=" in end.value.code
+    assert "stopped after" not in capsys.readouterr().out
+
+
+def test_a_directory_that_is_deleted_is_made_again(options, disk, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    disk["then"] = lambda: shutil.rmtree(folder)
+    trainer.main(options(**SMALL))
+    assert [row["iteration"] for row in read_metrics(folder)] == [0, 1]
+    assert {path.name for path in folder.iterdir()} >= {"config.yaml", "environment.json", "lora", "best", "report.html", "images"}
+    assert [path.name for path in list_checkpoints(folder)] == ["1"]
+
+
+def test_best_weights_that_were_deleted_are_said(options, disk, tmp_path, monkeypatch):  # noqa: F811
+    publish = trainer.publish
+    monkeypatch.setattr(trainer, "publish", lambda *args: (publish(*args), shutil.rmtree(tmp_path / "run" / "best", ignore_errors=True)))
+    with pytest.raises(SystemExit) as end:
+        trainer.main(options(**SMALL))
+    assert end.value.code == "error: iteration 1: the best weights could not be written (deleted)"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_directory_where_a_run_is_going_on_is_refused_before_a_model_is_loaded(options, tmp_path, capsys, monkeypatch, resume):  # noqa: F811
+    monkeypatch.setattr(preparation, "Policy", None)
+    monkeypatch.setattr("ddpo_fast.config._check_resumed", lambda _: None)
+    monkeypatch.setattr("ddpo_fast.config_rules._has_checkpoint", lambda _: resume)
+    with Claim() as claim:
+        claim.take(tmp_path / "run", new=False)
+        with pytest.raises(SystemExit, match="2"):
+            trainer.main(options() + ["--resume"] * resume)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: run.dir={tmp_path / 'run'}: a run is going on there, that of process") and error.count("\n") == 1
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line(options, capsys, monkeypatch):  # noqa: F811
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_directory, "write_text", full)
+    with pytest.raises(SystemExit, match="2"):
+        trainer.main(options())
+    assert "error: run.dir=" in (line := capsys.readouterr().err.splitlines()[-1]) and "cannot be written to" in line
+
+
+def test_two_runs_of_one_second_have_two_directories(options, monkeypatch, tmp_path, capsys):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preparation.time, "strftime", lambda *_: "20260101-000000")
+    argv = [option for option in options(**SMALL, run__keep_best="false") if not option.startswith("--run.dir")]
+    (Path("runs") / "rewards.py-redness-20260101-000000").mkdir(parents=True)
+    trainer.main(argv)
+    assert "weights: runs/rewards.py-redness-20260101-000000-2/lora" in capsys.readouterr().out
+
+
+def test_a_run_in_a_thread_and_only_one_at_a_time(options, tmp_path, caplog, capsys):  # noqa: F811
+    thread = threading.Thread(target=trainer.main, args=(options(**SMALL),))
+    thread.start()
+    while thread.is_alive() and not trainer._one_run.locked():
+        time.sleep(0.01)
+    with pytest.raises(SystemExit, match="2"):
+        trainer.main(options("other"))
+    assert "error: a run is going on in this process, in another thread" in capsys.readouterr().err
+    thread.join()
+    assert weights(tmp_path / "run") and not (tmp_path / "other").exists()
+    assert len([record for record in caplog.records if "not in the main thread" in record.message]) == 1
