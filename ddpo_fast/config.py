@@ -35,7 +35,8 @@ class ModelConfig:
     """With a single file as model.path: folder in diffusers format, or hub id, of a pipeline of the same layout, for its configs and its
     tokenizer. Its weights are not read."""
     vae: Optional[str] = None
-    """Folder in diffusers format, or hub id, of a VAE instead of the pipeline's: one of SDXL that does not overflow in fp16, say."""
+    """A VAE instead of the pipeline's, one of SDXL that does not overflow in fp16, say: folder in diffusers format, hub id, or a single
+    .safetensors file, which has the config of the pipeline's own."""
     variant: Optional[str] = None
     """Which weights of a folder or hub id: fp16 is unet/diffusion_pytorch_model.fp16.safetensors and so on. A part without that variant has
     its plain weights. null: the plain weights, or, of a part that has none, the only variant. model.dtype is what they compute in."""

@@ -72,7 +72,11 @@ RULES = [
         "else null",
         lambda v, c: (v is not None and _is_model(v)) if _is_single_file(c.model.path) else v is None,
     ),
-    ("model.vae", "a folder with config.json, or a hub id such as org/name", lambda v, c: v is None or _is_model(v, "config.json")),
+    (
+        "model.vae",
+        "a folder with config.json, or a hub id such as org/name, or a .safetensors file",
+        lambda v, c: v is None or _is_model(v, "config.json") or _is_single_file(v),
+    ),
     (
         "model.variant",
         "a word such as fp16, or null; null with a single file",

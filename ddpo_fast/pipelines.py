@@ -12,13 +12,13 @@ transformers.logging.disable_progress_bar()
 diffusers.utils.logging.disable_progress_bar()
 
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors import safe_open
 from torch import nn
 
-from ddpo_fast import model_parts
+from ddpo_fast import model_parts, single_file
 from ddpo_fast.ddim import changed_steps
 from ddpo_fast.hub import CONFIGS, check_readable, choose_weights, file_names, in_one_line, local_folder
 from ddpo_fast.model_parts import NETWORKS, TEXT_ENCODERS, read_config
+from ddpo_fast.single_file import PREFIXES, SDXL_PREFIXES, is_vae, names_in
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Weights:
 
     option: str
     source: str
-    """Folder or hub id."""
+    """Folder, hub id or single file."""
     part: str
-    """Its folder in there, or ""."""
+    """Its folder in there, or ""; of a file, what its names begin with."""
     variant: str | None
     """None for the plain ones."""
     files: list[str]
@@ -53,7 +53,7 @@ class Model:
     scheduler: DDIMScheduler
     """DDIM's of the model's betas, whatever sampler is saved with it."""
     weights: dict[str, Weights]
-    """Of every network that is not in the single file."""
+    """Of every network."""
     notes: list[str]
     """What a user has to be told."""
 
@@ -67,8 +67,8 @@ def find_model(path: str, config: str | None = None, vae: str | None = None, var
     """Looks a model up and checks it by its configs and the names of its weights.
 
     path is a folder or hub id; or, if `config` is one, with the configs and the tokenizer of a pipeline of the same layout, a file of
-    weights as Stable Diffusion was first published. vae: folder or hub id of one instead of the pipeline's. variant: of the weights, see
-    `choose_weights`. Raises ValueError, naming the option, for what cannot be trained.
+    weights as Stable Diffusion was first published. vae: folder, hub id or file of one instead of the pipeline's. variant: of the
+    weights, see `choose_weights`. Raises ValueError, naming the option, for what cannot be trained.
     """
     option, source = ("model.path", path) if config is None else ("model.config", config)
     folder, option = local_folder(option, source), f"{option}={source}"
@@ -82,20 +82,21 @@ def find_model(path: str, config: str | None = None, vae: str | None = None, var
     for part, name in encoders.items():
         tokenizers[name] = model_parts.load_tokenizer(option, folder, name, index, configs[part])
         configs[part] |= {"_class_name": index[part][1]}
-    weights = (
-        {}
-        if config is not None
-        else _find_weights(option, path, folder, [part for part in configs if part != "vae" or vae is None], variant)
-    )
+    parts = [part for part in configs if part != "vae" or vae is None]
+    weights = _in_file(path, kind, parts) if config is not None else _find_weights(option, path, folder, parts, variant)
     vae_option = option
-    if vae is not None:
+    if vae is not None and Path(vae).is_file():
+        vae_option = f"model.vae={vae}"
+        if not is_vae(names_in(vae_option, vae)):
+            raise ValueError(f"{vae_option}: it holds no decoder.*; valid is a file of an AutoencoderKL's weights")
+        weights["vae"] = Weights(vae_option, vae, "", None, [])
+        vae_option = option  # whose config it has
+    elif vae is not None:
         vae_folder, vae_option = local_folder("model.vae", vae), f"model.vae={vae}"
         configs["vae"] = read_config(vae_option, vae_folder, "config.json")
         weights["vae"] = _find_weights(vae_option, vae, vae_folder, [""], variant)[""]
-    channels = model_parts.check_vae(vae_option, "vae/config.json" if vae is None else "config.json", configs["vae"])
+    channels = model_parts.check_vae(vae_option, "vae/config.json" if vae_option == option else "config.json", configs["vae"])
     configs["unet"] = model_parts.check_unet(option, kind, configs["unet"], channels)
-    if config is not None:
-        _check_file(path, kind, vae)
     if variant is not None and variant not in {found.variant for found in weights.values()}:
         raise ValueError(f"model.variant={variant}: no part of {path} has weights of that variant; valid is null")
     return Model(path, option, kind, folder, configs, tokenizers, scheduler, weights, _notes(option, stated, scheduler, weights))
@@ -127,16 +128,13 @@ def open_pipeline(model: Model, dtype: torch.dtype) -> StableDiffusionPipeline |
     SDXL's own VAE overflows in fp16 and says so by `force_upcast`; it is then in fp32, as diffusers has it. Raises ValueError, naming the
     option, for weights that are damaged or another network's.
     """
-    parts = {part: _load(part, model.configs[part], weights, dtype) for part, weights in model.weights.items()}
+    parts = {part: _load(part, model, weights, dtype) for part, weights in model.weights.items()}
     parts |= {**model.tokenizers, "scheduler": model.scheduler, "feature_extractor": None, "image_encoder": None}
     is_sdxl = model.kind is StableDiffusionXLPipeline
     parts |= {"add_watermarker": False} if is_sdxl else {"safety_checker": None, "requires_safety_checker": False}
     option = f"model.path={model.path}"
     with in_one_line(option):
-        if Path(model.path).is_file():
-            pipe = model.kind.from_single_file(model.path, config=str(model.folder), dtype=dtype, **parts)
-        else:
-            pipe = model.kind.from_pretrained(model.folder, **parts)
+        pipe = model.kind.from_pretrained(model.folder, **parts)
     for network in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
         if missing := next((name for name, tensor in network.state_dict().items() if tensor.is_meta), None):
             raise ValueError(f"{option}: the weights of its {type(network).__name__} lack {missing}")
@@ -146,30 +144,30 @@ def open_pipeline(model: Model, dtype: torch.dtype) -> StableDiffusionPipeline |
     return pipe
 
 
-def _load(part: str, config: dict, weights: Weights, dtype: torch.dtype) -> nn.Module:
-    """A network of a folder or hub id. Raises ValueError for one whose files lack a weight, which transformers draws at random and tells
+def _load(part: str, model: Model, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """A network with its weights. Raises ValueError for one whose files lack a weight, which transformers draws at random and tells
     only who asks."""
+    if Path(weights.source).is_file():
+        return single_file.load(weights.option, weights.source, model.folder, part, weights.part, dtype)
     folder = local_folder(weights.option.split("=")[0], weights.source, [*CONFIGS, *weights.files])
     options = {"subfolder": weights.part, "variant": weights.variant, "dtype": dtype, "use_safetensors": True}
     with in_one_line(weights.option):
         if part in NETWORKS:
             return NETWORKS[part].from_pretrained(folder, **options)
-        kind = getattr(transformers, config["_class_name"])
+        kind = getattr(transformers, model.configs[part]["_class_name"])
         network, found = kind.from_pretrained(folder, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{weights.option}: {part}/*.safetensors lack {missing[0]}")
     return network
 
 
-def _check_file(path: str, kind: type, vae: str | None) -> None:
-    """Raises ValueError for a file that lacks a part of the pipeline, by the names that Stable Diffusion was first published with."""
-    parts = ["model.diffusion_model."] if vae is not None else ["model.diffusion_model.", "first_stage_model."]
-    sdxl = kind is StableDiffusionXLPipeline
-    parts += ["conditioner.embedders.0.", "conditioner.embedders.1."] if sdxl else ["cond_stage_model."]
-    with in_one_line(f"model.path={path}"), safe_open(path, "pt") as file:
-        names = list(file.keys())
+def _in_file(path: str, kind: type, parts: list[str]) -> dict[str, Weights]:
+    """The weights of a single file. Raises ValueError for one that lacks a part, by the names that Stable Diffusion was published with."""
+    prefixes, option = SDXL_PREFIXES if kind is StableDiffusionXLPipeline else PREFIXES, f"model.path={path}"
+    names = names_in(option, path)
     for part in parts:
-        if not any(name.startswith(part) for name in names):
+        if not any(name.startswith(prefixes[part]) for name in names):
             raise ValueError(
-                f"model.path={path}: it holds no {part}*; valid is a whole checkpoint, of a {kind.__name__} as model.config says"
+                f"{option}: it holds no {prefixes[part]}*; valid is a whole checkpoint, of a {kind.__name__} as model.config says"
             )
+    return {part: Weights(option, path, prefixes[part], None, []) for part in parts}

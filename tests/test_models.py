@@ -359,3 +359,67 @@ def test_levels_of_noise_that_are_no_betas_are_refused(both_kinds, tmp_path):
     change(path / "scheduler" / "scheduler_config.json", timestep_type="continuous")
     with pytest.raises(ValueError, match=f"model.path={path}: its scheduler has timestep_type=continuous"):
         find_model(str(path))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_names_of_older_files(single_files, tmp_path, kind):
+    """A text encoder's without text_model., as before transformers 4; all inside state_dict; EMA's beside them; position_ids."""
+    path, file, configs = single_files[kind]
+    tensors = {
+        f"state_dict.{name.replace('.transformer.text_model.', '.transformer.')}": tensor for name, tensor in load_file(file).items()
+    }
+    assert not any(".text_model." in name for name in tensors)
+    prefix = next(name for name in tensors if name.endswith("embeddings.position_embedding.weight")).rsplit(".", 2)[0]
+    tensors |= {f"{prefix}.position_ids": torch.arange(8)[None], "state_dict.model_ema.decay": torch.ones(())}
+    save_file(tensors, tmp_path / "old.safetensors")
+    one, other = (
+        open_pipeline(find_model(*where), torch.float32) for where in ((str(path),), (str(tmp_path / "old.safetensors"), str(configs)))
+    )
+    for name, part in one.components.items():
+        if isinstance(part, torch.nn.Module):
+            expected, found = part.state_dict(), getattr(other, name).state_dict()
+            assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected), name
+
+
+def test_a_text_encoder_of_open_clip(single_files, tmp_path):
+    """As Stable Diffusion 2 has it, with a layer more than its config, whose last one is not used."""
+    path, file, configs = single_files["sd"]
+    encoder = open_pipeline(find_model(str(path)), torch.float32).text_encoder
+    state = {f"text_model.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    encoder.state_dict = lambda: {**state, "text_projection.weight": torch.eye(16)}
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("cond_stage_model.")}
+    tensors |= {f"cond_stage_model.model.{name}": tensor.contiguous() for name, tensor in open_clip_first_published(encoder).items()}
+    save_file(tensors, tmp_path / "v2.safetensors")
+    found = open_pipeline(find_model(str(tmp_path / "v2.safetensors"), str(configs)), torch.float32).text_encoder.state_dict()
+    assert len(found) == len(state) and all(torch.equal(found[name.removeprefix("text_model.")], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "diffusers before 0.18", "bare", "first_stage_model."])
+def test_a_vae_in_a_single_file(single_files, tmp_path, layout):
+    """With a folder, whose VAE's config it has; beside what is no part of it."""
+    path, file, configs = single_files["sd"]
+    torch.manual_seed(3)
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(path, subfolder="vae"))
+    tensors = vae.state_dict() if "diffusers" in layout else vae_first_published(vae)
+    if "0.18" in layout:
+        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        tensors = {renamed(name, old): tensor for name, tensor in tensors.items()}
+    prefix = layout if layout.endswith(".") else ""
+    save_file(
+        {f"{prefix}{name}": t.contiguous() for name, t in tensors.items()} | {"loss.logvar": torch.ones(1)}, tmp_path / "vae.safetensors"
+    )
+    for where in ((str(path), None), (str(file), str(configs))):
+        found = open_pipeline(find_model(*where, vae=str(tmp_path / "vae.safetensors")), torch.float32).vae.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in vae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change, message", [(lambda t: t.clear(), r"it holds no decoder.\*"), (lambda t: t.pop("decoder.conv_in.weight"), "lack")]
+)
+def test_a_file_that_is_no_vae_is_one_line(single_files, tmp_path, change, message):
+    path = single_files["sd"][0]
+    tensors = load_file(path / "vae" / "diffusion_pytorch_model.safetensors")
+    change(tensors)
+    save_file(tensors | {"x": torch.ones(1)}, tmp_path / "vae.safetensors")
+    with pytest.raises(ValueError, match=f"^model.vae={tmp_path}/vae.safetensors: [^\n]*{message}[^\n]*$"):
+        open_pipeline(find_model(str(path), vae=str(tmp_path / "vae.safetensors")), torch.float32)
