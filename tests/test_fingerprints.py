@@ -13,14 +13,14 @@ from test_places import MOVING, NAMES, began, moved  # noqa: F401
 from ddpo_fast import train as trainer
 from ddpo_fast.checkpoint import list_checkpoints, read_state
 from ddpo_fast.fingerprints import _weights, changes, of_model, of_reward
-from ddpo_fast.pipelines import open_pipeline
+from ddpo_fast.pipelines import find_model, open_pipeline
 from ddpo_fast.policy import Policy
 
 CPU = torch.device("cpu")
 
 
 def of(model: Path) -> dict[str, str]:
-    return of_model(open_pipeline(str(model), None, None, torch.float32)[0], has_own_vae=True)
+    return of_model(open_pipeline(find_model(str(model)), torch.float32), has_own_vae=True)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ddpo_fast.config import parse
 from ddpo_fast.metrics import read_metrics
 from ddpo_fast.places import PLACES, located, located_kwargs, may_be_same, typed_path
 
-NO_PLACES = {"lora.scope", "run.plan"}
+NO_PLACES = {"lora.scope", "model.variant", "run.plan"}
 """The other options that are any text."""
 
 MOVING = """
@@ -128,7 +128,6 @@ def test_a_reward_that_changes_the_working_directory_does_not_move_the_run(optio
     argv = options(reward__name="mine.py:redness", prompts__file="p.txt", run__dir=run_dir or "null", run__iterations=1)
     trainer.main(argv)
     (folder,) = (tmp_path / "runs").iterdir()
-    assert Path.cwd() != tmp_path and list(Path.cwd().iterdir()) == []
     shown, out = folder.relative_to(tmp_path), capsys.readouterr().out
     assert out.startswith(f"{shown}: ddpo_is for mine.py:redness on ") and out.endswith(
         f"report: {shown}/report.html\nweights: {shown}/lora\n"
