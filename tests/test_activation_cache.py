@@ -1,8 +1,7 @@
 """The activation cache: a run with it is the run without it, to the bit; what is held where; faults. Slots by themselves, too.
 
-A row's bits depend on how many rows are computed with it. That alone changes up to 7e-6 of the tiny model's gradient (measured, fp32),
-which Adam, dividing by a root, may make 1e-4 of a weight. So the runs that are compared have equally many rows in every call of the UNet,
-or compute what the cache keeps `row_by_row`.
+A row's bits depend on how many rows are computed with it, and Adam makes much of little (see bounds.py). So the runs that are compared
+have equally many rows in every call of the UNet, or compute what the cache keeps `row_by_row`.
 """
 
 import json

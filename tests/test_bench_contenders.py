@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import create_autospec
 
+import bounds
 import pytest
 import torch
 from test_plan import COUNTS
@@ -11,6 +12,7 @@ from test_plan import COUNTS
 from bench import contenders, harness, models, peers, throughput, waterfall
 from bench.contenders import Ours, Stages, Textbook, make
 from bench.rows import Writer, read
+from ddpo_fast.config import parse
 from ddpo_fast.kernels import reference
 
 
@@ -91,7 +93,7 @@ def test_contenders_do_the_same_work(argv):
     for stage in ("denoise", "decode", "update"):
         assert results[0]["flop"][stage] == results[1]["flop"][stage] > 0
     for result in results:
-        assert result["transitions"] == 24 and result["ratio_error"] < 1e-5
+        assert result["transitions"] == 24 and result["ratio_error"] <= bounds.of(ours.contender.config).ratio
         assert (
             sum(result["seconds"][stage] for stage in ("encode", "denoise", "decode", "reward", "update", "optimizer")) <= result["total_s"]
         )
@@ -145,8 +147,9 @@ def test_waterfall_writes_speed_and_quality(tiny_work, monkeypatch, tmp_path, ca
     rows = read("waterfall", tmp_path)
     assert [row["technique"] for row in rows][:2] == [waterfall.BASELINE, "transition batching"] and len(rows) == 1 + len(uncompiled)
     assert float(rows[0]["ratio_to_baseline"]) == 1
+    bound = bounds.of(parse([*tiny_work.options, f"--model.path={models.EMBEDDED}"])).ratio
     for row in rows:
-        assert float(row["ratio_error"]) < 1e-5 and float(row["gradient_error"]) < 5e-4 and float(row["images_per_s"]) > 0
+        assert float(row["ratio_error"]) <= bound and float(row["gradient_error"]) < 5e-4 and float(row["images_per_s"]) > 0
         assert row["reward_after"] and float(row["samples"]) == 24
     assert "x baseline" in capsys.readouterr().out
 

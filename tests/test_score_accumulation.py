@@ -339,7 +339,6 @@ def test_only_steps_that_are_trained_on_have_a_graph(options, monkeypatch):
     assert sum(size for recorded, size in rows if not recorded) == 2 * 8 * 3 + evaluations
 
 
-@pytest.mark.rounding
 def test_ranks_and_zero_stages_give_one_gradient(options, tmp_path, monkeypatch):
     """Two updates by plain SGD, so that a change of weights is a gradient: the ordinary ones of 1 rank, and those of 2 at every stage."""
     changed = dict(train__learning_rate=1e-2, train__max_grad_norm=1e9, train__clip_range=1e3, sample__batch_size=3, sample__num_steps=3)
