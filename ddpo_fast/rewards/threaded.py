@@ -63,7 +63,9 @@ class Thread:
         self.calls = queue.SimpleQueue()
         self.thread = threading.Thread(target=_make_calls, args=(self.calls,), daemon=True, name=name)
         self.thread.start()
-        weakref.finalize(self, self.calls.put, None)
+        weakref.finalize(
+            self, self.calls.put, None
+        ).atexit = False  # a daemon that wakes while the interpreter ends may hold a lock for ever
 
     def submit(self, function: Callable, *args) -> Future:
         future = Future()
