@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from test_launch import deepspeed
+from test_launch import options as launch_options  # noqa: F401
 from test_train import options, rewards_file, weights  # noqa: F401
 
 from ddpo_fast import files, preparation, run_directory
@@ -130,3 +132,21 @@ def test_a_run_in_a_thread_and_only_one_at_a_time(options, tmp_path, caplog, cap
     thread.join()
     assert weights(tmp_path / "run") and not (tmp_path / "other").exists()
     assert len([record for record in caplog.records if "not in the main thread" in record.message]) == 1
+
+
+def test_no_rank_waits_for_one_that_cannot_write(launch_options, tmp_path):  # noqa: F811
+    (tmp_path / "full.py").write_text("""
+import os, resource
+calls = 0
+def redness(images, prompts):
+    global calls
+    calls += 1
+    if calls == 2 and os.environ["RANK"] == "0":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+""")
+    argv = launch_options("run", f"--reward.name={tmp_path / 'full.py'}:redness", "--zero.stage=2", "--run.iterations=1")
+    done = deepspeed(2, "ddpo_fast/train.py", argv)
+    text = done.stdout + done.stderr
+    assert done.returncode == 1 and text.count("error: iteration 1: the checkpoint") == 1, text
+    assert "weights: those of iteration 1 could not be written; those in" in text and "another rank is gone" not in text
