@@ -18,6 +18,8 @@ from ddpo_fast.gpus import GPUS, HERE, parse_devices
 from ddpo_fast.lora import merges
 from ddpo_fast.memory import free_mib
 from ddpo_fast.optimizer import state_bytes
+from ddpo_fast.policy import num_kept_prompts
+from ddpo_fast.prompts import evaluation_sets, load_prompts
 
 USABLE = 0.9
 """Share of a device's memory that is planned for; its context, workspaces and the allocator's gaps get the rest. An estimate."""
@@ -25,7 +27,16 @@ FRACTIONS = {"cuda": (0.35, 0.30), "cpu": (0.55, 0.48)}
 """Share of the matrix product's speed that sampling and the update reach: on a GPU an estimate, on a CPU bench.throughput's."""
 WORTH = 0.03
 """The share of a UNet call before its first trained layer from which on cache.mode=auto keeps that part."""
-RESIDENT = ("frozen weights", "trained weights", "gathered weights", "optimizer state", "rollout", "activation cache", "sample gradients")
+RESIDENT = (
+    "frozen weights",
+    "prompt embeddings",
+    "trained weights",
+    "gathered weights",
+    "optimizer state",
+    "rollout",
+    "activation cache",
+    "sample gradients",
+)
 """Kinds of memory that every phase holds."""
 
 
@@ -48,6 +59,8 @@ class Work:
     decode_batch: int = 16
     held: tuple[int, int] = (0, 0)
     """Transitions of a rank in the activation cache, on the device and on the host."""
+    prompts: tuple[int, int] = (0, 0)
+    """Prompts whose embeddings a rank keeps, in its own memory, if that is a CPU's, and on the host beside it."""
     score_accumulation: bool = False
     """Whether sampling does the update's UNet calls: train.estimator."""
     offload: str = "none"
@@ -145,6 +158,7 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
         rollout, sampling, update = batch * trajectory / MIB, counts.update.mib(work.rows * batch) + parts / MIB, trained / MIB
     return {
         "frozen weights": sum(frozen.values()) / MIB,
+        "prompt embeddings": work.prompts[0] * counts.embed_bytes / MIB,
         "trained weights": weights / MIB,
         "gathered weights": gathered / MIB,
         "optimizer state": optimizer_mib(counts, work, num_devices) if work.offload == "none" else 0.0,
@@ -281,12 +295,21 @@ def make_plan(config) -> Plan:
     device = find_device(name, dtype, num_devices)
     work = Work.of(fit_sizes(config, counts, device.memory_mib, num_devices, on_gpu))
     work = with_cache(work, config.cache, counts, device.memory_mib, num_devices, on_gpu)
+    kept = min(num_prompts(config), num_kept_prompts(counts.embed_bytes, work.batch_size))
+    work = replace(work, prompts=(0, kept) if on_gpu else (kept, 0))
     flop = iteration_flop(counts, work, num_devices)
     sampling, update = (num_devices * device.matmul_flops * fraction for fraction in device.fractions)
     as_update = ("sampling", "update") if work.score_accumulation else ("update",)
     seconds = {phase: value / (update if phase in as_update else sampling) for phase, value in flop.items()}
     advice = advise(counts, work, num_devices, USABLE * device.memory_mib)
     return Plan(device, num_devices, work, counts, memory_mib(counts, work, num_devices), flop, seconds, advice)
+
+
+def num_prompts(config) -> int:
+    """Different prompts that a config's run encodes: to train on, to evaluate on, and the empty one."""
+    prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
+    evaluations = evaluation_sets(config.eval, prompts)
+    return len({"", *prompts.texts, *(text for chosen in evaluations.values() for text in chosen.texts)})
 
 
 def compute_dtype(name: str, on_gpu: bool) -> torch.dtype:
@@ -377,6 +400,7 @@ def plan_text(plan: Plan) -> str:
     kept = work.trained_transitions(plan.num_devices) if any(work.held) else 0
     notes = {
         "frozen weights": weights,
+        "prompt embeddings": f"{sum(work.prompts):,} prompts, {sum(work.prompts) * counts.embed_bytes / MIB:,.0f} on the host",
         "trained weights": f"{counts.num_trainable:,} in fp32",
         "gathered weights": "only with zero.stage=3",
         "optimizer state": f"{work.optimizer}, ZeRO {work.zero_stage}",

@@ -14,11 +14,21 @@ from torch import Tensor, nn
 from ddpo_fast.files import new_folder
 from ddpo_fast.gradient_checkpointing import checkpoint_gradients
 from ddpo_fast.lora import set_trainable
+from ddpo_fast.memory import MIB
 from ddpo_fast.merged_lora import merge
 from ddpo_fast.pipelines import StableDiffusionXLPipeline, find_model, open_pipeline
 from ddpo_fast.shared_guidance import SharedGuidance
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+PROMPT_EMBEDS_MIB = 512
+"""Of the embeddings that a rank keeps on the host: in fp16 those of 4,500 prompts of SD 1.5, or of 1,600 of SDXL. A prompt that has been
+dropped is encoded again, which is one pass of each text encoder beside the many of the UNet that its picture takes."""
+
+
+def num_kept_prompts(prompt_bytes: int, num_needed: int) -> int:
+    """Prompts whose embeddings, of `prompt_bytes` each, are kept at most: `PROMPT_EMBEDS_MIB` of them, or those needed at a time."""
+    return max(num_needed, PROMPT_EMBEDS_MIB * MIB // prompt_bytes)
 
 
 class Policy:
@@ -67,6 +77,7 @@ class Policy:
         self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=self.dtype)
         """(1, 6), SDXL's: the size that a picture was made from, its crop's upper left corner, its size."""
         self._prompt_embeds: dict[str, list[Tensor]] = {}
+        """The last used last, see `num_kept_prompts`."""
         self.uncond_embeds, self.uncond_pooled_embeds = self.encode_prompts([""]), self.pool_prompts([""])
         if self.is_sdxl and self.pipe.config.force_zeros_for_empty_prompt:
             self.uncond_embeds.zero_()
@@ -103,7 +114,7 @@ class Policy:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Text embeddings (B, L, E) in the compute dtype. Each prompt is encoded once and alone: no batch changes its embedding."""
+        """Text embeddings (B, L, E) in the compute dtype. Each prompt is encoded alone: no batch changes its embedding."""
         return torch.cat([embeds[0] for embeds in self._encode(prompts)]).to(self.device)
 
     def pool_prompts(self, prompts: list[str]) -> Tensor | None:
@@ -112,17 +123,23 @@ class Policy:
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> list[list[Tensor]]:
-        """Of each prompt, its embeddings (1, L, E) and, for SDXL, the pooled ones (1, P), on the host."""
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompt_embeds]:
+        """Of each prompt, its embeddings (1, L, E) and, for SDXL, the pooled ones (1, P), on the host, where the last used are kept."""
+        distinct, kept = dict.fromkeys(prompts), self._prompt_embeds
+        if new := [prompt for prompt in distinct if prompt not in kept]:
             for encoder in self.text_encoders:
                 encoder.to(self.device)
             for prompt in new:
                 encoded = self.pipe.encode_prompt(prompt, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-                self._prompt_embeds[prompt] = [encoded[index].cpu() for index in ((0, 2) if self.is_sdxl else (0,))]
+                kept[prompt] = [encoded[index].cpu() for index in ((0, 2) if self.is_sdxl else (0,))]
             if self.offload_text_encoder:
                 for encoder in self.text_encoders:
                     encoder.to("cpu")
-        return [self._prompt_embeds[prompt] for prompt in prompts]
+        for prompt in distinct:
+            kept[prompt] = kept.pop(prompt)  # a dict is in the order of insertion
+        most = num_kept_prompts(sum(tensor.nbytes for tensor in kept[prompt]), len(distinct))
+        for dropped in list(kept)[:-most]:
+            del kept[dropped]
+        return [kept[prompt] for prompt in prompts]
 
     def predict_noise(self, unet_input: Tensor, timesteps: Tensor, prompt_embeds: Tensor, pooled_embeds: Tensor | None = None) -> Tensor:
         """The UNet's output for every row, in rollout and update alike, before guidance.

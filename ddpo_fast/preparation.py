@@ -27,7 +27,7 @@ from ddpo_fast.optimizer import check_optimizer, make_optimizer
 from ddpo_fast.pipelines import find_model
 from ddpo_fast.plan import resolve_sizes
 from ddpo_fast.policy import Policy
-from ddpo_fast.prompts import Prompts, evaluation_prompts, load_prompts
+from ddpo_fast.prompts import Prompts, evaluation_sets, load_prompts
 from ddpo_fast.rewards import Reward, open_reward
 from ddpo_fast.rewards.isolated import START_TIMEOUT_S
 from ddpo_fast.rwr import NoisingSchedule
@@ -87,7 +87,7 @@ def prepare(config: Config, claim: Claim | None = None) -> Setup:
     started_in = Path.cwd()
     check_model(config)
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
-    evaluations = evaluation_sets(config, prompts)
+    evaluations = evaluation_sets(config.eval, prompts)
     check_optimizer(config.optimizer.name)
     check_installed(config.run.trackers)
     deepspeed = {}
@@ -180,19 +180,6 @@ def check_model(config: Config) -> None:
     model = find_model(config.model.path, config.model.config, config.model.vae, config.model.variant)
     DDIMSchedule.from_scheduler(model.scheduler, config.sample.num_steps, config.sample.eta)
     model.check_networks()
-
-
-def evaluation_sets(config: Config, prompts: Prompts) -> dict[str, Prompts]:
-    """The prompts of each picture of `Setup.evaluations`. Raises ValueError for a held-out one that is among those trained on."""
-    count, heldout = config.eval.num_samples, config.eval.heldout
-    evaluations = {"eval": evaluation_prompts(config.eval.prompts or prompts, count)}
-    if heldout is not None:
-        evaluations["heldout"] = evaluation_prompts(heldout, count)
-        if seen := sorted(set(evaluations["heldout"].texts).intersection(prompts.texts)):
-            raise ValueError(
-                f"eval.heldout={heldout}: {seen[0]!r} is a training prompt; valid are prompts that are not trained on, or null"
-            )
-    return evaluations
 
 
 def without_metadata(config: Config, prompts: Prompts, evaluations: dict[str, Prompts]) -> str | None:

@@ -114,6 +114,21 @@ def evaluation_prompts(prompts: str | list[str] | Prompts, count: int) -> Prompt
     return prompts[[i % len(prompts) for i in range(count)]]
 
 
+def evaluation_sets(options, prompts: Prompts) -> dict[str, Prompts]:
+    """The prompts of each picture of the fixed evaluation sets that `options`, config.eval, asks for: `eval` and, with heldout, `heldout`.
+
+    Raises ValueError for a held-out one that is among those trained on.
+    """
+    evaluations = {"eval": evaluation_prompts(options.prompts or prompts, options.num_samples)}
+    if options.heldout is not None:
+        evaluations["heldout"] = evaluation_prompts(options.heldout, options.num_samples)
+        if seen := sorted(set(evaluations["heldout"].texts).intersection(prompts.texts)):
+            raise ValueError(
+                f"eval.heldout={options.heldout}: {seen[0]!r} is a training prompt; valid are prompts that are not trained on, or null"
+            )
+    return evaluations
+
+
 def draw_prompts(prompts: Prompts, num_samples: int, samples_per_prompt: int, seed: int, iteration: int) -> Prompts:
     """The prompts of all of an iteration's samples, each for `samples_per_prompt` samples in a row.
 

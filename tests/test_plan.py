@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import predict
+from ddpo_fast import plan as plan_module
 from ddpo_fast import preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.config import OptimizerConfig, parse
@@ -28,8 +29,10 @@ from ddpo_fast.plan import (
     host_mib,
     iteration_flop,
     iteration_terms,
+    make_plan,
     memory_mib,
     phases_mib,
+    plan_text,
     saturation,
     scaling,
     state_bytes,
@@ -83,6 +86,28 @@ def test_parameters_by_hand_and_as_loaded(tiny_model):
     for name, network in (("unet", policy.unet), ("vae", policy.pipe.vae), ("text_encoder", policy.pipe.text_encoder)):
         assert counts.weight_bytes[name] == sum(p.nbytes for p in network.parameters() if not p.requires_grad) > 0
     assert (counts.num_latents, counts.embed_bytes, counts.image_bytes) == (4 * 8 * 8, 8 * 16 * 2, 4 * 3 * 16 * 16)
+
+
+@pytest.mark.parametrize("embed_bytes, num", [(77 * 768 * 2, 7), ((77 * 2048 + 1280) * 2, 100_000)], ids=["SD 1.5", "SDXL"])
+def test_embeddings_of_many_prompts_are_bounded_and_on_the_host_of_a_gpu(tmp_path, monkeypatch, embed_bytes, num):
+    """The empty prompt's are kept, too."""
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt {i % (num - 1)}\n" for i in range(num)))
+    monkeypatch.setattr(plan_module, "count_run", lambda *args: dataclasses.replace(COUNTS, embed_bytes=embed_bytes))
+    plan = make_plan(parse(["--plan=H200", f"--prompts.file={tmp_path}/prompts.txt"]))
+    kept = min(num, 512 * MIB // embed_bytes)
+    assert plan.work.prompts == (0, kept) and plan.memory["prompt embeddings"] == 0
+    assert f"prompt embeddings         0  {kept:,} prompts, {kept * embed_bytes / MIB:,.0f} on the host\n" in plan_text(plan)
+
+
+@pytest.mark.parametrize("heldout", ["null", '["z", "a b"]'])
+def test_embeddings_that_a_run_keeps_are_those_of_the_plan(tiny_model, heldout):
+    argv = [f"--model.path={tiny_model}", "--prompts.list=[a, b, a c]", "--eval.prompts=[a, d]", f"--eval.heldout={heldout}", "--plan"]
+    plan, policy = make_plan(parse(argv)), real(tiny_model, "fp32", "all")
+    for prompts in (["a", "b", "a c"], ["a", "d"], [] if heldout == "null" else ["z", "a b"]):
+        if prompts:
+            policy.encode_prompts(prompts)
+    kept = [tensor.untyped_storage().nbytes() for tensors in policy._prompt_embeds.values() for tensor in tensors]
+    assert plan.memory["prompt embeddings"] * MIB == sum(kept) == plan.work.prompts[0] * plan.counts.embed_bytes > 0
 
 
 def test_full_fine_tuning_trains_fp32_masters(tiny_model):
@@ -208,7 +233,8 @@ def test_memory_of_a_rank_by_hand():
     memory = memory_mib(COUNTS, WORK, 1)
     rollout = 64 * (11 + 40 / MIB)
     assert memory == pytest.approx(
-        {"frozen weights": 100, "trained weights": 4, "gathered weights": 0, "optimizer state": 8, "rollout": rollout,
+        {"frozen weights": 100, "prompt embeddings": 0, "trained weights": 4, "gathered weights": 0, "optimizer state": 8,
+         "rollout": rollout,
          "activation cache": 0, "sample gradients": 0, "gradients": 4, "sampling": rollout, "decode": 240, "update": 10 + 32 * 20}
     )  # fmt: skip
     phases = phases_mib(memory)
@@ -350,7 +376,7 @@ def test_memory_of_score_accumulation_by_hand():
     work = dataclasses.replace(WORK, num_minibatches=1, score_accumulation=True)
     memory = memory_mib(COUNTS, work, 4)
     assert memory == pytest.approx(
-        {"frozen weights": 100, "trained weights": 4, "gathered weights": 0, "optimizer state": 8,
+        {"frozen weights": 100, "prompt embeddings": 0, "trained weights": 4, "gathered weights": 0, "optimizer state": 8,
          "rollout": 8 * (11 + 40 / MIB), "activation cache": 0, "sample gradients": 64,
          "gradients": 8, "sampling": 10 + 16 * 20, "decode": 240, "update": 4}
     )  # fmt: skip

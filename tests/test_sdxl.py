@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection
 
+from ddpo_fast import policy as policy_module
 from ddpo_fast import train as trainer
 from ddpo_fast.config import parse
 from ddpo_fast.counts import flop_counter
@@ -248,6 +249,30 @@ def test_full_fine_tuning(options, sdxl):
     trained, base = (UNet2DConditionModel.from_pretrained(path, subfolder="unet") for path in (folder, sdxl))
     changed = {name for (name, a), b in zip(trained.named_parameters(), base.parameters()) if not torch.equal(a, b)}
     assert "add_embedding.linear_1.weight" in changed and len(changed) > 0.9 * len(list(base.parameters()))
+
+
+def test_embeddings_that_were_used_last_are_kept(sdxl, monkeypatch):
+    """Three prompts are kept; what is encoded again is the same, and what is needed together is encoded once."""
+    policy = Policy(str(sdxl), "fp32", CPU, "all", ["attention"], 2, 2.0)
+    expected = policy.encode_prompts([*"abcde"]), policy.pool_prompts([*"abcde"])
+    (size,) = {sum(tensor.untyped_storage().nbytes() for tensor in tensors) for tensors in policy._prompt_embeds.values()}
+    assert size == make_plan(parse([f"--model.path={sdxl}", "--plan", "--model.dtype=fp32"])).counts.embed_bytes
+    monkeypatch.setattr(policy_module, "MIB", 1)
+    monkeypatch.setattr(policy_module, "PROMPT_EMBEDS_MIB", 4 * size - 1)
+    encoded, encode = [], policy.pipe.encode_prompt
+    monkeypatch.setattr(policy.pipe, "encode_prompt", lambda prompt, **kwargs: encoded.append(prompt) or encode(prompt, **kwargs))
+
+    def newly_encoded(*prompts: str) -> list[str]:
+        encoded.clear()
+        rows = [ord(prompt) - ord("a") for prompt in prompts]
+        assert torch.equal(policy.encode_prompts([*prompts]), expected[0][rows])
+        assert torch.equal(policy.pool_prompts([*prompts]), expected[1][rows])
+        return [*encoded]
+
+    assert newly_encoded("c", "d") == [] and list(policy._prompt_embeds) == ["e", "c", "d"]
+    assert newly_encoded("a", "e") == ["a"] and list(policy._prompt_embeds) == ["d", "a", "e"]
+    assert newly_encoded("b", "a", "c", "d", "b", "e") == ["b", "c"] and list(policy._prompt_embeds) == ["b", "a", "c", "d", "e"]
+    assert newly_encoded("d") == [] and list(policy._prompt_embeds) == ["c", "e", "d"]
 
 
 def test_both_text_encoders_are_on_the_device_while_prompts_are_new(sdxl, monkeypatch):
