@@ -110,8 +110,11 @@ def _use(config: dict, weights: str, full: bool, public: bool) -> str:
         pipeline = DiffusionPipeline.load_config(model["config"])["_class_name"]
         constructor, arguments = "from_single_file", f'{arguments}, config="{names["config"]}"'
     if "vae" in names:
-        arguments += f', vae=AutoencoderKL.from_pretrained("{names["vae"]}")'
+        vae = "from_single_file" if names["vae"].endswith(".safetensors") else "from_pretrained"
+        arguments += f', vae=AutoencoderKL.{vae}("{names["vae"]}")'
         classes.add("AutoencoderKL")
+    if "variant" in names:
+        arguments += f', variant="{names["variant"]}"'
     load = f'pipe.unet = UNet2DConditionModel.from_pretrained("{weights}")' if full else f'pipe.load_lora_weights("{weights}")'
     call = f"num_inference_steps={sample['num_steps']}, guidance_scale={sample['guidance_scale']}, eta={sample['eta']}"
     return (
