@@ -17,5 +17,6 @@ for _name in (
     "bitsandbytes.backends.cpu.ops",  # on a CPU with AVX512-BF16: a 4-bit kernel cannot be downloaded
     "xformers",  # its kernels were built for another PyTorch; diffusers imports it wherever it is installed
     "diffusers.models.attention_dispatch",  # the same for flash_attn and others
+    "transformers.utils.import_utils",  # torchvision is missing, for image processors that are not used here
 ):
     logging.getLogger(_name).setLevel(logging.ERROR)

@@ -74,7 +74,7 @@ def card(run: Run, weights: str, public: bool) -> str:
         parts.append("The same prompts and the same noise, before and after; below each picture its reward:")
         parts.append("![before](before.png)\n\n![after](after.png)")
     elsewhere = "" if full else _elsewhere(weights, public)
-    parts += ["## Use", _use(options, weights, full, public), elsewhere, "## Training", _training(run)]
+    parts += ["## Use", _use(run, weights, full, public), elsewhere, "## Training", _training(run)]
     content = "\n\n".join(part for part in parts if part) + "\n"
     return str(ModelCard(content))
 
@@ -101,8 +101,9 @@ def _mean(row: dict, name: str) -> str:
     return f"{row[f'{name}_reward_mean']:.4g} ± {row[f'{name}_reward_std'] / row[f'{name}_samples'] ** 0.5:.2g}"
 
 
-def _use(config: dict, weights: str, full: bool, public: bool) -> str:
-    sample, model = config["sample"], config["model"]
+def _use(run: Run, weights: str, full: bool, public: bool) -> str:
+    sample, model = run.config["sample"], run.config["model"]
+    steps = "".join(f", {key}={value!r}" for key, value in run.environment.get("scheduler", {}).items())
     names = {name: Path(path).name if public and not _is_on_hub(path) else path for name, path in model.items() if isinstance(path, str)}
     classes, arguments = {"DDIMScheduler", "UNet2DConditionModel"} if full else {"DDIMScheduler"}, f'"{names["path"]}"'
     pipeline, constructor = "DiffusionPipeline", "from_pretrained"
@@ -120,7 +121,7 @@ def _use(config: dict, weights: str, full: bool, public: bool) -> str:
     return (
         f"```python\nfrom diffusers import {', '.join(sorted({*classes, pipeline}))}\n\n"
         f"pipe = {pipeline}.{constructor}({arguments})\n{load}\n"
-        f'pipe.scheduler = DDIMScheduler.from_config({{"clip_sample": False, **pipe.scheduler.config}})\n'
+        f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{steps})\n"
         f'image = pipe("a prompt", {call}).images[0]\n```'
     )
 

@@ -7,7 +7,7 @@ import diffusers
 import torch
 import transformers
 
-transformers.logging.set_verbosity_error()  # it warns that torchvision is missing, for image processors that are not used here
+transformers.logging.set_verbosity_error()  # what is wrong with a model is raised, in one line
 transformers.logging.disable_progress_bar()
 diffusers.utils.logging.disable_progress_bar()
 

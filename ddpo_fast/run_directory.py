@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ddpo_fast import checkpoint
 from ddpo_fast.advantages import PromptBaseline
+from ddpo_fast.ddim import SD_STEPS
 from ddpo_fast.engine import Engine, any_rank, broadcast
 from ddpo_fast.files import new_folder, write_text
 from ddpo_fast.metrics import MetricsWriter
@@ -61,9 +62,10 @@ def open_run(setup: Setup, num_trainable: int, cache_plan: str, resumed_at: int)
 
 
 def _write_configuration(setup: Setup) -> None:
-    """Writes config.yaml and environment.json."""
+    """Writes config.yaml and environment.json, which has the steps that the scheduler takes: the model may be saved with others."""
     write_text(setup.run_dir / "config.yaml", setup.config.replace(run__resume=False).to_yaml())
-    write_text(setup.run_dir / "environment.json", json.dumps(environment(setup.world_size), indent=1))
+    scheduler = {key: setup.policy.pipe.scheduler.config[key] for key in (*SD_STEPS, "clip_sample")}
+    write_text(setup.run_dir / "environment.json", json.dumps(environment(setup.world_size) | {"scheduler": scheduler}, indent=1))
 
 
 def _say_beginning(setup: Setup, num_trainable: int, cache_plan: str, resumed_at: int) -> None:

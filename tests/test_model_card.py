@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from conftest import SD_BETAS
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from test_report import make_run
 from test_train import options, rewards_file, run  # noqa: F401
 
@@ -94,8 +95,12 @@ def test_snippet_for_a_single_file_and_another_vae(tmp_path, public):
 
 
 @pytest.mark.parametrize("scope", ["all", "none"])
-def test_snippet_loads_what_was_trained(options, scope, tiny_model):  # noqa: F811
-    folder = run(options(lora__scope=scope, run__iterations=1, train__learning_rate=1e-2))
+def test_snippet_loads_what_was_trained(options, scope, tiny_model, tmp_path):  # noqa: F811
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    DPMSolverMultistepScheduler(**SD_BETAS, timestep_spacing="linspace").save_pretrained(model / "scheduler")
+    index = json.loads((model / "model_index.json").read_text()) | {"scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}
+    (model / "model_index.json").write_text(json.dumps(index))
+    folder = run(options(model__path=model, lora__scope=scope, run__iterations=1, train__learning_rate=1e-2))
     text = (folder / ("unet" if scope == "none" else "lora") / "README.md").read_text()
     names = {}
     exec(re.search(r"```python\n(.*?)```", text, re.S)[1].replace('"a prompt"', '"a"'), names)
@@ -107,7 +112,10 @@ def test_snippet_loads_what_was_trained(options, scope, tiny_model):  # noqa: F8
         named = {re.sub(r"default(_0)?\.", "", name): tensor for name, tensor in own.items()}
         assert all(torch.equal(named[re.sub(r"default(_0)?\.", "", name)], tensor) for name, tensor in loaded.items())
         assert sum("lora_B" in name for name in loaded) > 10
-    policy = trainer.prepare(parse(options("other", lora__scope=scope))).policy
+    setup = trainer.prepare(parse(options("other", model__path=model, lora__scope=scope)))
+    policy, scheduler = setup.policy, names["pipe"].scheduler
+    scheduler.set_timesteps(setup.schedule.num_steps)
+    assert torch.equal(scheduler.timesteps, setup.schedule.timesteps) and not scheduler.config.clip_sample
     policy.load_exported(folder)
     latents, t = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([481, 481])  # both branches of guidance
     embeds = policy.encode_prompts(["a", "b"])
