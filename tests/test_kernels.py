@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import bounds
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -15,7 +16,6 @@ from ddpo_fast.kernels import ddim_step, launch, ppo_loss, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps
-NOISE_TOLERANCE = 1e-6  # the logarithm and cosine of Triton and of torch differ in the last bits
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -222,7 +222,7 @@ def check_step(arguments: dict, dtype=None) -> None:
     mean, s, log_norm, size, _ = exact_gaussian(noise_pred, latents, coefficients, steps, guidance_scale)
     noise = reference.normal_noise(seed, ids, steps, latents[0].numel()).view_as(latents).double()
     exact = mean + s * noise
-    floor = 2 * EPS * (size + (s * noise).abs()) + NOISE_TOLERANCE * s
+    floor = 2 * EPS * (size + (s * noise).abs()) + 8 * EPS * s * (1 + noise.abs())  # see bounds.assert_same_noise
     assert_accurate("x_p", x_p, twin_x_p, exact, floor)
 
     log_probs = [exact_log_prob(value, mean, s, log_norm) for value in (x_p, twin_x_p)]
@@ -272,6 +272,7 @@ def test_step_with_layouts_that_differ_and_strided_vectors(layouts):
     check_step(arguments)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("num_steps", [7, 50])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -346,12 +347,13 @@ def noise_of(seed, ids, steps, shape) -> torch.Tensor:
 IDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40 + 5, 2**62 + 2**33 + 9, 2**63 - 1]
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 3), (3, 5, 7), (1, 33, 63)])
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**32, 2**53 + 1, 2**63 - 1])
 def test_noise_is_that_of_the_specification(seed, shape):
     steps = torch.arange(len(IDS)) * 37 % 50
     expected = reference.normal_noise(seed, torch.tensor(IDS), steps, math.prod(shape))
-    torch.testing.assert_close(noise_of(seed, IDS, steps, shape).cpu(), expected, rtol=2 * EPS, atol=NOISE_TOLERANCE)
+    bounds.assert_same_noise(noise_of(seed, IDS, steps, shape).cpu(), expected)
 
 
 @given(seed=st.integers(0, 2**63 - 1), ids=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=3), step=st.integers(0, 999))
@@ -359,7 +361,7 @@ def test_noise_is_that_of_the_specification(seed, shape):
 def test_noise_of_any_counter(seed, ids, step):
     steps = torch.full((len(ids),), step)
     expected = reference.normal_noise(seed, torch.tensor(ids), steps, 9)
-    torch.testing.assert_close(noise_of(seed, ids, steps, (1, 3, 3)).cpu(), expected, rtol=2 * EPS, atol=NOISE_TOLERANCE)
+    bounds.assert_same_noise(noise_of(seed, ids, steps, (1, 3, 3)).cpu(), expected)
 
 
 def test_moments_of_the_noise():
@@ -574,6 +576,7 @@ def scalar_case(log_ratio, advantages, clip_range, **options) -> dict:
 @pytest.mark.parametrize("clip_range", [1e-4, 1e-2, 0.2])
 def test_gradient_is_zero_exactly_where_the_surrogate_is_clipped(clip_range):
     low, high = math.log(1 - clip_range), math.log(1 + clip_range)
+    # exp within 4 units in the last place, as vector libraries promise, and a product
     log_ratio = [high * 1.01, high * 0.99, low * 1.01, low * 0.99, high * 3, low * 3, 0.0] * 3
     advantages = [2.0] * 7 + [-2.0] * 7 + [0.0] * 7
     loss, statistics, gradient = gradient_of(ppo_loss.ppo_loss, scalar_case(log_ratio, advantages, clip_range, weight=0.5), 3.0)
@@ -581,11 +584,11 @@ def test_gradient_is_zero_exactly_where_the_surrogate_is_clipped(clip_range):
     assert (gradient.flatten() == 0).tolist() == flat
     assert statistics[2].tolist() == [1, 0, 1, 0, 1, 1, 0] * 3
     for a, expected_log_ratio, zero, rho, slope in zip(advantages, log_ratio, flat, statistics[1].tolist(), gradient.flatten().tolist()):
-        assert rho == pytest.approx(math.exp(expected_log_ratio), rel=4e-7)
-        assert slope == pytest.approx(0 if zero else 1.5 * -a * math.exp(expected_log_ratio), rel=4e-7)
+        assert rho == pytest.approx(math.exp(expected_log_ratio), rel=5 * EPS)
+        assert slope == pytest.approx(0 if zero else 1.5 * -a * math.exp(expected_log_ratio), rel=5 * EPS)
     bounded = [min(max(math.exp(value), 1 - clip_range), 1 + clip_range) for value in log_ratio]
     expected = [max(-a * math.exp(value), -a * b) for a, value, b in zip(advantages, log_ratio, bounded)]
-    assert statistics[0].tolist() == pytest.approx(expected, rel=4e-7) and loss.item() == pytest.approx(0.5 * sum(expected), abs=1e-5)
+    assert statistics[0].tolist() == pytest.approx(expected, rel=5 * EPS) and loss.item() == pytest.approx(0.5 * sum(expected), abs=1e-5)
 
 
 @pytest.mark.parametrize("log_ratio", [0.25, -0.25, 0.0])

@@ -4,8 +4,10 @@ import io
 import json
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
+import bounds
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,17 @@ def aesthetic_by_hand(arguments: dict[str, str], images: torch.Tensor) -> torch.
     return z[:, 0]
 
 
+def aesthetic_rounding(arguments: dict[str, str], expected: torch.Tensor) -> float:
+    """How far another order of summation may take a score: CLIP's layers and the predictor's, see bounds.py."""
+    layers = [CLIPModel.from_pretrained(arguments["clip"]), *(torch.nn.Linear(*widths) for widths in pairwise((768, 1024, 128, 64, 16, 1)))]
+    return bounds.SIGMAS * bounds.network_rounding(torch.nn.ModuleList(layers)) * expected.double().square().mean().sqrt().item()
+
+
+def cosine_rounding(clip: str) -> float:
+    """Of a cosine, whose two unit vectors are off by a delta each."""
+    return bounds.SIGMAS * 2 * bounds.network_rounding(CLIPModel.from_pretrained(clip))
+
+
 def small(images: torch.Tensor) -> torch.Tensor:
     """The pictures at the size at which the processor resizes nothing, so that both compute with the same pixels."""
     return torch.nn.functional.interpolate(images, (36, 36))
@@ -143,17 +156,20 @@ def test_aesthetic_is_the_predictor_of_the_normalised_embedding(aesthetic):
     reward = open_reward("aesthetic", aesthetic, 60.0, isolate=False)
     expected = aesthetic_by_hand(aesthetic, small(IMAGES))
     assert expected.std() > 0.01
-    torch.testing.assert_close(reward(small(IMAGES), PROMPTS), expected, rtol=1e-5, atol=1e-5)
+    tolerance = aesthetic_rounding(aesthetic, expected)
+    assert (reward(small(IMAGES), PROMPTS) - expected).abs().max() <= tolerance < 0.01 * expected.std()
     resized = aesthetic_by_hand(aesthetic, IMAGES)  # differs by the pixels' rounding
     assert (reward(IMAGES, PROMPTS) - resized).abs().max() < 0.1 * resized.std()
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 2, "device": "cpu"}, {"weights": ".safetensors"}], ids=str)
 def test_aesthetic_does_not_depend_on_the_batch_or_on_the_kind_of_file(aesthetic, changes):
     if "weights" in changes:
         changes = {"weights": aesthetic["weights"].replace(".pth", changes["weights"])}
     expected = load_reward("aesthetic", aesthetic)(IMAGES, PROMPTS)
-    torch.testing.assert_close(load_reward("aesthetic", aesthetic | changes)(IMAGES, PROMPTS), expected, rtol=1e-5, atol=1e-5)
+    found = load_reward("aesthetic", aesthetic | changes)(IMAGES, PROMPTS)
+    assert (found - expected).abs().max() <= aesthetic_rounding(aesthetic, expected)
 
 
 def test_aesthetic_in_half_precision_is_close(aesthetic):
@@ -167,9 +183,10 @@ def test_aesthetic_in_a_process_of_its_own_and_by_a_server(aesthetic):
     here = open_reward("aesthetic", aesthetic, 60.0, isolate=False)
     expected = here(images, PROMPTS)
     isolated = open_reward("aesthetic", aesthetic, 60.0, isolate=True)
-    torch.testing.assert_close(isolated(images, PROMPTS), expected, rtol=1e-6, atol=1e-6)
+    tolerance = aesthetic_rounding(aesthetic, expected)  # another process may have another number of threads
+    assert (isolated(images, PROMPTS) - expected).abs().max() <= tolerance
     with RewardServer(here, "127.0.0.1", 0) as server:
-        assert server.score(images, PROMPTS) == pytest.approx(expected.tolist(), rel=1e-6)
+        assert server.score(images, PROMPTS) == pytest.approx(expected.tolist(), rel=0, abs=tolerance)
 
 
 def without_some_weights(folder: Path, clip: str) -> str:
@@ -290,15 +307,17 @@ def ids(word: str) -> list[int]:
     return [0, *letters[:-1], letters[-1] + 26, 1]
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_clip_score_is_the_cosine_and_pickscore_its_logit(clip, batch_size):
     expected = cosines_by_hand(clip, small(IMAGES), [ids(prompt) for prompt in PROMPTS])
     assert expected.std() > 0.005
     cosine = load_reward("clip_score", {"model": clip, "batch_size": batch_size})(small(IMAGES), PROMPTS)
-    torch.testing.assert_close(cosine.double(), expected, rtol=1e-4, atol=1e-5)
+    tolerance = cosine_rounding(clip)
+    assert (cosine - expected).abs().max() <= tolerance < 0.1 * expected.std()
     for name, kwargs in (("clip_score", {"scaled": True}), ("pickscore", {})):
         logit = load_reward(name, {"model": clip, "batch_size": batch_size} | kwargs)(small(IMAGES), PROMPTS)
-        torch.testing.assert_close(logit.double(), expected * np.exp(2.5), rtol=1e-4, atol=1e-4)
+        assert (logit - expected * np.exp(2.5)).abs().max() <= tolerance * np.exp(2.5)
 
 
 def test_clip_score_reads_no_more_of_a_prompt_than_clip_does(clip):
@@ -307,7 +326,7 @@ def test_clip_score_reads_no_more_of_a_prompt_than_clip_does(clip):
     whole = ids(letters)
     truncated = [*whole[:11], 1]
     expected = cosines_by_hand(clip, small(IMAGES[:2]), [truncated, ids("cat")])
-    torch.testing.assert_close(reward(small(IMAGES[:2]), [letters, "cat"]).double(), expected, rtol=1e-4, atol=1e-5)
+    assert (reward(small(IMAGES[:2]), [letters, "cat"]) - expected).abs().max() <= cosine_rounding(clip)
 
 
 def test_processor_of_another_folder(clip, tmp_path):
