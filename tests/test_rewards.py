@@ -305,7 +305,7 @@ def test_one_picture_may_have_a_single_number():
         ({1, 2, 3}, "a set"),
         ((x for x in (1, 2, 3)), "a generator"),
     ],
-    ids=str,
+    ids=range(18),
 )
 def test_answer_that_is_not_three_numbers_is_an_error(answer, reason):
     with pytest.raises(RewardError, match=f"the reward function returned {reason}"):
