@@ -355,5 +355,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a script's background job begins with it ignored
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -41,8 +41,9 @@ def save(run_dir: Path, iteration: int, engine: Engine, state: dict, rank: int, 
         on_every_rank(lambda: engine.save(folder))
         on_every_rank(lambda: rank == 0 and complete())
     if rank == 0:
-        for old in list_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # the new one is whole
+            for old in list_checkpoints(run_dir)[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def on_every_rank(step: Callable) -> None:

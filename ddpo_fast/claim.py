@@ -111,9 +111,11 @@ class Claim:
         if self.folder is None or not self._lockable:
             return
         with suppress(FileNotFoundError):
-            if (owner := self._owner()) != self._mine:
+            owner = self._owner()
+            if owner not in (self._mine, ""):
                 raise OSError(errno.EBUSY, f"{self.folder} is another run's by now, that of {owner}")
-            return
+            if owner:
+                return
         self._close()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()

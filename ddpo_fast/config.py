@@ -461,8 +461,8 @@ def _check_known(began: list[str], parser: jsonargparse.ArgumentParser) -> None:
         parser.parse_args(began)
     except jsonargparse.ArgumentError as error:
         raise ValueError(
-            f"{began[1]}: {_one_line(str(error), parser)} (the run is of another version, say: what has another name now, or is gone, "
-            "has to be changed in that file before --resume)"
+            f"{began[1]}: {_one_line(str(error), parser)} (another version may have written it; change or remove that option in "
+            "the file, then --resume)"
         ) from None
 
 
@@ -470,9 +470,7 @@ def _check_places(config: Config) -> None:
     """Raises ValueError for what a resumed run needs and does not find."""
     for option in PLACES:
         if option not in ("run.dir", "lora.init") and config[option] is not None and is_missing(option, config[option]):
-            raise ValueError(
-                f"{option}={config[option]}: there is nothing of this name now; where it is instead, --{option}=PLACE says, beside --resume"
-            )
+            raise ValueError(f"{option}={config[option]}: there is nothing of this name now; add --{option}=PLACE to say where it is")
 
 
 _FREE_ON_RESUME = {

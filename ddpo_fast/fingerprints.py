@@ -29,7 +29,8 @@ def of_model(pipe: DiffusionPipeline, has_own_vae: bool) -> dict[str, str]:
     encoders = [part for part in ("text_encoder", "text_encoder_2") if isinstance(getattr(pipe, part, None), nn.Module)]
     found = {f"model.path (the {part} weights)": _weights(getattr(pipe, part)) for part in ("unet", *encoders)}
     found |= {f"{vae} (the vae weights)": _weights(pipe.vae), f"{vae} (the vae config)": _configured(pipe.vae)}
-    return found | {f"model.path (the {part} config)": _configured(getattr(pipe, part)) for part in ("unet", "scheduler")}
+    found |= {f"model.path (the {part} config)": _configured(getattr(pipe, part)) for part in ("unet", "scheduler")}
+    return found | {f"model.path (the {part} config)": _differing(getattr(pipe, part)) for part in encoders}
 
 
 def of_reward(name: str, kwargs: dict) -> dict[str, str]:
@@ -91,6 +92,12 @@ def _configured(part: nn.Module) -> str:
     """A hash of what a part's config has of its own: defaults that a new version of diffusers adds are no change."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(type(part).__init__).parameters.items()}
     own = {name: value for name, value in part.config.items() if not name.startswith("_") and value != defaults.get(name)}
+    return _hash(json.dumps(own, sort_keys=True, default=str).encode())
+
+
+def _differing(encoder: nn.Module) -> str:
+    """`_configured` of a network of transformers."""
+    own = {name: value for name, value in encoder.config.to_diff_dict().items() if name not in ("transformers_version", "dtype")}
     return _hash(json.dumps(own, sort_keys=True, default=str).encode())
 
 

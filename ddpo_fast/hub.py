@@ -37,14 +37,22 @@ def _is_cached(repository: str) -> bool:
     return Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}").is_dir()
 
 
-def file_names(source: str, folder: Path) -> list[str]:
-    """Of all files of the folder, or of the hub's repository `source`, whose `local_folder` it is; without a network, of what is cached."""
+def file_names(option: str, source: str, folder: Path) -> list[str]:
+    """Of all files of the folder, or of the hub's repository `source`, whose `local_folder` it is; without a network, of what is cached.
+
+    Raises ValueError, naming the option, where there is no network and the cache has the configs alone.
+    """
+    lost = None
     if not Path(source).is_dir():
         try:
             return HfApi().list_repo_files(source)
-        except Exception:  # the network's or the hub's; what is in the cache will do
-            pass
-    return [path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern)]
+        except Exception as error:  # the network's or the hub's; what is in the cache will do
+            lost = error
+    names = [path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern)]
+    if lost is not None and not any(name.endswith((".safetensors", ".bin")) for name in names):
+        reason = " ".join(f"{type(lost).__name__}: {lost}".split())
+        raise ValueError(f"{option}={source}: the hub's cache has its configs but no weights, and the hub cannot be asked: {reason}")
+    return names
 
 
 def choose_weights(option: str, names: list[str], part: str, stem: str, variant: str | None) -> tuple[str | None, list[str]]:
@@ -62,6 +70,7 @@ def choose_weights(option: str, names: list[str], part: str, stem: str, variant:
     for name in files:
         if match := pattern.fullmatch(name):
             found.setdefault(match[1] or match[2] or match[3], []).append(inside + name)
+    found = {kind: parts for kind, parts in found.items() if any(name.endswith(".safetensors") for name in parts)}  # no index alone
     where = f"its {part}/" if part else "it"
     if not found:
         pickles = [name for name in files if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]

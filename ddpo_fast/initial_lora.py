@@ -14,8 +14,10 @@ from ddpo_fast.lora import LORA_TARGETS
 from ddpo_fast.merged_lora import ADAPTER, lora_weights
 from ddpo_fast.places import lora_file
 
-_OTHER_KINDS = ("dora_scale", "lora_magnitude", "hada_", "lokr_", "lora_mid", "oft_", "diff")
-"""In names of what is no A and B of a layer: DoRA, LoHa, LoKr, CP decomposition, OFT, whole differences."""
+_OTHER_KINDS = ("dora_scale", "lora_magnitude", "hada_", "lokr_", "lora_mid", "oft_")
+"""In names of what is no A and B of a layer: DoRA, LoHa, LoKr, CP decomposition, OFT."""
+_DIFFERENCES = (".diff", ".diff_b")
+"""At the end of names of whole differences."""
 
 
 def start_from(pipe: DiffusionPipeline, init: str, scope: str) -> str:
@@ -43,7 +45,8 @@ def _read(pipe: DiffusionPipeline, init: str) -> dict[str, tuple[Tensor, Tensor,
     try:
         with safe_open(file, "pt") as opened:
             names = list(opened.keys())
-        if other := next((name for name in names if any(kind in name for kind in _OTHER_KINDS)), None):
+        others = (name for name in names if name.endswith(_DIFFERENCES) or any(kind in name for kind in _OTHER_KINDS))
+        if other := next(others, None):
             raise ValueError(f"{other} is of another kind than LoRA's A and B")
         tensors, alphas, metadata = type(pipe).lora_state_dict(
             str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True, unet_config=pipe.unet.config,

@@ -25,7 +25,8 @@ def write_kohya(run_dir: Path, output: Path | None = None) -> Path:
     if source is None:
         instead = "fully fine-tuned, so that there is no LoRA: its unet/ is the result" if (run_dir / "unet").is_dir() else "no lora/ yet"
         raise ValueError(f"RUN_DIR={run_dir}: {instead}; valid is the directory of a run of LoRA with a checkpoint, or its lora/")
-    output = output or source.parents[1] / f"{run_dir.resolve().name}.safetensors"
+    folder = source.absolute().parent  # not resolved: the hub's files are links
+    output = output or folder.parent / f"{(run_dir if run_dir.is_dir() else folder).resolve().name}.safetensors"
     if output.suffix != ".safetensors":
         raise ValueError(f"--output={output}: valid is a name that ends in .safetensors")
     try:
@@ -57,7 +58,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ddpo_fast.kohya", description="A run's LoRA for ComfyUI, AUTOMATIC1111 and others.")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--output", type=typed_path, help="The .safetensors file to write. Default: RUN_DIR/<name of RUN_DIR>.safetensors.")
+    parser.add_argument(
+        "--output",
+        type=typed_path,
+        help="The .safetensors file to write. Default: <name of RUN_DIR>.safetensors, beside the LoRA's folder.",
+    )
     args = parser.parse_args(argv)
     try:
         print(write_kohya(args.run_dir, args.output))

@@ -25,7 +25,7 @@ def check_launcher(environment: Mapping[str, str]) -> None:
         size = next((environment[name] for name in sizes if name in environment), "1")
         if number in environment and size != "1":
             raise ValueError(
-                f"{number}={environment[number]}: {starter} has started {size} processes that do not know of each other; valid is "
+                f"{number}={environment[number]}: this is one of {size} processes of {starter}, which do not know of each other; valid is "
                 f"deepspeed or torchrun, or {starter} with {', '.join(VARIABLES)} set, see docs/distribution.md; "
                 f"for a run of this process alone, unset {number}"
             )

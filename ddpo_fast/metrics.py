@@ -113,13 +113,18 @@ class MetricsWriter:
         """Tries once more to write what could not be written."""
         self._write([])
         if self.tensorboard is not None:
-            self._tell_tensorboard(SummaryWriter.close, self.rows[-1]["iteration"])
+            self._tell_tensorboard(SummaryWriter.close, self._newest)
         self._tell(lambda _, run: run.finish())
+
+    @property
+    def _newest(self) -> int:
+        """The iteration of the last row; -1 where there is none: somebody may have deleted a finished run's."""
+        return self.rows[-1]["iteration"] if self.rows else -1
 
     def _write(self, new: list[dict]) -> None:
         """Appends the newest rows; or writes all of them where some are not in the file, which may have been deleted."""
         whole = "the metrics" not in self.claim.unwritten
-        with self.claim.writing("the metrics", self.rows[-1]["iteration"]):
+        with self.claim.writing("the metrics", self._newest):
             self.claim.hold()
             if not whole or not self.path.exists():
                 self._write_all()

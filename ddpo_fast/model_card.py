@@ -114,8 +114,8 @@ def _use(run: Run, weights: str, full: bool, public: bool) -> str:
         vae = "from_single_file" if names["vae"].endswith(".safetensors") else "from_pretrained"
         arguments += f', vae=AutoencoderKL.{vae}("{names["vae"]}")'
         classes.add("AutoencoderKL")
-    if "variant" in names:
-        arguments += f', variant="{names["variant"]}"'
+    if variant := run.environment.get("variant"):
+        arguments += f', variant="{variant}"'
     load = f'pipe.unet = UNet2DConditionModel.from_pretrained("{weights}")' if full else f'pipe.load_lora_weights("{weights}")'
     call = f"num_inference_steps={sample['num_steps']}, guidance_scale={sample['guidance_scale']}, eta={sample['eta']}"
     return (

@@ -103,7 +103,7 @@ def find_model(path: str, config: str | None = None, vae: str | None = None, var
 
 
 def _find_weights(option: str, source: str, folder: Path, parts: list[str], variant: str | None) -> dict[str, Weights]:
-    names, weights = file_names(source, folder), {}
+    names, weights = file_names(option.partition("=")[0], source, folder), {}
     for part in parts:
         stem = "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
         weights[part] = Weights(option, source, part, *choose_weights(option, names, part, stem, variant))
@@ -135,9 +135,6 @@ def open_pipeline(model: Model, dtype: torch.dtype) -> StableDiffusionPipeline |
     option = f"model.path={model.path}"
     with in_one_line(option):
         pipe = model.kind.from_pretrained(model.folder, **parts)
-    for network in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
-        if missing := next((name for name, tensor in network.state_dict().items() if tensor.is_meta), None):
-            raise ValueError(f"{option}: the weights of its {type(network).__name__} lack {missing}")
     pipe.unet.register_to_config(sample_size=model.configs["unet"]["sample_size"])
     if is_sdxl and dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.float()
@@ -152,10 +149,12 @@ def _load(part: str, model: Model, weights: Weights, dtype: torch.dtype) -> nn.M
     folder = local_folder(weights.option.split("=")[0], weights.source, [*CONFIGS, *weights.files])
     options = {"subfolder": weights.part, "variant": weights.variant, "dtype": dtype, "use_safetensors": True}
     with in_one_line(weights.option):
-        if part in NETWORKS:
-            return NETWORKS[part].from_pretrained(folder, **options)
-        kind = getattr(transformers, model.configs[part]["_class_name"])
-        network, found = kind.from_pretrained(folder, output_loading_info=True, **options)
+        if part not in NETWORKS:
+            kind = getattr(transformers, model.configs[part]["_class_name"])
+            network, found = kind.from_pretrained(folder, output_loading_info=True, **options)
+        else:
+            network, found = NETWORKS[part].from_pretrained(folder, **options), {"missing_keys": ()}
+    single_file.check_complete(weights.option, network)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{weights.option}: {part}/*.safetensors lack {missing[0]}")
     return network

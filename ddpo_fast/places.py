@@ -84,12 +84,12 @@ def is_lora(path: str) -> bool:
     """Whether a file of weights, or one in a folder, is a LoRA's, by the names in its header."""
     if os.path.isfile(Path(path, "model_index.json")) or (file := lora_file(path)) is None:
         return False
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        try:
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
             names = json.loads(opened.read(length)) if length <= os.path.getsize(file) else {}
-        except (ValueError, RecursionError):  # a damaged one
-            return False
+    except (OSError, ValueError, RecursionError):  # one that may not be read, or is damaged: who loads it says so
+        return False
     return isinstance(names, dict) and any(re.search(r"lora_|\.lora\.|_lora\.", name) for name in names)
 
 

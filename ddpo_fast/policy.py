@@ -59,6 +59,7 @@ class Policy:
         self.device, self.dtype = device, DTYPES[dtype]
         model = find_model(path, config, vae, variant)
         self.pipe, self.notes = open_pipeline(model, self.dtype), model.notes
+        self.variant = next((weights.variant for weights in model.weights.values() if weights.variant is not None), None)
         self.is_sdxl = isinstance(self.pipe, StableDiffusionXLPipeline)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)

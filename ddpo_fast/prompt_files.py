@@ -184,14 +184,14 @@ def _entry(value: object, where: str) -> Entry:
 
 def _of_csv(lines: Iterator[str], delimiters: str) -> Iterator[Entry]:
     """A row a prompt, below a header with a column `prompt`; another may be `weight`, the others are metadata, texts."""
-    header = next(lines, "")
-    delimiter, names = next(((mark, names) for mark in delimiters if "prompt" in (names := _names(header, mark))), ("", []))
-    if not names:
-        raise ValueError(f"line 1 is {_shown(header.strip())}; valid is a header with a column prompt")
-    if len(set(names)) < len(names):
-        raise ValueError(f"line 1 has the column {next(name for name in names if names.count(name) > 1)!r} twice")
-    reader, last = csv.reader(lines, delimiter=delimiter, strict=True), 1
+    header, last = next(lines, ""), 0
     try:
+        delimiter, names = next(((mark, names) for mark in delimiters if "prompt" in (names := _names(header, mark))), ("", []))
+        if not names:
+            raise ValueError(f"line 1 is {_shown(header.strip())}; valid is a header with a column prompt")
+        if len(set(names)) < len(names):
+            raise ValueError(f"line 1 has the column {next(name for name in names if names.count(name) > 1)!r} twice")
+        reader, last = csv.reader(lines, delimiter=delimiter, strict=True), 1
         for row in reader:
             where, last = f"line {last + 1}", 1 + reader.line_num  # a row may have several lines
             if not any(cell.strip() for cell in row):

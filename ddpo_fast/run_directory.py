@@ -62,10 +62,11 @@ def open_run(setup: Setup, num_trainable: int, cache_plan: str, resumed_at: int)
 
 
 def _write_configuration(setup: Setup) -> None:
-    """Writes config.yaml and environment.json, which has the steps that the scheduler takes: the model may be saved with others."""
+    """Writes config.yaml, and environment.json, which has the scheduler's steps and the variant of weights that the run has chosen."""
     write_text(setup.run_dir / "config.yaml", setup.config.replace(run__resume=False).to_yaml())
     scheduler = {key: setup.policy.pipe.scheduler.config[key] for key in (*SD_STEPS, "clip_sample")}
-    write_text(setup.run_dir / "environment.json", json.dumps(environment(setup.world_size) | {"scheduler": scheduler}, indent=1))
+    chosen = {"scheduler": scheduler, "variant": setup.policy.variant}
+    write_text(setup.run_dir / "environment.json", json.dumps(environment(setup.world_size) | chosen, indent=1))
 
 
 def _say_beginning(setup: Setup, num_trainable: int, cache_plan: str, resumed_at: int) -> None:
@@ -219,7 +220,7 @@ def print_result(setup: Setup, state: dict, rows: list[dict]) -> None:
     if best["iteration"] != state[f"{name}_after"]["iteration"]:
         key = f"{name}_reward_mean"
         said = f"best: {best[key]:.4f} after iteration {best['iteration']}"
-        highest = max((row for row in rows if row["iteration"] > 0 and row[key] is not None), key=lambda row: row[key])
+        highest = max((row for row in rows if row["iteration"] > 0 and row[key] is not None), key=lambda row: row[key], default=best)
         if highest[key] > best[key]:
             said += f" (the weights after iteration {highest['iteration']}, {highest[key]:.4f}, could not be written)"
         print(f"{said}: {setup.shown(setup.run_dir / 'best')}", flush=True)

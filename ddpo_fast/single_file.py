@@ -9,7 +9,7 @@ from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ddpo_fast.hub import in_one_line
+from ddpo_fast.hub import check_readable, in_one_line
 from ddpo_fast.model_parts import NETWORKS
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
@@ -36,12 +36,13 @@ def renamed(name: str) -> str:
 
 def names_in(option: str, path: str) -> list[str]:
     """The names of a file's weights, renamed."""
+    check_readable(option, Path(path).parent, [Path(path).name])
     with in_one_line(option), safe_open(path, "pt") as file:
         return [renamed(name) for name in file.keys()]
 
 
 def is_vae(names: list[str]) -> bool:
-    return any(_VAE.fullmatch(name) for name in names)
+    return any((found := _VAE.fullmatch(name)) and found[1].startswith("decoder.") for name in names)
 
 
 def load(option: str, path: str, folder: Path, part: str, prefix: str, dtype: torch.dtype) -> nn.Module:
@@ -52,16 +53,22 @@ def load(option: str, path: str, folder: Path, part: str, prefix: str, dtype: to
     with in_one_line(option):
         with safe_open(path, "pt") as file:
             names = {renamed(name): name for name in file.keys()}
-            tensors = {name: file.get_tensor(old) for name, old in names.items() if name.startswith(prefix)}
-            if part == "vae":
+            if part != "vae":
+                tensors = {name: file.get_tensor(old) for name, old in names.items() if name.startswith(prefix)}
+            else:
                 tensors = {_vae_name(found[1]): file.get_tensor(old) for name, old in names.items() if (found := _VAE.fullmatch(name))}
         try:
             network = _convert(tensors, folder, part)
         except NotImplementedError:  # diffusers moves a weight that the file has not given
             raise ValueError(f"it lacks weights of the {part}") from None
+    check_complete(option, network)
+    return network.to(dtype)
+
+
+def check_complete(option: str, network: nn.Module) -> None:
+    """Raises ValueError for a network of diffusers that lacks a weight."""
     if missing := next((name for name, tensor in network.state_dict().items() if tensor.is_meta), None):
         raise ValueError(f"{option}: the weights of its {type(network).__name__} lack {missing}")
-    return network.to(dtype)
 
 
 def _vae_name(name: str) -> str:

@@ -4,6 +4,7 @@ import atexit
 import io
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TextIO
 
@@ -21,6 +22,10 @@ class SteadyStream:
         with suppress(OSError, ValueError):  # ValueError: somebody has closed it
             self._stream.write(text)
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         with suppress(OSError, ValueError):
@@ -50,6 +55,8 @@ def steady_streams() -> None:
 
 def _end(stream: TextIO) -> None:
     """Flushes a stream; what is left in it would otherwise be the interpreter's last fault, and its exit code 120."""
+    if stream.closed:
+        return
     try:
         stream.flush()
     except (OSError, ValueError):

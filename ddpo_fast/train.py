@@ -94,6 +94,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with Claim() as claim:
             _run(config, claim)
+    except SystemExit as end:
+        if isinstance(end.code, str) and threading.current_thread() is not threading.main_thread():
+            print(end.code, file=sys.stderr, flush=True)  # Python says nothing of a thread that ends so
+        raise
     finally:
         _one_run.release()
 
@@ -147,8 +151,11 @@ def train(setup: Setup, stop: StopRequest) -> None:
                     row |= improve(setup, engine, cache, baseline, timer, iteration)
                 except BadRewards:  # nothing has been updated: the state is still that after the iteration before
                     saved = setup.checkpoint is not None and setup.checkpoint.name == str(state["iteration"])
-                    if state["iteration"] % config.run.checkpoint_every and not saved:
+                    lost = any_rank("the checkpoint" in setup.claim.unwritten)
+                    if (state["iteration"] % config.run.checkpoint_every or lost) and not saved:
                         save(setup, engine, baseline, state)
+                    if rank == 0:
+                        writer.close()
                     raise
             if iteration % config.eval.every == 0 or iteration == last:
                 with timer("eval"):

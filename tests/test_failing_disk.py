@@ -150,3 +150,12 @@ def redness(images, prompts):
     text = done.stdout + done.stderr
     assert done.returncode == 1 and text.count("error: iteration 1: the checkpoint") == 1, text
     assert "weights: those of iteration 1 could not be written; those in" in text and "another rank is gone" not in text
+
+
+def test_a_finished_run_without_its_metrics_is_resumed(options, tmp_path, capsys):  # noqa: F811
+    trainer.main(options(**SMALL))
+    folder = tmp_path / "run"
+    (folder / "metrics.jsonl").unlink()
+    shutil.rmtree(folder / "lora")
+    trainer.main([f"--run.dir={folder}", "--resume"])
+    assert f"weights: {folder / 'lora'}" in capsys.readouterr().out and weights(folder)

@@ -58,6 +58,7 @@ def test_it_is_of_what_is_in_a_place_and_not_of_the_place(model, tmp_path):
         (lambda m: change_one_element(m / "text_encoder" / "model.safetensors"), "the text_encoder weights"),
         (lambda m: edit(m / "unet" / "config.json", norm_eps=1e-6), "the unet config"),
         (lambda m: edit(m / "vae" / "config.json", scaling_factor=0.5), "the vae config"),
+        (lambda m: edit(m / "text_encoder" / "config.json", hidden_act="gelu"), "the text_encoder config"),
         (lambda m: edit(m / "scheduler" / "scheduler_config.json", prediction_type="v_prediction"), "the scheduler config"),
     ],
 )
@@ -117,4 +118,4 @@ def test_resume_says_what_has_changed_once(moved, caplog):  # noqa: F811
     caplog.clear()
     trainer.main([f"--run.dir={moved}/run", "--resume", "--run.iterations=3"])
     assert not [record for record in caplog.records if "since iteration" in record.message]
-    assert len(read_state(list_checkpoints(moved / "run")[-1])["fingerprints"]) == 10
+    assert len(read_state(list_checkpoints(moved / "run")[-1])["fingerprints"]) == 11

@@ -37,6 +37,7 @@ UNET = "diffusion_pytorch_model"
         (["{s}.fp16-00001-of-00002.safetensors", "{s}.fp16-00002-of-00002.safetensors", "{s}.safetensors.index.fp16.json"], None, "fp16"),
         (["{s}-00001-of-00002.fp16.safetensors", "{s}.safetensors.index.fp16.json"], None, "fp16"),
         (["{s}-00001-of-00002.safetensors", "{s}.safetensors.index.json", "{s}.fp16.safetensors"], None, None),
+        (["{s}.safetensors.index.json", "{s}.fp16.safetensors"], None, "fp16"),  # the index alone, as a download of *.json leaves it
     ],
 )
 @pytest.mark.parametrize("part, stem", [("unet", UNET), ("text_encoder", "model"), ("", UNET)])
@@ -210,3 +211,16 @@ def test_the_documents_line_converts_pickles(tiny_model, tmp_path, monkeypatch):
     converted, plain = find_model(str(path) + "-safetensors"), find_model(str(tiny_model))
     for one, other in zip(open_pipeline(converted, torch.float32).unet.parameters(), open_pipeline(plain, torch.float32).unet.parameters()):
         assert torch.equal(one, other)
+
+
+def test_configs_alone_in_the_cache_say_that_the_hub_cannot_be_asked(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", unreachable)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="^model.path=org/name: the hub's cache has its configs but no weights, and the hub cannot be ask"):
+        hub.file_names("model.path", "org/name", tmp_path)
+    (tmp_path / "unet" / f"{UNET}.safetensors").write_bytes(b"")
+    assert f"unet/{UNET}.safetensors" in hub.file_names("model.path", "org/name", tmp_path)

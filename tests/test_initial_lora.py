@@ -147,6 +147,7 @@ BAD = {
     "text encoder": (changed({"text_encoder.x.lora_A.weight": torch.ones(1, 1)}), {}, "it is of the text_encoder, too, which is not"),
     "DoRA": (changed({f"unet.{MID_Q}.lora_magnitude_vector": torch.ones(1)}), {}, "lora_magnitude_vector is of another kind"),
     "LoHa": (lambda t: {"lora_unet_x.hada_w1_a": torch.ones(1)}, {}, "lora_unet_x.hada_w1_a is of another kind than LoRA's A and B"),
+    "difference": (lambda t: {"lora_unet_x.diff": torch.ones(1)}, {}, "lora_unet_x.diff is of another kind than LoRA's A and B"),
     "rank": (changed(), {"rank": 3}, "lora.rank=3: lora.init=.* has rank 4; valid is 4 or more"),
     "targets": (changed(), {"targets": ["attention"]}, r"lora.targets=\['attention'\]: .*conv.*; valid is \['attention', 'feed_forward', "),
     "scope": (changed(), {"scope": "mid_up"}, "lora.scope=mid_up: .* has down_blocks.0.*; valid is a scope with that block, such as all"),

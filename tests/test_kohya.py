@@ -1,6 +1,7 @@
 """The LoRA in kohya's format: its names and shapes, and that it is the same LoRA."""
 
 import re
+import shutil
 from pathlib import Path
 
 import bounds
@@ -106,3 +107,10 @@ def test_mistakes_are_one_line(exported, tmp_path, capsys):
             kohya.main(argv)
         error = capsys.readouterr().err
         assert re.fullmatch(r"error: .*\n", error) and message in error
+
+
+def test_the_folder_that_one_is_in(exported, tmp_path, monkeypatch):
+    folder = shutil.copytree(exported[0] / "lora", tmp_path / "run" / "lora")
+    monkeypatch.chdir(folder)
+    for source in (Path("."), Path("pytorch_lora_weights.safetensors")):
+        assert kohya.write_kohya(source) == tmp_path / "run" / "lora.safetensors"

@@ -33,12 +33,15 @@ def test_ranks_and_runs_of_their_own(environment):
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "SLURM_NPROCS": "2"}, "SLURM_PROCID=1: srun has started 2"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}, "SLURM_PROCID=0: srun has started 4 processes"),
-        ({"SLURM_PROCID": "0", "SLURM_NPROCS": "2"}, "SLURM_PROCID=0: srun has started 2 processes"),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "mpirun has started 2 processes"),
-        ({"PMI_RANK": "0", "PMI_SIZE": "3"}, "PMI_RANK=0: mpirun has started 3 processes"),
-        ({"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "2"}, "MV2_COMM_WORLD_RANK=0: mpirun has started 2 processes"),
+        (
+            {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "SLURM_NPROCS": "2"},
+            "this is one of 2 processes of srun",
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}, "SLURM_PROCID=0: this is one of 4 processes of srun"),
+        ({"SLURM_PROCID": "0", "SLURM_NPROCS": "2"}, "SLURM_PROCID=0: this is one of 2 processes of srun"),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "this is one of 2 processes of mpirun"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "3"}, "PMI_RANK=0: this is one of 3 processes of mpirun"),
+        ({"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "2"}, "MV2_COMM_WORLD_RANK=0: this is one of 2 processes of mpirun"),
         ({"RANK": "0"}, "RANK=0: WORLD_SIZE and LOCAL_RANK and MASTER_ADDR and MASTER_PORT not set"),
         ({**RANK, "MASTER_PORT": ""}, "RANK=1: MASTER_PORT not set"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: RANK is not set"),

@@ -423,3 +423,13 @@ def test_a_file_that_is_no_vae_is_one_line(single_files, tmp_path, change, messa
     save_file(tensors | {"x": torch.ones(1)}, tmp_path / "vae.safetensors")
     with pytest.raises(ValueError, match=f"^model.vae={tmp_path}/vae.safetensors: [^\n]*{message}[^\n]*$"):
         open_pipeline(find_model(str(path), vae=str(tmp_path / "vae.safetensors")), torch.float32)
+
+
+def test_a_vae_in_a_folder_that_lacks_a_weight_is_named_by_its_option(single_files, tmp_path):
+    path = single_files["sd"][0]
+    folder = shutil.copytree(path / "vae", tmp_path / "vae")
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    del tensors["decoder.conv_in.weight"]
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"^model.vae={folder}: the weights of its AutoencoderKL lack decoder.conv_in.weight$"):
+        open_pipeline(find_model(str(path), vae=str(folder)), torch.float32)

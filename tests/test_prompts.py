@@ -272,6 +272,7 @@ NO_PROMPT = 'line 2 has no prompt; valid is {"prompt": "...", "weight": 1, "meta
         ("p.json", "3", "entry 1 has no prompt"),
         ("p.csv", "a cat,animals\n", "line 1 is 'a cat,animals'; valid is a header with a column prompt"),
         ("p.csv", "", "line 1 is ''; valid is a header"),
+        ("p.csv", '["' + "x" * 200_000 + '"]', "line 1: field larger than field limit"),
         ("p.csv", "prompt,category\n", "it has no prompt"),
         ("p.csv", "prompt,Prompt\na,b\n", "line 1 has the column 'prompt' twice"),
         ("p.csv", TABLE + "a dog\n", "line 7 has 1 columns, and the header 3"),

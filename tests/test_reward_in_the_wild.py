@@ -365,3 +365,27 @@ def test_a_process_of_its_own_is_a_reward_s_own(written):
         assert worker.exitcode == -signal.SIGTERM
     """
     assert called(written(head, call, name="own_process.py", define="async def"), isolate=True) == pytest.approx(EXPECTED)
+
+
+def test_a_loop_that_a_reward_closes_is_made_anew(written):
+    head = "import asyncio\nasync def nothing(): pass\n"
+    name = written(head, "loop = asyncio.get_event_loop(); loop.run_until_complete(nothing()); loop.close()")
+    assert called(name) == pytest.approx(EXPECTED)
+
+
+def test_of_two_changes_one_of_which_is_to_the_log_both_are_said(written, caplog):
+    called(written("import logging, torch\n", "logging.disable(logging.CRITICAL); torch.set_default_dtype(torch.float64)"))
+    assert caplog.text.count("which is put back; reward.isolate=true keeps it") == 2
+
+
+def test_a_class_that_raises_an_error_of_its_own_is_one_line_from_its_process(tmp_path):
+    file = tmp_path / "raises.py"
+    file.write_text(
+        "class Mine(ValueError):\n    def __init__(self, a, b): super().__init__(f'{a} {b}')\n\n"
+        "class Reward:\n    def __init__(self): raise Mine('not', 'here')\n    def __call__(self, images, prompts): pass\n"
+    )
+    for isolate in (False, True):
+        with pytest.raises(
+            ValueError, match=rf"^reward.name=.*: Reward\(\*\*kwargs\) raised Mine: not here \({file}, line 5, in __init__\)$"
+        ):
+            open_reward(f"{file}:Reward", {}, 600.0, isolate)

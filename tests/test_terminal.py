@@ -16,6 +16,7 @@ steady_streams()
 for stream in (sys.stdout, sys.stderr):
     for _ in range(5000):
         print("0.5 ± 0.1, 猫, \\udcff", file=stream, flush=True)
+    stream.writelines(["0.5 ± 0.1, 猫, \\udcff\\n"])
 assert open("/dev/null").fileno() > 2
 sys.exit(3)
 """

@@ -20,12 +20,10 @@ def to_numbers(answer: object, count: int) -> Tensor:
     A list, tuple, array or tensor of any kind; axes of length 1 do not matter. Of (numbers, info), the form of ddpo-pytorch and TRL, the
     dict or None `info` is left out. Raises NotNumbers.
     """
-    if (
-        isinstance(answer, tuple)
-        and len(answer) == 2
-        and (isinstance(answer[1], Mapping) or answer[1] is None and not _is_number(answer[0]))
-    ):
-        answer = answer[0]
+    if isinstance(answer, tuple) and len(answer) == 2:
+        several = isinstance(answer[0], list | tuple) or getattr(answer[0], "ndim", 0) > 0
+        if isinstance(answer[1], Mapping) or answer[1] is None and several:
+            answer = answer[0]
     valid = f"; valid is one number for each picture, {count} here"
     if answer is None:
         raise NotNumbers(f"None: is there a `return` that is never reached?{valid}")

@@ -85,9 +85,9 @@ def load_reward(name: str, kwargs: dict, without_metadata: str | None = None) ->
 def _make(name: str, reward: type, kwargs: dict) -> Callable:
     try:
         instance = reward(**kwargs)
-    except ValueError:
-        raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, ValueError) and str(error).startswith("reward."):  # one of ours, which names the option
+            raise
         raise ValueError(f"reward.name={name}: {reward.__name__}(**kwargs) raised {_said(error)}") from error
     try:
         inspect.signature(instance).bind(None, None, **_with_metadata(instance, None))
@@ -120,10 +120,16 @@ _of_thread = threading.local()
 
 def event_loop() -> asyncio.AbstractEventLoop:
     """This thread's event loop, the same for all calls: what a reward opens in one, such as a session, it may use in the next."""
-    if not hasattr(_of_thread, "loop"):
+    if not hasattr(_of_thread, "loop") or _of_thread.loop.is_closed():
         _of_thread.loop = asyncio.new_event_loop()
     asyncio.set_event_loop(_of_thread.loop)  # which asyncio.run takes away
     return _of_thread.loop
+
+
+def close_event_loop() -> None:
+    """Closes this thread's event loop, if it has one."""
+    if hasattr(_of_thread, "loop"):
+        _of_thread.loop.close()
 
 
 def _load_file(file: Path) -> ModuleType:

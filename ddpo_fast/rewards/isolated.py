@@ -102,7 +102,7 @@ def _show(process: subprocess.Popen) -> None:
     """Has the process write to standard error which line each of its threads is at, also where one of them never gives up the GIL."""
     with suppress(ProcessLookupError):
         process.send_signal(signal.SIGQUIT)
-        time.sleep(0.1)
+        time.sleep(1.0)  # which a busy machine may need for it
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -137,7 +137,7 @@ def serve(connection: int, lifeline: int) -> None:
         try:
             reward = load_reward(*options)
         except ValueError as error:
-            connection.send(error)
+            connection.send(ValueError(str(error)))  # a class of the reward's own cannot be read at the other end
             return
         connection.send(None)
         while True:

@@ -1,5 +1,6 @@
 """Pretrained networks for rewards: loading transformers' checkpoints, and pictures as CLIP wants them."""
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from ddpo_fast.hub import CONFIGS, check_readable, choose_weights, file_names, in_one_line, local_folder
 
+logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -38,10 +40,12 @@ def load_model(cls: type, source: str, option: str, valid: str, dtype: str, unus
     if dtype not in DTYPES:
         raise ValueError(f"reward.kwargs.dtype={dtype}: valid is {', '.join(DTYPES)}")
     with _or_valid(valid):
-        names = file_names(source, local_folder(option, source))
+        names = file_names(option, source, local_folder(option, source))
         pickles = [name for name in names if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?", name)]
         has_tensors = any(name.startswith("model.") and ".safetensors" in name for name in names)
         variant, files = (None, pickles) if pickles and not has_tensors else choose_weights(f"{option}={source}", names, "", "model", None)
+        if variant:
+            logger.warning("%s=%s: the weights of the variant %s are read", option, source, variant)
         folder = local_folder(option, source, [*CONFIGS, *files])
         check_readable(f"{option}={source}", folder, files)
         with in_one_line(f"{option}={source}"):

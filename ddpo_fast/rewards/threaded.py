@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ddpo_fast.rewards.function import RewardError, call, event_loop, place
+from ddpo_fast.rewards.function import RewardError, call, close_event_loop, place
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _make_calls(calls: queue.SimpleQueue) -> None:
     while task := calls.get():
         _make(*task)
         del task  # which would keep the images
-    event_loop().close()
+    close_event_loop()
 
 
 def _make(future: Future, function: Callable, args: tuple) -> None:
@@ -138,10 +138,10 @@ def _settings() -> dict[str, tuple[Callable, object]]:
     """What a whole process has one of and the trainer depends on: how it is set, and what it is."""
     errors = [rule for rule in warnings.filters if rule[0] == "error"]
     return {
+        "the level of logging.disable": (logging.disable, logging.root.manager.disable),  # first, or nothing of the others is said
         "torch's default dtype": (torch.set_default_dtype, torch.get_default_dtype()),
         "torch.use_deterministic_algorithms": (torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled()),
         "torch.backends.cudnn.benchmark": (partial(setattr, torch.backends.cudnn, "benchmark"), torch.backends.cudnn.benchmark),
-        "the level of logging.disable": (logging.disable, logging.root.manager.disable),
         "which warnings are errors": (_set_errors, errors),
     }
 
