@@ -98,7 +98,7 @@ def test_snippet_for_a_single_file_and_another_vae(tmp_path, public):
 @pytest.mark.parametrize("scope", ["all", "none"])
 def test_snippet_loads_what_was_trained(options, scope, tiny_model, tmp_path):  # noqa: F811
     model = shutil.copytree(tiny_model, tmp_path / "model")
-    DPMSolverMultistepScheduler(**SD_BETAS, timestep_spacing="linspace").save_pretrained(model / "scheduler")
+    DPMSolverMultistepScheduler(**SD_BETAS, timestep_spacing="linspace", steps_offset=1).save_pretrained(model / "scheduler")
     index = json.loads((model / "model_index.json").read_text()) | {"scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}
     (model / "model_index.json").write_text(json.dumps(index))
     folder = run(options(model__path=model, lora__scope=scope, run__iterations=1, train__learning_rate=1e-2))
