@@ -123,9 +123,10 @@ def publish(setup: Setup, engine: Engine, iteration: int) -> None:
             setup.claim.hold()
             _write_configuration(setup)
     if setup.rank == 0:  # these only describe the run: no fault of theirs is a reason to end it
-        with setup.claim.writing("the model card", iteration, Exception):
-            setup.claim.hold()
-            write_card(setup.run_dir)
+        if "the weights" not in setup.claim.unwritten:
+            with setup.claim.writing("the model card", iteration, Exception):
+                setup.claim.hold()
+                write_card(setup.run_dir)
         with setup.claim.writing("the report", iteration, Exception):
             setup.claim.hold()
             write_report(setup.run_dir)
