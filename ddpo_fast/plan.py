@@ -16,9 +16,8 @@ from ddpo_fast.ddim import DDIMSchedule, ddim_scheduler
 from ddpo_fast.deepspeed_options import BUCKET_ELEMENTS
 from ddpo_fast.gpus import GPUS, HERE, parse_devices
 from ddpo_fast.lora import merges
-from ddpo_fast.memory import free_mib
+from ddpo_fast.memory import free_mib, num_kept_prompts
 from ddpo_fast.optimizer import state_bytes
-from ddpo_fast.policy import num_kept_prompts
 from ddpo_fast.prompts import evaluation_sets, load_prompts
 
 USABLE = 0.9

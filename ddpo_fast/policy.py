@@ -14,21 +14,12 @@ from torch import Tensor, nn
 from ddpo_fast.files import new_folder
 from ddpo_fast.gradient_checkpointing import checkpoint_gradients
 from ddpo_fast.lora import set_trainable
-from ddpo_fast.memory import MIB
+from ddpo_fast.memory import num_kept_prompts
 from ddpo_fast.merged_lora import merge
 from ddpo_fast.pipelines import StableDiffusionXLPipeline, find_model, open_pipeline
 from ddpo_fast.shared_guidance import SharedGuidance
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-PROMPT_EMBEDS_MIB = 512
-"""Of the embeddings that a rank keeps on the host: in fp16 those of 4,500 prompts of SD 1.5, or of 1,600 of SDXL. A prompt that has been
-dropped is encoded again, which is one pass of each text encoder beside the many of the UNet that its picture takes."""
-
-
-def num_kept_prompts(prompt_bytes: int, num_needed: int) -> int:
-    """Prompts whose embeddings, of `prompt_bytes` each, are kept at most: `PROMPT_EMBEDS_MIB` of them, or those needed at a time."""
-    return max(num_needed, PROMPT_EMBEDS_MIB * MIB // prompt_bytes)
 
 
 class Policy:

@@ -186,7 +186,7 @@ def test_aesthetic_in_a_process_of_its_own_and_by_a_server(aesthetic):
     tolerance = aesthetic_rounding(aesthetic, expected)  # another process may have another number of threads
     assert (isolated(images, PROMPTS) - expected).abs().max() <= tolerance
     with RewardServer(here, "127.0.0.1", 0) as server:
-        assert server.score(images, PROMPTS) == pytest.approx(expected.tolist(), rel=0, abs=tolerance)
+        assert server.score(images, PROMPTS, None) == pytest.approx(expected.tolist(), rel=0, abs=tolerance)
 
 
 def without_some_weights(folder: Path, clip: str) -> str:

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection
 
-from ddpo_fast import policy as policy_module
+from ddpo_fast import memory
 from ddpo_fast import train as trainer
 from ddpo_fast.config import parse
 from ddpo_fast.counts import flop_counter
@@ -257,8 +257,8 @@ def test_embeddings_that_were_used_last_are_kept(sdxl, monkeypatch):
     expected = policy.encode_prompts([*"abcde"]), policy.pool_prompts([*"abcde"])
     (size,) = {sum(tensor.untyped_storage().nbytes() for tensor in tensors) for tensors in policy._prompt_embeds.values()}
     assert size == make_plan(parse([f"--model.path={sdxl}", "--plan", "--model.dtype=fp32"])).counts.embed_bytes
-    monkeypatch.setattr(policy_module, "MIB", 1)
-    monkeypatch.setattr(policy_module, "PROMPT_EMBEDS_MIB", 4 * size - 1)
+    monkeypatch.setattr(memory, "MIB", 1)
+    monkeypatch.setattr(memory, "PROMPT_EMBEDS_MIB", 4 * size - 1)
     encoded, encode = [], policy.pipe.encode_prompt
     monkeypatch.setattr(policy.pipe, "encode_prompt", lambda prompt, **kwargs: encoded.append(prompt) or encode(prompt, **kwargs))
 
