@@ -213,7 +213,7 @@ BAD = [  # arguments, what the line must say
     ("--resume --run.dir {laughs_run}", "laughs_run/config.yaml: not valid YAML: there are no aliases here"),
     ("--resume --run.dir {unknown_run}", "unknown_run/config.yaml: lora.rnak: no such option; did you mean lora.rank"),
     ("--resume --run.dir {old_run}", "old_run/config.yaml: trainer.rate: no such option; did you mean train."),
-    ("--resume --run.dir {former_run}", "has to be changed in that file before --resume)"),
+    ("--resume --run.dir {former_run}", "change or remove that option in the file, then --resume)"),
     ("--resume --run.dir {wrong_run}", "lora.rank=0: valid is a whole number >= 1"),
     ("--resume --run.dir {other_run} --lora.rank 2", "lora.rank=2: the run in run.dir={other_run} began with 99; --resume keeps it"),
 ]
