@@ -1,5 +1,6 @@
-"""A random tiny Stable Diffusion pipeline in diffusers' folder format, and threads few enough for a shared machine."""
+"""A random tiny Stable Diffusion pipeline in diffusers' folder format, and what would be most of the time of a run as small as that."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,8 @@ if not torch.cuda.is_available():
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ddpo_fast import config, report, run_directory
 
 SD_BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
@@ -48,6 +51,21 @@ def make_pipeline(
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick():
+    """Runs in this process write no report, which has a dozen plots, and build the parser once: each takes as long as the run itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_directory, "write_report", lambda folder: None)
+        patch.setattr(config, "_parser", functools.cache(config._parser))
+        yield
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """Runs write their report, as they do for users."""
+    monkeypatch.setattr(run_directory, "write_report", report.write_report)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from test_launch import deepspeed
 from test_train import run, untimed, weights
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ddpo_fast import activation_cache, memory, run_directory
+from ddpo_fast import activation_cache, memory
 from ddpo_fast import train as trainer
 from ddpo_fast.activation_cache import DEVICE, HOST, ActivationCache, budgets_mib
 from ddpo_fast.checkpoint import list_checkpoints
@@ -43,9 +43,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Runs without their page, plans without timing this machine."""
-    monkeypatch.setattr(run_directory, "write_report", lambda folder: None)
+def unmeasured(monkeypatch):
+    """Plans without timing this machine."""
     monkeypatch.setattr(activation_cache, "matmul_flops", lambda dtype, device: 1e12)
 
 

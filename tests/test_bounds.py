@@ -10,7 +10,6 @@ from test_sdxl import make_sdxl
 from test_train import options, rewards_file, run  # noqa: F401
 
 import ddpo_fast.embedded
-from ddpo_fast import run_directory
 from ddpo_fast import train as trainer
 from ddpo_fast.config import parse
 from ddpo_fast.losses import scaled_clip_range
@@ -80,7 +79,6 @@ def test_an_update_that_computes_something_else_is_seen(options, monkeypatch, si
         return out * (1 + delta * torch.randn(out.shape, generator=generator)) if torch.is_grad_enabled() else out
 
     monkeypatch.setattr(Policy, "predict_noise", off)
-    monkeypatch.setattr(run_directory, "write_report", lambda folder: None)
     folder = run(argv)
     error, bound = read_metrics(folder)[1]["ratio_error"], bounds.of_run(folder).ratio
     assert (error <= bound) == kept and error > bound / 50

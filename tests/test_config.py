@@ -1,7 +1,6 @@
 """The command line: recipes, overrides, and hundreds of ways to get it wrong, each answered in one line before a model is loaded."""
 
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -228,14 +227,6 @@ def index(**changed) -> str:
 
 
 @pytest.fixture(scope="module")
-def one_parser():
-    """Building the parser is nearly all of the time that a command line takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config_module, "_parser", functools.cache(config_module._parser))
-        yield
-
-
-@pytest.fixture(scope="module")
 def paths(tmp_path_factory, tiny_model) -> Iterator[dict[str, Path]]:
     folder = tmp_path_factory.mktemp("bad")
     explode = f"import os\nos.mkdir({str(folder / 'exploded')!r})\n"
@@ -276,7 +267,7 @@ def paths(tmp_path_factory, tiny_model) -> Iterator[dict[str, Path]]:
 
 
 @pytest.mark.parametrize("arguments, message", BAD)
-def test_bad_options_are_one_line_and_exit_2(arguments, message, paths, one_parser, capsys, monkeypatch):
+def test_bad_options_are_one_line_and_exit_2(arguments, message, paths, capsys, monkeypatch):
     monkeypatch.setattr(preparation, "Policy", lambda *a: pytest.fail("the model was loaded"))
     model = [] if "--model.path" in arguments else ["--model.path", str(paths["tiny"])]
     with pytest.raises(SystemExit) as exit_:
@@ -335,7 +326,7 @@ def test_a_prompt_that_is_a_number_is_refused():
 
 
 @pytest.mark.parametrize("option, text", GENERATED, ids=lambda value: value if len(value) < 30 else f"{value[:9]}-{len(value)}")
-def test_what_no_option_takes_is_one_line_that_names_it(option, text, one_parser, capsys, tmp_path):
+def test_what_no_option_takes_is_one_line_that_names_it(option, text, capsys, tmp_path):
     """On the command line; in a recipe where an option takes any text, and for null, which the parser lets pass there."""
     section, key = option.split(".")
     recipe = tmp_path / "recipe.yaml"
@@ -352,7 +343,7 @@ def test_enough_is_generated_for_every_option():
     assert len(GENERATED) > 1000 and {option for option, _ in GENERATED} == set(OPTIONS)
 
 
-def test_what_is_valid_is_not_called_bad(one_parser):
+def test_what_is_valid_is_not_called_bad():
     """Every default is of its option's type and, said on the command line, the default."""
     for option, annotation in OPTIONS.items():
         assert takes(annotation, Config()[option]), option

@@ -72,7 +72,7 @@ def test_a_stop_whose_checkpoint_cannot_be_written_says_so(options, disk, tmp_pa
     assert "stopped after" not in capsys.readouterr().out
 
 
-def test_a_directory_that_is_deleted_is_made_again(options, disk, tmp_path):  # noqa: F811
+def test_a_directory_that_is_deleted_is_made_again(options, disk, reports, tmp_path):  # noqa: F811
     folder = tmp_path / "run"
     disk["then"] = lambda: shutil.rmtree(folder)
     trainer.main(options(**SMALL))

@@ -36,7 +36,7 @@ def redness(images, prompts):
     return path
 
 
-def test_the_best_evaluation_is_kept_and_resume_remembers_it(options, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_best_evaluation_is_kept_and_resume_remembers_it(options, reports, tmp_path, monkeypatch, capsys):  # noqa: F811
     """5 iterations whose evaluations give 9 (untrained: does not count), 1, 3, 2, 3, 2.5, with a stop after the third."""
     exported, export = {}, Policy.export
 
@@ -107,7 +107,7 @@ def test_it_can_be_left_out(options, tmp_path):  # noqa: F811
     assert not (folder / "best").exists() and (folder / LORA).exists()
 
 
-def test_held_out_prompts_decide_and_resume_remembers_them(options, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_held_out_prompts_decide_and_resume_remembers_them(options, reports, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Evaluations give 0, 5, 9, 7 on the fixed set, held-out prompts 0, 8, 3, 6: the weights after iteration 1 stay."""
     (tmp_path / "told").write_text("0 0 5 8 9 3")
     same = '["c", "d"]'  # whose noise is another all the same

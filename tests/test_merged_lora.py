@@ -375,6 +375,7 @@ def test_after_a_step_or_a_load_the_next_forward_has_the_new_weights(tiny_model,
     init_distributed(timeout_s=60)
     policy = make_policy(tiny_model, "fp32")
     policy.merge_lora()
+    num_layers = len(policy.merged_layers)
     optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=3e-2)
     engine = Engine(policy.unet, optimizer, zero_stage=stage, max_grad_norm=1.0, dtype=torch.float32)
     policy.attach(engine.module)
@@ -395,8 +396,10 @@ def test_after_a_step_or_a_load_the_next_forward_has_the_new_weights(tiny_model,
         engine.step()
         with torch.no_grad():
             outputs.append(predict(policy))
-        bounds.assert_same_output(outputs[-1], separately(), policy.unet)
-        assert (outputs[-1] - outputs[-2]).norm() > 1e-3 * outputs[-2].norm()
+        change = (outputs[-1] - outputs[-2]).norm()
+        assert change > 1e-2 * outputs[-2].norm()
+        # of L layers' changes, which add like random ones, a single old weight leaves out one; rounding is a hundredth of that
+        assert (outputs[-1] - separately()).norm() < 0.1 * change / math.sqrt(num_layers)
     with torch.no_grad():
         engine.load(tmp_path)
         assert torch.equal(predict(policy), outputs[0])

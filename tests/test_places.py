@@ -121,7 +121,7 @@ AWAY = "os.chdir(tempfile.mkdtemp())"
 
 
 @pytest.mark.parametrize("run_dir, moves", [("runs/x", {"at_import": AWAY}), (None, {"in_call": AWAY})])
-def test_a_reward_that_changes_the_working_directory_does_not_move_the_run(options, run_dir, moves, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_reward_that_changes_the_working_directory_does_not_move_the_run(options, run_dir, moves, reports, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(MOVING.format(**{"at_import": "", "in_call": "pass"} | moves))
     (tmp_path / "p.txt").write_text("a\nb\n")

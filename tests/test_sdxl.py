@@ -116,7 +116,7 @@ def given_to_unet(unet, call) -> dict:
     return calls[0]
 
 
-def test_a_run(options):
+def test_a_run(options, reports):
     folder = run(options(run__iterations=2, train__num_minibatches=2, train__micro_batch=3))
     rows = read_metrics(folder)
     assert len(rows) == 3 and all(row["ratio_error"] <= bounds.of_run(folder).ratio and row["grad_norm"] > 0 for row in rows[1:])

@@ -215,7 +215,7 @@ def test_resume_equals_uninterrupted(options):
     assert all(torch.equal(tensor, weights(parts)[name]) for name, tensor in weights(whole).items())
 
 
-def test_run_directory_is_the_contract(options):
+def test_run_directory_is_the_contract(options, reports):
     folder = run(options(eval__every=1))
     rows = read_metrics(folder)
     assert [row["iteration"] for row in rows] == [0, 1, 2] and [row["samples"] for row in rows] == [0, 8, 16]
@@ -556,7 +556,7 @@ def test_fp16_that_always_overflows_ends_the_run(options, monkeypatch):
         run(options(model__dtype="fp16", run__iterations=20, run__checkpoint_every=100, eval__every=100))
 
 
-def test_resume_of_a_finished_run_publishes_what_a_kill_left_out(options):
+def test_resume_of_a_finished_run_publishes_what_a_kill_left_out(options, reports):
     argv = options(run__iterations=1)
     folder = run(argv)
     shutil.rmtree(folder / "lora")

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from test_launch import ENVIRONMENT, LIMIT_S, ROOT, _ports, deepspeed
 
-from ddpo_fast import deepspeed_options, preparation, run_directory
+from ddpo_fast import deepspeed_options, preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.config import parse
 from ddpo_fast.engine import Engine, init_distributed
@@ -86,21 +86,14 @@ def weights(argv: list[str]) -> torch.Tensor:
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(run_directory, "write_report", lambda folder: None)
-
-
 @pytest.fixture(scope="module")
 def plain(make):
     """What each of the runs comes to in one process, at stage 0: weights by (trained, optimizer)."""
     results = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_directory, "write_report", lambda folder: None)
-        for trained, optimizer in product(TRAINED, ("adamw", "adamw_8bit")):
-            argv = make(f"plain-{trained}-{optimizer}", trained, optimizer)
-            trainer.main(argv)
-            results[trained, optimizer] = weights(argv)
+    for trained, optimizer in product(TRAINED, ("adamw", "adamw_8bit")):
+        argv = make(f"plain-{trained}-{optimizer}", trained, optimizer)
+        trainer.main(argv)
+        results[trained, optimizer] = weights(argv)
     return results
 
 
