@@ -1,6 +1,7 @@
 """A random tiny Stable Diffusion pipeline in diffusers' folder format, and what would be most of the time of a run as small as that."""
 
 import functools
+import gc
 import json
 import os
 from pathlib import Path
@@ -59,6 +60,8 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_directory, "write_report", lambda folder: None)
         patch.setattr(config, "_parser", functools.cache(config._parser))
+        gc.collect()
+        gc.freeze()
         yield
 
 
