@@ -4,12 +4,13 @@ import functools
 import gc
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.register_assert_rewrite("bounds")
+pytest.register_assert_rewrite("bounds", "runs")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: without a GPU, kernels run in its interpreter
 
@@ -17,6 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ddpo_fast import config, report, run_directory
+from runs import Ranks
 
 SD_BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
@@ -63,12 +65,30 @@ def quick():
         gc.collect()
         gc.freeze()
         yield
+        gc.unfreeze()
 
 
 @pytest.fixture
 def reports(monkeypatch):
     """Runs write their report, as they do for users."""
     monkeypatch.setattr(run_directory, "write_report", report.write_report)
+
+
+@pytest.fixture(scope="session")
+def _ranks(tmp_path_factory) -> Iterator[list[Ranks]]:
+    started = []
+    yield started
+    for ranks in started:
+        if ranks.alive:
+            ranks.end()
+
+
+@pytest.fixture
+def ranks(_ranks, tmp_path_factory) -> Ranks:
+    """Two ranks, started for the first test that wants them, and anew after one that ended them."""
+    if not _ranks or not _ranks[-1].alive:
+        _ranks.append(Ranks(tmp_path_factory.mktemp("ranks")))
+    return _ranks[-1]
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ A row's bits depend on how many rows are computed with it, and Adam makes much o
 have equally many rows in every call of the UNet, or compute what the cache keeps `row_by_row`.
 """
 
-import json
 import math
 import re
 from collections import Counter
@@ -18,7 +17,6 @@ import psutil
 import pytest
 import torch
 from conftest import make_pipeline
-from test_launch import deepspeed
 from test_train import run, untimed, weights
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -193,27 +191,14 @@ def test_fused_kernels_read_what_they_wrote(options, tmp_path, made):
     assert on[1] == [1] and made[-1].num_slots == [2, 0]
 
 
-RANKS = """
-import json, sys
-from pathlib import Path
-from ddpo_fast import activation_cache, train
-train.write_report = lambda folder: None
-activation_cache.matmul_flops = lambda dtype, device: 1e12
-for argv in json.loads(Path(__file__).with_suffix(".json").read_text()):
-    train.main(argv)
-"""
-
-
-def test_two_ranks_with_and_without(options, tmp_path):
-    """One start of the launcher for four runs: ZeRO 0 and 2."""
+def test_two_ranks_with_and_without(options, ranks, tmp_path):
+    """At ZeRO 0 and 2."""
     names = [(stage, mode) for stage in (0, 2) for mode in ("off", "on")]
     same = dict(sample__num_samples=8, eval__num_samples=2, run__iterations=1, train__inner_epochs=2)
     runs = [options(f"{mode}{stage}", cache__mode=mode, zero__stage=stage, **same) for stage, mode in names]
-    (tmp_path / "ranks.py").write_text(RANKS)
-    (tmp_path / "ranks.json").write_text(json.dumps(runs))
-    done = deepspeed(2, tmp_path / "ranks.py", [])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("activation cache of each rank: 0.0215 MiB a transition; 8 on the device") == 2
+    codes, text = ranks.run(*runs, changed="unmeasured")
+    assert codes == [0, 0], text
+    assert text.count("activation cache of each rank: 0.0215 MiB a transition; 8 on the device") == 2
     for stage in (0, 2):
         off, on = (tmp_path / f"{mode}{stage}" for mode in ("off", "on"))
         rows = [untimed(read_metrics(folder)) for folder in (off, on)]

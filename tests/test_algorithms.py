@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import SD_BETAS
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from test_launch import BY_PROMPT, deepspeed
+from ranks import sgd
 from test_train import options, relative_error, rewards_file, run, untimed, weights  # noqa: F401
 
 from ddpo_fast import preparation
@@ -26,6 +26,7 @@ from ddpo_fast.plan import Work, iteration_flop, with_cache
 from ddpo_fast.policy import Policy
 from ddpo_fast.rollout import Rollout
 from ddpo_fast.rwr import FIRST_NOISE_STEP, NoisingSchedule, denoising_loss, reward_weights
+from runs import BY_PROMPT
 
 
 def changed_weights(run_dir) -> bool:
@@ -252,20 +253,24 @@ def test_rwr_leaves_bad_rewards_out(options, rewards_file):  # noqa: F811
         *(pytest.param(stage, ["--train.kl_coefficient=3", "--train.clip_range=1e3"], marks=pytest.mark.slow) for stage in (0, 1, 2)),
     ],
 )
-def test_two_ranks_have_the_gradient_of_one(tiny_model, tmp_path, stage, extra):
+def test_two_ranks_have_the_gradient_of_one(tiny_model, ranks, tmp_path, stage, extra):
     """One update by SGD with rate 1, unclipped, is the gradient."""
     found = []
     (tmp_path / "reward.py").write_text(BY_PROMPT)
-    for ranks in (1, 2):
+    for number in (1, 2):
         argv = [
-            f"--model.path={tiny_model}", f"--run.dir={tmp_path / str(ranks)}", "--sample.num_samples=8", "--sample.num_steps=2",
+            f"--model.path={tiny_model}", f"--run.dir={tmp_path / str(number)}", "--sample.num_samples=8", "--sample.num_steps=2",
             "--eval.num_samples=2", "--eval.every=9", "--run.iterations=1", "--train.num_minibatches=1", "--lora.rank=2",
             "--prompts.limit=4", "--train.micro_batch=3", "--train.learning_rate=1", "--train.max_grad_norm=1e9",
-            f"--zero.stage={stage if ranks > 1 else 0}", f"--reward.name={tmp_path}/reward.py:by_prompt", *extra,
+            f"--zero.stage={stage if number > 1 else 0}", f"--reward.name={tmp_path}/reward.py:by_prompt", *extra,
         ]  # fmt: skip
-        done = deepspeed(ranks, "tests/sgd.py", argv)
-        assert done.returncode == 0, done.stdout + done.stderr
-        found.append((weights(tmp_path / str(ranks)), read_metrics(tmp_path / str(ranks))[1]))
+        if number == 1:
+            with sgd():
+                trainer.main(argv)
+        else:
+            codes, text = ranks.run(argv, changed="sgd")
+            assert codes == [0, 0], text
+        found.append((weights(tmp_path / str(number)), read_metrics(tmp_path / str(number))[1]))
     (one, row), (two, other_row) = found
     difference, bound = torch.cat([(one[name] - two[name]).flatten() for name in one]).norm(), bounds.of_run(tmp_path / "1")
     assert difference <= bound.gradient * row["grad_norm"]

@@ -1,6 +1,5 @@
 """Runs as users start them: real processes, the deepspeed launcher, 1 and 2 gloo ranks, kill -9."""
 
-import os
 import re
 import signal
 import subprocess
@@ -11,20 +10,12 @@ from pathlib import Path
 import bounds
 import pytest
 import torch
+from ranks import sgd
 from safetensors.torch import load_file
 
+from ddpo_fast import train as trainer
 from ddpo_fast.metrics import read_metrics
-
-ROOT = Path(__file__).resolve().parents[1]
-TIMES = re.compile(r"time_|_per_s|device_hours|peak_memory")
-BIN = Path(sys.executable).parent
-DEEPSPEED = [str(BIN / "deepspeed"), "--master_port"]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-ENVIRONMENT |= {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-LIMIT_S = 1800
-"""Only what hangs takes as long, also on a machine many times slower than those at hand, where a start takes ten seconds."""
-_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_ports = iter(range(29600 + 100 * _worker, 29700 + 100 * _worker))
+from runs import BY_PROMPT, ENVIRONMENT, LIMIT_S, ROOT, TIMES, deepspeed
 
 
 @pytest.fixture
@@ -39,47 +30,30 @@ def options(tiny_model, tmp_path):
     return make
 
 
-def deepspeed(num_ranks: int, script: Path | str, argv: list[str], cwd: Path = ROOT, timeout=LIMIT_S) -> subprocess.CompletedProcess:
-    command = [*DEEPSPEED, str(next(_ports)), "--num_gpus", str(num_ranks), str(script), *argv]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
-
-
 def weights(run_dir: Path) -> torch.Tensor:
     tensors = load_file(run_dir / "lora" / "pytorch_lora_weights.safetensors")
     return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
 
 
-BY_PROMPT = "def by_prompt(images, prompts):\n    return [float(len(prompt)) for prompt in prompts]\n"
-"""A reward that no rounding of a picture changes, so that advantages are the same numbers. A JPEG file's size jumps by whole bytes."""
-
-
 @pytest.mark.rounding
-def test_ranks_and_zero_stages_give_one_gradient(options, tmp_path):
+def test_ranks_and_zero_stages_give_one_gradient(options, ranks, tmp_path):
     """Same noise, same minibatches, same gradient (one update by SGD with rate 1, unclipped) on 1 and 2 ranks, at every ZeRO stage."""
-    runs = {}
     (tmp_path / "reward.py").write_text(BY_PROMPT)
-    for ranks, stage in ((1, 0), (2, 0), (2, 1), (2, 2)):
-        name = f"{ranks}-{stage}"
-        extra = (
-            f"--zero.stage={stage}",
-            "--train.micro_batch=3",
-            f"--reward.name={tmp_path}/reward.py:by_prompt",
-            "--run.iterations=1",
-            "--train.num_minibatches=1",
-            "--train.learning_rate=1",
-            "--train.max_grad_norm=1e9",
-            "--train.clip_range=1e3",
-        )
-        done = deepspeed(ranks, ROOT / "tests" / "sgd.py", options(name, *extra))
-        assert done.returncode == 0, done.stdout + done.stderr
-        runs[ranks, stage] = weights(tmp_path / name), read_metrics(tmp_path / name)
-    expected, (_, row) = runs.pop((1, 0))
-    bound = bounds.of_run(tmp_path / "1-0")
-    for key, (gradient, (_, other)) in runs.items():
-        assert (gradient - expected).norm() <= bound.gradient * row["grad_norm"] and row["grad_norm"] > 1e-2, key
-        assert other["reward_mean"] == row["reward_mean"] and row["reward_std"] > 0, key
-        assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=bound.gradient), key
-        assert other["ratio_error"] <= bound.ratio and other["transitions"] == 40, key
+    extra = (
+        "--train.micro_batch=3", f"--reward.name={tmp_path}/reward.py:by_prompt", "--run.iterations=1", "--train.num_minibatches=1",
+        "--train.learning_rate=1", "--train.max_grad_norm=1e9", "--train.clip_range=1e3",
+    )  # fmt: skip
+    with sgd():
+        trainer.main(options("alone", *extra))
+    codes, text = ranks.run(*(options(stage, *extra, f"--zero.stage={stage}") for stage in "012"), changed="sgd")
+    assert codes == [0, 0], text
+    expected, (_, row), bound = weights(tmp_path / "alone"), read_metrics(tmp_path / "alone"), bounds.of_run(tmp_path / "alone")
+    for stage in "012":
+        gradient, (_, other) = weights(tmp_path / stage), read_metrics(tmp_path / stage)
+        assert (gradient - expected).norm() <= bound.gradient * row["grad_norm"] and row["grad_norm"] > 1e-2, stage
+        assert other["reward_mean"] == row["reward_mean"] and row["reward_std"] > 0, stage
+        assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=bound.gradient), stage
+        assert other["ratio_error"] <= bound.ratio and other["transitions"] == 40, stage
 
 
 def test_kill_and_resume_is_the_uninterrupted_run(options, tmp_path):
@@ -105,7 +79,7 @@ def test_kill_and_resume_is_the_uninterrupted_run(options, tmp_path):
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
-def test_a_reward_that_fails_on_one_of_two_ranks(options, tmp_path):
+def test_a_reward_that_fails_on_one_of_two_ranks(options, ranks, tmp_path):
     """Every rank knows of it: the run stops on both, with one line and the state before the update."""
     failing = "import os\ndef f(images, prompts):\n    global calls\n    calls += 1\n    if os.environ['RANK'] == '1' and calls == 3:\n"
     (tmp_path / "failing.py").write_text(f"calls = 0\n{failing}        os._exit(1)\n    return images.mean((1, 2, 3))\n")
@@ -116,21 +90,22 @@ def test_a_reward_that_fails_on_one_of_two_ranks(options, tmp_path):
     assert done.returncode == 1 and "Traceback" not in text
     assert text.count("error: iteration 2: 4 of 8 samples got no finite reward, and reward.max_bad_fraction=0.4") == 1
     assert "WARNING: the reward's process ended with status 1; its 4 samples are left out" in text
-    done = deepspeed(2, "ddpo_fast/train.py", [f"--run.dir={tmp_path / 'run'}", "--resume"])
-    assert done.returncode == 0 and "resumed after iteration 1" in done.stdout and len(read_metrics(tmp_path / "run")) == 4
+    codes, text = ranks.run([f"--run.dir={tmp_path / 'run'}", "--resume"])
+    assert codes == [0, 0] and "resumed after iteration 1" in text and len(read_metrics(tmp_path / "run")) == 4
 
 
-def test_two_ranks_resume_with_sharded_optimizer(options, tmp_path):
+def test_two_ranks_resume_with_sharded_optimizer(options, ranks, tmp_path, capsys):
     """In 8 bits: blocks of 256 that reach over weights, so they stay with the number of ranks (others: test_resume.py)."""
     extra = ("--zero.stage=2", "--optimizer.name=adamw_8bit")
-    assert deepspeed(2, "ddpo_fast/train.py", options("whole", *extra, "--run.iterations=3")).returncode == 0
-    assert deepspeed(2, "ddpo_fast/train.py", options("parts", *extra, "--run.iterations=2")).returncode == 0
-    done = deepspeed(2, "ddpo_fast/train.py", [f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=3"])
-    assert done.returncode == 0, done.stdout + done.stderr
+    resumed = [f"--run.dir={tmp_path / 'parts'}", "--resume"]
+    codes, text = ranks.run(
+        options("whole", *extra, "--run.iterations=3"), options("parts", *extra, "--run.iterations=2"), [*resumed, "--run.iterations=3"]
+    )
+    assert codes == [0, 0], text
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    alone = [sys.executable, "ddpo_fast/train.py", f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=4"]
-    done = subprocess.run(alone, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 2 and "error: zero.stage=2: the optimizer's state is sharded over 2 ranks" in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        trainer.main([*resumed, "--run.iterations=4"])
+    assert ended.value.code == 2 and "error: zero.stage=2: the optimizer's state is sharded over 2 ranks" in capsys.readouterr().err
 
 
 REWARD = """
@@ -160,8 +135,13 @@ def packages(tmp_path):
     return {"PYTHONPATH": str(tmp_path / "site")}
 
 
-@pytest.mark.parametrize("cwd", ["checkout", "elsewhere"])
-@pytest.mark.parametrize("form", ["deepspeed", "file", "module"])
+@pytest.mark.parametrize(
+    "form, cwd",
+    [
+        ("deepspeed", "checkout"), ("file", "elsewhere"), ("module", "checkout"), ("module", "elsewhere"),
+        *(pytest.param(form, cwd, marks=pytest.mark.slow) for form, cwd in (("deepspeed", "elsewhere"), ("file", "checkout"))),
+    ],
+)  # fmt: skip
 def test_every_way_to_start(options, tmp_path, form, cwd, packages, monkeypatch):
     """With a reward that wants packages of the checkout's names, and starts processes that import its file."""
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", packages["PYTHONPATH"])
@@ -211,7 +191,6 @@ def test_a_bad_option_on_two_ranks_is_said_once():
     assert (done.stdout + done.stderr).count("error: train.micro_batch=0: valid is auto, or a whole number >= 1") == 1
 
 
-def test_samples_that_do_not_divide_over_the_ranks_are_refused(options):
-    done = deepspeed(2, "ddpo_fast/train.py", options("run", "--sample.num_samples=6"))
-    assert done.returncode == 2
-    assert "error: sample.num_samples=6: valid is a multiple of 4 with 2 ranks" in done.stderr + done.stdout
+def test_samples_that_do_not_divide_over_the_ranks_are_refused(options, ranks):
+    codes, text = ranks.run(options("run", "--sample.num_samples=6"))
+    assert codes == [2, 2] and "error: sample.num_samples=6: valid is a multiple of 4 with 2 ranks" in text

@@ -14,13 +14,13 @@ import bounds
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_launch import BY_PROMPT, ENVIRONMENT, LIMIT_S, ROOT, TIMES, deepspeed
 from test_launch import options as launch_options  # noqa: F401
 from test_train import options, rewards_file, run, untimed, weights  # noqa: F401
 
 from ddpo_fast import train as trainer
 from ddpo_fast.checkpoint import find_fault, list_checkpoints
 from ddpo_fast.metrics import read_metrics
+from runs import BY_PROMPT, TIMES
 
 
 @pytest.fixture(scope="module")
@@ -190,35 +190,31 @@ def redness(images, prompts):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.slow
-def test_other_numbers_of_ranks_give_the_same_curve(launch_options, tmp_path, stage):  # noqa: F811
-    change_ranks(launch_options, tmp_path, stage)
+def test_other_numbers_of_ranks_give_the_same_curve(launch_options, ranks, tmp_path, stage):  # noqa: F811
+    change_ranks(launch_options, ranks, tmp_path, stage)
 
 
 @pytest.mark.rounding
-def test_another_number_of_ranks_gives_the_same_curve(launch_options, tmp_path):  # noqa: F811
-    change_ranks(launch_options, tmp_path, 2)
+def test_another_number_of_ranks_gives_the_same_curve(launch_options, ranks, tmp_path):  # noqa: F811
+    change_ranks(launch_options, ranks, tmp_path, 2)
 
 
-def change_ranks(options, tmp_path, stage):  # noqa: F811
+def change_ranks(options, ranks, tmp_path, stage):  # noqa: F811
     """2 ranks, then 1, then 2, an iteration each, against 3 on one."""
     (tmp_path / "reward.py").write_text(BY_PROMPT)
     plain = [
         f"--zero.stage={stage}", "--eval.every=9", "--train.max_grad_norm=1e9", "--train.learning_rate=1e-5",
         f"--reward.name={tmp_path}/reward.py:by_prompt",
     ]  # fmt: skip
-    alone = [sys.executable, "ddpo_fast/train.py"]
 
-    def go(ranks, argv):
-        if ranks == 2:
-            done = deepspeed(2, "ddpo_fast/train.py", argv)
-        else:
-            done = subprocess.run([*alone, *argv], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
-        assert done.returncode == 0, done.stdout + done.stderr
+    def go_on_two(argv):
+        codes, text = ranks.run(argv)
+        assert codes == [0, 0], text
 
-    go(1, options("whole", *plain, "--run.iterations=3"))
-    go(2, options("parts", *plain, "--run.iterations=1"))
-    go(1, [f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=2"])
-    go(2, [f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=3"])
+    trainer.main(options("whole", *plain, "--run.iterations=3"))
+    go_on_two(options("parts", *plain, "--run.iterations=1"))
+    trainer.main([f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=2"])
+    go_on_two([f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=3"])
     other = re.compile(f"{TIMES.pattern}|^eval|^ratio|^clip_fraction")
     bound = bounds.of_run(tmp_path / "whole")
     rows = [

@@ -13,9 +13,8 @@ import pytest
 import torch
 from conftest import make_pipeline
 from peft import LoraConfig, inject_adapter_in_model
+from ranks import sgd
 from safetensors.torch import load_file
-from sgd import sgd
-from test_launch import deepspeed
 from test_merged_lora import LAYERS, layer_rounding, make_unet, random_lora, structure, with_lora
 from torch import nn
 
@@ -57,18 +56,6 @@ def options(tiny_model, tmp_path):
         return [f"--{key}={value}" for key, value in values.items()]
 
     return make
-
-
-STAGES = """
-import sys
-sys.path.insert(0, "{tests}")
-import torch
-from sgd import main, sgd
-torch.optim.AdamW = sgd
-for stage in "012":
-    main([*sys.argv[1:], "--zero.stage=" + stage, "--run.dir={folder}/" + stage])
-"""
-"""A run at every ZeRO stage, by processes that start once."""
 
 
 def run(argv: list[str]) -> tuple[torch.Tensor, list[dict]]:
@@ -339,17 +326,13 @@ def test_only_steps_that_are_trained_on_have_a_graph(options, monkeypatch):
     assert sum(size for recorded, size in rows if not recorded) == 2 * 8 * 3 + evaluations
 
 
-def test_ranks_and_zero_stages_give_one_gradient(options, tmp_path, monkeypatch):
+def test_ranks_and_zero_stages_give_one_gradient(options, ranks, tmp_path):
     """Two updates by plain SGD, so that a change of weights is a gradient: the ordinary ones of 1 rank, and those of 2 at every stage."""
     changed = dict(train__learning_rate=1e-2, train__max_grad_norm=1e9, train__clip_range=1e3, sample__batch_size=3, sample__num_steps=3)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim, "AdamW", sgd)
+    with sgd():
         expected, before = run(options("ppo", **changed))
-    argv = [arg for arg in options(**changed, **SCORES) if not arg.startswith("--run.dir")]
-    script = tmp_path / "stages.py"
-    script.write_text(STAGES.format(tests=Path(__file__).parent, folder=tmp_path))
-    done = deepspeed(2, script, argv)
-    assert done.returncode == 0, done.stdout + done.stderr
+    codes, text = ranks.run(*(options(stage, zero__stage=stage, **changed, **SCORES) for stage in "012"), changed="sgd")
+    assert codes == [0, 0], text
     bound = bounds.of_run(tmp_path / "ppo")
     learned, moved = bound.learned(min(row["reward_std"] for row in before[1:])), 1e-2 * sum(row["grad_norm"] for row in before[1:])
     for stage in "012":
