@@ -42,7 +42,7 @@ def disk(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_the_end_says_what_could_not_be_written_and_resume_writes_it(options, disk, tmp_path, capsys, number):  # noqa: F811
+def test_the_end_says_what_could_not_be_written_and_resume_writes_it(options, disk, reports, tmp_path, capsys, number):  # noqa: F811
     argv, disk["fails"] = options(**SMALL), number
     with pytest.raises(SystemExit) as end:
         trainer.main(argv)
