@@ -68,6 +68,31 @@ def quick():
         gc.unfreeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Triton's interpreter patches its language once in a launch for each module of kernels, not in each call of a nested function."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch_language, execute, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(fn):
+        if fn.__module__ not in patched:
+            patched.add(fn.__module__)
+            return patch_language(fn)
+
+    def launch(*args, **kwargs):
+        patched.clear()
+        return execute(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", launch)
+        yield
+
+
 @pytest.fixture
 def reports(monkeypatch):
     """Runs write their report, as they do for users."""
