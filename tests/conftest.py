@@ -15,10 +15,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: without a GPU, kernels run in its interpreter
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from runs import Ranks
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ddpo_fast import config, report, run_directory
-from runs import Ranks
 
 SD_BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 

@@ -12,6 +12,7 @@ import torch
 from conftest import SD_BETAS
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from ranks import sgd
+from runs import BY_PROMPT
 from test_train import options, relative_error, rewards_file, run, untimed, weights  # noqa: F401
 
 from ddpo_fast import preparation
@@ -26,7 +27,6 @@ from ddpo_fast.plan import Work, iteration_flop, with_cache
 from ddpo_fast.policy import Policy
 from ddpo_fast.rollout import Rollout
 from ddpo_fast.rwr import FIRST_NOISE_STEP, NoisingSchedule, denoising_loss, reward_weights
-from runs import BY_PROMPT
 
 
 def changed_weights(run_dir) -> bool:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import deepspeed
 from test_launch import options as launch_options  # noqa: F401
 from test_train import options, rewards_file, weights  # noqa: F401
 
@@ -16,7 +17,6 @@ from ddpo_fast import train as trainer
 from ddpo_fast.checkpoint import list_checkpoints
 from ddpo_fast.claim import Claim
 from ddpo_fast.metrics import read_metrics
-from runs import deepspeed
 
 SMALL = {"sample__num_samples": 4, "sample__num_steps": 2, "eval__num_samples": 2, "run__iterations": 1, "run__trackers": "[]"}
 

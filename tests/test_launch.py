@@ -11,11 +11,11 @@ import bounds
 import pytest
 import torch
 from ranks import sgd
+from runs import BY_PROMPT, ENVIRONMENT, LIMIT_S, ROOT, TIMES, deepspeed
 from safetensors.torch import load_file
 
 from ddpo_fast import train as trainer
 from ddpo_fast.metrics import read_metrics
-from runs import BY_PROMPT, ENVIRONMENT, LIMIT_S, ROOT, TIMES, deepspeed
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 import bounds
 import pytest
 import torch
+from runs import BY_PROMPT, TIMES
 from safetensors.torch import load_file
 from test_launch import options as launch_options  # noqa: F401
 from test_train import options, rewards_file, run, untimed, weights  # noqa: F401
@@ -20,7 +21,6 @@ from test_train import options, rewards_file, run, untimed, weights  # noqa: F40
 from ddpo_fast import train as trainer
 from ddpo_fast.checkpoint import find_fault, list_checkpoints
 from ddpo_fast.metrics import read_metrics
-from runs import BY_PROMPT, TIMES
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def any_file_size():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
-def test_a_disk_that_is_full_for_a_while(options, any_file_size, tmp_path, caplog):  # noqa: F811
+def test_a_disk_that_is_full_for_a_while(options, any_file_size, reports, tmp_path, caplog):  # noqa: F811
     """No file may grow past 10 kB while iteration 2 is evaluated and saved: writing fails as on a full disk, for real."""
     (tmp_path / "disk.py").write_text(DISK)
     whole = run(options("whole", run__iterations=3, eval__every=2, reward__name=f"{tmp_path}/disk.py:redness"))

@@ -16,6 +16,7 @@ from pathlib import Path
 import bounds
 import pytest
 import torch
+from runs import BY_PROMPT, ENVIRONMENT, LIMIT_S, ROOT, deepspeed, ports, printed, write_job
 from safetensors.torch import load_file
 
 from ddpo_fast import deepspeed_options, preparation
@@ -25,7 +26,6 @@ from ddpo_fast.engine import Engine, init_distributed
 from ddpo_fast.metrics import read_metrics
 from ddpo_fast.optimizer import check_optimizer
 from ddpo_fast.policy import Policy
-from runs import BY_PROMPT, ENVIRONMENT, LIMIT_S, ROOT, deepspeed, ports, printed, write_job
 
 TRAINED = {"lora": "mid_up", "full": "none"}
 
