@@ -33,7 +33,7 @@ test-oldest test-newest: test-%: .venv-%/installed  ## the test suite on the old
 test-slow: .venv/installed  ## the tests that `test` leaves out: 20 minutes on a quiet machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-test-cpus: .venv/installed  ## the tests that compare rounded numbers, under each instruction set of this CPU: 10 minutes
+test-cpus: .venv/installed  ## the tests that compare rounded numbers, under each instruction set of this CPU: 15 minutes
 	$(BIN)/python tests/cpus.py
 
 lint: .venv/installed

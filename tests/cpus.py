@@ -54,7 +54,8 @@ def main(arguments: list[str]) -> int:
             results[name] = "not on this CPU, skipped"
             continue
         print(f"\n{name} ({onednn[isa]})", flush=True)
-        command = [sys.executable, "-m", "pytest", "-m", "rounding and not slow", "-n", "2", "--dist", "loadfile", "--benchmark-disable"]
+        command = [sys.executable, "-m", "pytest", "-m", "rounding and not slow", "--benchmark-disable"]
+        command += ["-n", "2", "--dist", "loadfile"] if threads == 1 else []  # two cores in either case
         code = subprocess.run([*command, *arguments], cwd=Path(__file__).parents[1], env=os.environ | variables).returncode
         results[name] = "passed" if code == 0 else f"FAILED, pytest's exit code {code}"
     print("", *(f"{name}: {result}" for name, result in results.items()), sep="\n")
