@@ -4,9 +4,11 @@ import itertools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,8 +23,20 @@ ALONE_S = 300
 """One rank waits no longer for another that has failed."""
 BY_PROMPT = "def by_prompt(images, prompts):\n    return [float(len(prompt)) for prompt in prompts]\n"
 """A reward that no rounding of a picture changes, so that advantages are the same numbers. A JPEG file's size jumps by whole bytes."""
-_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-ports = iter(range(29600 + 100 * _worker, 29700 + 100 * _worker))
+
+
+def _free_ports() -> Iterator[int]:
+    """Below those that the system gives to anybody who asks; from a place of this process's own, so that two suites do not meet."""
+    for port in itertools.count(20_000 + os.getpid() * 101 % 10_000):
+        try:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:  # somebody has it
+            continue
+        yield port
+
+
+ports = _free_ports()
 
 
 def deepspeed(num_ranks: int, script: Path | str, argv: list[str], cwd: Path = ROOT, timeout=LIMIT_S) -> subprocess.CompletedProcess:
