@@ -1,5 +1,6 @@
 """Runs in processes of their own: as users start them, and as ranks that are started once for many runs."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -10,6 +11,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = re.compile(r"time_|_per_s|device_hours|peak_memory")
@@ -63,10 +66,20 @@ class Ranks:
             if failed := [code for code in codes if code.exists() and code.read_text() != "0"]:
                 deadline = min(deadline, failed[0].stat().st_mtime - time.time() + time.monotonic() + ALONE_S)
             if self.launcher.poll() is not None or time.monotonic() > deadline:
-                self.launcher.kill()
+                self.kill()
                 raise AssertionError(f"{self.log.read_text()}\n{printed(self.folder, number)}")
             time.sleep(0.02)
-        return [int(code.read_text()) for code in codes], printed(self.folder, number)
+        ended = [int(code.read_text()) for code in codes]
+        if len(set(ended)) > 1:  # one of them may still be in the middle of what the other has left
+            self.kill()
+        return ended, printed(self.folder, number)
+
+    def kill(self) -> None:
+        if self.alive:
+            for process in [*psutil.Process(self.launcher.pid).children(recursive=True), self.launcher]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.launcher.wait()
 
     @property
     def alive(self) -> bool:
