@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 import sys
+import time
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -584,13 +585,17 @@ def _one_line(message: str, parser) -> str:
     return f"{unknown}: no such option; {'did you mean ' + ' or '.join(close) + '?' if close else 'see --help'}"
 
 
+RANK_0_SAYS_IT_S = 30
+"""How long the other ranks wait for rank 0 to say what is wrong with the command line."""
+
+
 def parse_or_exit(argv: list[str]) -> Config:
     """`parse`, with a bad command line ended by `user_error`."""
     try:
         return parse(argv)
     except ValueError as error:
         if os.environ.get("RANK", "0") != "0":
-            sys.exit(2)  # every rank has the same command line: rank 0 says it
+            time.sleep(RANK_0_SAYS_IT_S)  # every rank has the same command line, and the first to end ends the others
         user_error(error)
 
 

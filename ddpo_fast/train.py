@@ -15,8 +15,7 @@ if __name__ == "__main__":
     root = Path(__file__).resolve().parents[1]
     found = (find_spec(name) for name in ("ddpo_fast", "ddpo_fast.kernels"))
     if not all(spec and Path(spec.origin).resolve().is_relative_to(root) for spec in found):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: this Python has not installed ddpo_fast from this folder: pip install -e {root}", file=sys.stderr)
+        print(f"error: this Python has not installed ddpo_fast from this folder: pip install -e {root}", file=sys.stderr)
         sys.exit(2)
     from ddpo_fast.config import parse_or_exit
     from ddpo_fast.preemption import die_with_launcher

@@ -185,8 +185,12 @@ def test_a_bad_option_costs_one_line_and_little_time(tmp_path):
     assert "ddpo_fast.config" in imported and not {"torch", "diffusers", "deepspeed"} & set(imported)
 
 
-def test_a_bad_option_on_two_ranks_is_said_once():
-    done = deepspeed(2, "ddpo_fast/train.py", ["--train.micro_batch", "0"])
+def test_a_bad_option_on_two_ranks_is_said_once(tmp_path):
+    """By rank 0, though it starts last, and the launcher ends all ranks once one has ended."""
+    start = f'runpy.run_path({str(ROOT / "ddpo_fast/train.py")!r}, run_name="__main__")'
+    late = f'import os, runpy, time\ntime.sleep(3 * (os.environ["RANK"] == "0"))\n{start}\n'
+    (tmp_path / "late.py").write_text(late)
+    done = deepspeed(2, tmp_path / "late.py", ["--train.micro_batch", "0"])
     assert done.returncode == 2
     assert (done.stdout + done.stderr).count("error: train.micro_batch=0: valid is auto, or a whole number >= 1") == 1
 
