@@ -120,20 +120,27 @@ def architecture(path: str, vae: str | None = None, config: str | None = None, v
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations inside it have made and that are still alive: `now`, and their largest sum, `peak`."""
+    """Bytes of the storages that operations inside it have made and that are still alive: `now`, and their largest sum, `peak`.
+
+    `flop` are those of `flop_counter`, which would take a call of its own: it makes cycles, which hold what checkpointing computes again.
+    """
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flop = 0
         self._alive: dict[int, weakref.ref] = {}
+        self._operations = flop_counter().flop_registry
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        for tensor in tree_leaves(out):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        operations = self._operations.get(func._overloadpacket)
+        if operations is not None:
+            self.flop += operations(*args, **kwargs, out_val=out)
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self._alive:  # a view is no new storage
+                if storage._cdata not in self._alive and not _holds(storage, args, kwargs):  # a view is no new storage
                     self._add(storage._cdata, storage)
         return out
 
@@ -147,6 +154,11 @@ class LiveBytes(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, freed)
         self.now += num_bytes
         self.peak = max(self.peak, self.now)
+
+
+def _holds(storage: torch.UntypedStorage, *arguments) -> bool:
+    """Whether a tensor among an operation's arguments is in this storage."""
+    return any(isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata == storage._cdata for leaf in tree_leaves(arguments))
 
 
 def flop_counter() -> FlopCounterMode:
@@ -173,20 +185,21 @@ class Call:
         return (self.fixed_bytes + num_rows * self.row_bytes) / MIB
 
 
-def count(call: Callable[[int], object]) -> Call:
-    """Counts `call(R)` at `ROWS` rows and draws a line. Works on real tensors and on fake ones.
+def count(call: Callable[[int], object], then: Callable[[list], object] = list.clear) -> tuple[Call, float]:
+    """Counts `call(R)` and then `then([what it returned])` at `ROWS` rows and draws a line. Works on real tensors and on fake ones.
 
-    Bytes and operations in calls of their own: the counter of operations makes cycles, which hold what checkpointing computes again.
+    Also returns the bytes of a row that are alive between the two. `then` takes the result out of the list, so that it can be freed.
     """
-    peaks = []
+    lives, left = [], []
     for num_rows in ROWS:
         with LiveBytes() as live:
-            call(num_rows)
-        peaks.append(live.peak)
-    with flop_counter() as flops:
-        call(ROWS[1])
-    slope = (peaks[1] - peaks[0]) / (ROWS[1] - ROWS[0])
-    return Call(flops.get_total_flops() / ROWS[1], peaks[0] - ROWS[0] * slope, slope)
+            result = [call(num_rows)]
+            left.append(live.now)
+            then(result)
+        lives.append(live)
+    rows = ROWS[1] - ROWS[0]
+    slope = (lives[1].peak - lives[0].peak) / rows
+    return Call(lives[1].flop / ROWS[1], lives[0].peak - ROWS[0] * slope, slope), (left[1] - left[0]) / rows
 
 
 class _CudaNorms(TorchFunctionMode):
@@ -334,30 +347,27 @@ def count_model(
         if checkpointing:
             checkpoint_gradients(unet, run_again)
         with torch.no_grad():
-            calls = {"forward": count(forward), "decode": count(decode)}
-            image_bytes = decode(1).nbytes
-        saved = []
-        for num_rows in ROWS:
-            with LiveBytes() as live:
-                out = forward(num_rows)
-            saved.append(live.now)
-            del out
+            counted, _ = count(forward)
+            decoded, image_bytes = count(decode)
 
-        def backward(num_rows: int) -> None:
-            forward(num_rows).float().square().mean().backward()
+        def backward(result: list[Tensor]) -> None:
+            result.pop().float().square().mean().backward()
 
-        calls["update"] = calls["cached_update"] = count(backward)
-        split, prefix_flop, kept_row_bytes = SplitUNet(unet, forward), 0.0, 0
+        update, saved_row_bytes = count(forward, backward)
+        split, cached_update, prefix_flop, kept_row_bytes = SplitUNet(unet, forward), update, 0.0, 0
         if split.wanted:
-            prefix_flop = count(lambda num_rows: split.run_prefix(partial(forward, num_rows))).row_flop
-            kept = {num_rows: split.run_prefix(partial(forward, num_rows)) for num_rows in ROWS}
-            kept_row_bytes = sum(stored_bytes(tensor[:1]) for tensor in kept[ROWS[0]])
+            kept: dict[int, list[Tensor]] = {}
+
+            def prefix(num_rows: int) -> None:
+                kept[num_rows] = split.run_prefix(partial(forward, num_rows))
 
             def replay(num_rows: int) -> None:
                 with split.replaying(kept[num_rows]):
-                    backward(num_rows)
+                    backward([forward(num_rows)])
 
-            calls["cached_update"] = count(replay)
+            prefix_flop = count(prefix)[0].row_flop
+            kept_row_bytes = sum(stored_bytes(tensor[:1]) for tensor in kept[ROWS[0]])
+            cached_update, _ = count(replay)
     unet_bytes = sum(p.nbytes for p in unet.parameters())
     live = unet_bytes * LIVE_ELEMENTS / sum(p.numel() for p in unet.parameters())
     persistent = sum(p.nbytes for p in unet.parameters() if p.numel() <= PERSISTENT_ELEMENTS)
@@ -368,9 +378,12 @@ def count_model(
         gathered_bytes=min(unet_bytes, live + persistent),
         num_latents=math.prod(latent_shape),
         embed_bytes=(math.prod(embed_shape) + pooled) * dtype.itemsize,
-        image_bytes=image_bytes,
+        forward=counted,
+        update=update,
+        image_bytes=int(image_bytes),
+        saved_row_bytes=saved_row_bytes,
+        decode=decoded,
         prefix_flop=prefix_flop,
         kept_row_bytes=kept_row_bytes,
-        saved_row_bytes=(saved[1] - saved[0]) / (ROWS[1] - ROWS[0]),
-        **calls,
+        cached_update=cached_update,
     )

@@ -72,7 +72,7 @@ class SplitUNet:
         try:
             with torch.no_grad():
                 self._trace(call)
-                if self.wanted:
+                if self.wanted and not isinstance(next(unet.parameters()), FakeTensor):
                     self._try(call)
         except BaseException:
             self.undo()
@@ -124,8 +124,6 @@ class SplitUNet:
             straight = call(2)
         with self.replaying(kept):
             replayed = call(2)
-        if isinstance(straight, FakeTensor):
-            return
         if not torch.allclose(straight, replayed, rtol=0, atol=0, equal_nan=True):
             raise ValueError("this UNet does more between its blocks than pass on what they return, so it cannot be split")
 

@@ -41,7 +41,7 @@ def scarce(monkeypatch):
     return limit
 
 
-SAME = dict(run__iterations=2, sample__num_samples=8, sample__batch_size=8, train__micro_batch=10, eval__num_samples=2)
+SAME = dict(run__iterations=2, sample__num_samples=8, sample__num_steps=3, sample__batch_size=8, train__micro_batch=10, eval__num_samples=2)
 HALVED = ["sample.batch_size=4", "train.micro_batch=5", "train.micro_batch=2"]
 
 

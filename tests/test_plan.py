@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from counted import count_model
 from diffusers import DDIMScheduler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +18,7 @@ from ddpo_fast import plan as plan_module
 from ddpo_fast import preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.config import OptimizerConfig, parse
-from ddpo_fast.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, architecture, count_model, flop_counter
+from ddpo_fast.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, architecture, flop_counter
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.gpus import GPUS, parse_devices
 from ddpo_fast.optimizer import make_optimizer
@@ -58,9 +59,20 @@ COUNTS = ModelCounts(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def each_model_once(monkeypatch):
+    monkeypatch.setattr(plan_module, "count_model", count_model)
+
+
 @pytest.fixture(scope="module")
 def sd15():
     return count_model(architecture(SD15), torch.float32, ATTENTION, on_gpu=False, fused=False)
+
+
+@pytest.fixture(scope="module")
+def sd15_saving():
+    """With shared guidance, which changes the forward, and gradient checkpointing, which does not."""
+    return count_model(architecture(SD15), torch.float32, ATTENTION, on_gpu=False, fused=False, shared=True, checkpointing=True)
 
 
 def real(tiny_model, dtype: str, scope: str, merged: bool = False) -> Policy:
@@ -291,7 +303,7 @@ def test_the_cache_by_hand():
     assert memory_mib(COUNTS, dataclasses.replace(work, held=(160, 0)), 1)["update"] == 8 + 32 * 12 + 32 * 0.5
 
 
-def test_gradient_checkpointing_is_counted_as_it_runs(tiny_model, sd15):
+def test_gradient_checkpointing_is_counted_as_it_runs(tiny_model, sd15, sd15_saving):
     """The peak of a real call and of the counted one; of SD 1.5 a row saves its blocks' inputs, and most of the forward is run twice."""
     policy = real(tiny_model, "fp32", "all")
     policy.checkpoint_gradients()
@@ -303,9 +315,8 @@ def test_gradient_checkpointing_is_counted_as_it_runs(tiny_model, sd15):
         predict_noise(policy, rows).square().mean().backward()
     assert counts.update.fixed_bytes + rows * counts.update.row_bytes == pytest.approx(live.peak, rel=0.05)
     assert rows * counts.update.row_flop == pytest.approx(flops.get_total_flops(), rel=1e-3)
-    checkpointed = count_model(architecture(SD15), torch.float32, ATTENTION, on_gpu=False, fused=False, checkpointing=True)
-    assert checkpointed.saved_row_bytes < 0.2 * sd15.saved_row_bytes and checkpointed.update.row_bytes < 0.3 * sd15.update.row_bytes
-    again = (checkpointed.update.row_flop - sd15.update.row_flop) / sd15.forward.row_flop
+    assert sd15_saving.saved_row_bytes < 0.2 * sd15.saved_row_bytes and sd15_saving.update.row_bytes < 0.3 * sd15.update.row_bytes
+    again = (sd15_saving.update.row_flop - sd15.update.row_flop) / sd15.forward.row_flop
     assert 0.7 < again <= 1
 
 
@@ -365,10 +376,9 @@ def test_sd15_with_and_without_the_cache(scope, prefix, update, cached, kept):
     assert counts.kept_row_bytes / 1e6 == pytest.approx(kept, abs=0.05)
 
 
-def test_what_shared_guidance_saves_of_sd15(sd15):
+def test_what_shared_guidance_saves_of_sd15(sd15, sd15_saving):
     """Half of conv_in, the first residual block, and of the first transformer up to its cross-attention: 2.5 % of every forward."""
-    shared = count_model(architecture(SD15), torch.float32, ATTENTION, on_gpu=False, fused=False, shared=True)
-    assert 1 - shared.forward.row_flop / sd15.forward.row_flop == pytest.approx(0.025, abs=0.003)
+    assert 1 - sd15_saving.forward.row_flop / sd15.forward.row_flop == pytest.approx(0.025, abs=0.003)
 
 
 def test_memory_of_score_accumulation_by_hand():

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import bounds
 import pytest
 import torch
+from counted import count_model
 from test_model_rewards import aesthetic, bert, no_network, vlm  # noqa: F401
 from test_sdxl import make_sdxl
 from torch import nn
@@ -131,16 +132,8 @@ def test_numbers_are_those_of_the_paper():
 @pytest.fixture(scope="module")
 def counted():
     """Each model is counted once for all recipes that train the same of it."""
-    found, count_model = {}, plan.count_model
-
-    def count_once(arch, dtype, lora, **kwargs):
-        key = repr((arch, dtype, lora, kwargs))
-        if key not in found:
-            found[key] = count_model(arch, dtype, lora, **kwargs)
-        return found[key]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "count_model", count_once)
+        patch.setattr(plan, "count_model", count_model)
         yield
 
 

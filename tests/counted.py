@@ -1,0 +1,12 @@
+"""Each model is counted once for all tests that ask for the same of it: a count of Stable Diffusion 1.5 takes as long as ten runs."""
+
+from ddpo_fast import counts
+
+_found: dict[str, counts.ModelCounts] = {}
+
+
+def count_model(arch, dtype, lora, **options) -> counts.ModelCounts:
+    key = repr((arch, dtype, lora.scope, lora.targets, lora.rank, lora.alpha, sorted(options.items())))
+    if key not in _found:
+        _found[key] = counts.count_model(arch, dtype, lora, **options)
+    return _found[key]
