@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,6 +137,8 @@ class MetricsWriter:
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def _open_tensorboard(self, **options) -> SummaryWriter:
+        if threading.excepthook is threading.__excepthook__:
+            threading.excepthook = _say_what_nobody_else_does
         return SummaryWriter(self.path.with_name("tensorboard"), **options)
 
     def _tell_tensorboard(self, what: Callable[[SummaryWriter], object], iteration: int) -> None:
@@ -184,6 +187,12 @@ class MetricsWriter:
             except Exception as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 raise ValueError(f"run.trackers={self.trackers}: {tracker} cannot begin ({reason}); valid are those that can") from error
+
+
+def _say_what_nobody_else_does(fault: threading.ExceptHookArgs) -> None:
+    """`threading.excepthook`: a disk that fails TensorBoard's thread is said by the next call of its writer, in one line."""
+    if not (isinstance(fault.exc_value, OSError) and type(fault.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(fault)
 
 
 def read_metrics(run_dir: Path) -> list[dict]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from runs import deepspeed
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 from test_launch import options as launch_options  # noqa: F401
 from test_train import options, rewards_file, weights  # noqa: F401
 
@@ -16,7 +17,7 @@ from ddpo_fast import files, preparation, run_directory
 from ddpo_fast import train as trainer
 from ddpo_fast.checkpoint import list_checkpoints
 from ddpo_fast.claim import Claim
-from ddpo_fast.metrics import read_metrics
+from ddpo_fast.metrics import MetricsWriter, read_metrics
 
 SMALL = {"sample__num_samples": 4, "sample__num_steps": 2, "eval__num_samples": 2, "run__iterations": 1, "run__trackers": "[]"}
 
@@ -61,6 +62,30 @@ def test_the_end_says_what_could_not_be_written_and_resume_writes_it(options, di
     trainer.main([f"--run.dir={folder}", "--resume"])
     assert f"weights: {folder / 'lora'}" in capsys.readouterr().out and [row["iteration"] for row in read_metrics(folder)] == [0, 1]
     assert any((tensor != 0).any() for name, tensor in weights(folder).items() if "lora_B" in name) and (folder / "best").exists()
+
+
+def test_tensorboards_thread_fails_in_one_line(tmp_path, caplog, capsys, monkeypatch):
+    """What another thread raises is said as ever."""
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Claim() as claim:
+        claim.take(tmp_path, new=False)
+        writer = MetricsWriter(tmp_path, claim, -1, ["tensorboard"], {})
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalFileSystem, "append", full)
+            patch.setattr(LocalFileSystem, "write", full)
+            writer.write({"iteration": 0, "reward_mean": 1.0})
+        writer.write({"iteration": 1, "reward_mean": 2.0})
+        writer.close()
+    assert caplog.messages == ["TensorBoard's file of iteration 0 could not be written (No space left on device); the run goes on"]
+    assert capsys.readouterr().err == ""
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_stop_whose_checkpoint_cannot_be_written_says_so(options, disk, tmp_path, capsys, monkeypatch):  # noqa: F811
