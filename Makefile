@@ -19,7 +19,7 @@ HAS_PYTHON := $(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or
 DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export DS_ACCELERATOR
 
-.PHONY: demo test test-oldest test-newest test-slow test-cpus lint bench bench-kernels bench-reward bench-algorithms headline kernel-table gpu wheels has-gpu clean
+.PHONY: demo test test-oldest test-newest test-slow test-cpus same lint bench bench-kernels bench-reward bench-algorithms headline kernel-table gpu wheels has-gpu clean
 
 demo: .venv/installed  ## reinforcement learning on the embedded model: the reward rises, pictures before and after
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed ddpo_fast/train.py
@@ -35,6 +35,9 @@ test-slow: .venv/installed  ## the tests that `test` leaves out: 20 minutes on a
 
 test-cpus: .venv/installed  ## the tests that compare rounded numbers, under each instruction set of this CPU: 15 minutes
 	$(BIN)/python tests/cpus.py
+
+same: .venv/installed  ## ten short runs here and at the commit REF, compared bit for bit: make same REF=main
+	$(BIN)/python tests/same.py "$(REF)"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
