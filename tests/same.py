@@ -87,8 +87,6 @@ def make_runs(folder: Path, side: str, root: Path) -> None:
 
 def install(ref: str, folder: Path) -> Path:
     """REF's packages alone, for the Python that runs this."""
-    if subprocess.run(["git", "rev-parse", "--quiet", "--verify", f"{ref}^{{commit}}"], cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
-        sys.exit(f"error: REF={ref}: valid is a commit, branch or tag of this repository")
     tree, installed = folder / "tree", folder / "installed"
     tree.mkdir()
     archive = subprocess.run(["git", "archive", ref], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
@@ -119,6 +117,8 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 
 def compare(ref: str, folder: Path) -> int:
+    if subprocess.run(["git", "rev-parse", "--quiet", "--verify", f"{ref}^{{commit}}"], cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(f"error: REF={ref}: valid is a commit, branch or tag of this repository")
     from conftest import make_pipeline
     from test_sdxl import make_sdxl
 
