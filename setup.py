@@ -14,7 +14,7 @@ setuptools.setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11,<3.14",
-    packages=["ddpo_fast", "ddpo_fast.kernels", "ddpo_fast.rewards", "ddpo_fast.embedded"],
+    packages=["ddpo_fast.kernels", *setuptools.find_packages(include=["ddpo_fast", "ddpo_fast.*"])],
     package_dir={"ddpo_fast.kernels": "kernels"},  # a top-level `kernels` is another project's name
     package_data={"ddpo_fast": ["prompt_sets/*"], "ddpo_fast.embedded": ["**/*"]},
     install_requires=[  # lower bounds: what requirements-oldest.txt has, and `make test-oldest` runs
@@ -42,7 +42,7 @@ setuptools.setup(
         "pyyaml>=6.0.2",
         "urllib3>=2.3",
     ],
-    entry_points={"console_scripts": ["ddpo-fast-sample = ddpo_fast.sample:main"]},
+    entry_points={"console_scripts": ["ddpo-fast = ddpo_fast.__main__:main"]},
     extras_require={
         "build": ["cairosvg"],
         "trackers": ["wandb", "trackio"],

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from bench import ROOT, rows
 from bench.reward import COLORS, NEVER, Run, Setting, interval
-from ddpo_fast.metrics import read_metrics
+from ddpo_fast.records.metrics import read_metrics
 
 HELDOUT = (
     "elephant giraffe penguin owl panda snail octopus crocodile lobster hippopotamus crab leopard "

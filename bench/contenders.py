@@ -28,16 +28,16 @@ from torch import Tensor, nn
 
 from bench.textbook import TextbookLoop, Trajectories
 from ddpo_fast import train as trainer
-from ddpo_fast.advantages import make_baseline
-from ddpo_fast.config import parse
-from ddpo_fast.counts import flop_counter
+from ddpo_fast.config.options import parse
 from ddpo_fast.ddim import DDIMSchedule
-from ddpo_fast.fused_unet import unfuse
 from ddpo_fast.memory import free_mib
-from ddpo_fast.metrics import StageTimer
-from ddpo_fast.plan import Work, count_run, memory_mib, phases_mib, with_cache
+from ddpo_fast.networks.fused_unet import unfuse
+from ddpo_fast.planning.counts import flop_counter
+from ddpo_fast.planning.plan import Work, count_run, memory_mib, phases_mib, with_cache
 from ddpo_fast.prompts import draw_prompts
+from ddpo_fast.records.metrics import StageTimer
 from ddpo_fast.rollout import Rollout
+from ddpo_fast.updates.advantages import make_baseline
 
 STAGES = ("encode", "denoise", "decode", "reward", "update", "optimizer")
 """Of an iteration. A contender's remaining time, the total less these, is its bookkeeping."""

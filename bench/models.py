@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, Sta
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from bench import ROOT
-from ddpo_fast.counts import ARCHITECTURES
 from ddpo_fast.files import new_folder
+from ddpo_fast.planning.counts import ARCHITECTURES
 
 EMBEDDED = ROOT / "ddpo_fast" / "embedded" / "model"
 SD15 = ARCHITECTURES["stable-diffusion-v1-5/stable-diffusion-v1-5"]

@@ -26,18 +26,18 @@ from torch import Tensor
 
 from bench import ROOT
 from bench.harness import RANK_VARIABLES, free_port
-from ddpo_fast import checkpoint
 from ddpo_fast import train as trainer
-from ddpo_fast.config import Config, parse_or_exit, user_error
+from ddpo_fast.config.options import Config, parse_or_exit, user_error
 from ddpo_fast.ddim import DDIMSchedule
-from ddpo_fast.engine import Engine
+from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.files import write_text
 from ddpo_fast.gpus import GPUS
-from ddpo_fast.metrics import StageTimer, read_metrics
-from ddpo_fast.plan import Costs, Work, iteration_terms, scaling, scaling_text
-from ddpo_fast.report import write_report
-from ddpo_fast.rewards import score_or_nan
+from ddpo_fast.planning.plan import Costs, Work, iteration_terms, scaling, scaling_text
+from ddpo_fast.records import checkpoint
+from ddpo_fast.records.metrics import StageTimer, read_metrics
+from ddpo_fast.records.report import write_report
 from ddpo_fast.rollout import Rollout, generate
+from ddpo_fast.scoring.scorer import score_or_nan
 
 NUM_STEPS = 4
 """Denoising steps of a calibration: enough that drawing the first noise hardly counts."""

@@ -34,10 +34,10 @@ from scipy import stats
 from tqdm import tqdm
 
 from bench import ROOT, harness, rows
-from ddpo_fast.checkpoint import list_checkpoints
-from ddpo_fast.config import Config, parse
+from ddpo_fast.config.options import Config, parse
 from ddpo_fast.files import write_text
-from ddpo_fast.metrics import read_metrics
+from ddpo_fast.records.checkpoint import list_checkpoints
+from ddpo_fast.records.metrics import read_metrics
 
 NEVER = 1 << 30
 """An interval of evaluations that leaves only those before the first and after the last iteration."""

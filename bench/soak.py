@@ -21,7 +21,7 @@ import psutil
 
 from bench import ROOT
 from bench.models import random_pipeline
-from ddpo_fast.metrics import read_metrics
+from ddpo_fast.records.metrics import read_metrics
 
 MOST_KIB = 64
 HANG_S, TIMEOUT_S = 3.0, 1.0

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddpo_fast.files import new_folder
-from ddpo_fast.gradient_checkpointing import checkpoint_gradients
-from ddpo_fast.lora import set_trainable
 from ddpo_fast.memory import num_kept_prompts
-from ddpo_fast.merged_lora import merge
-from ddpo_fast.pipelines import StableDiffusionXLPipeline, find_model, open_pipeline
-from ddpo_fast.shared_guidance import SharedGuidance
+from ddpo_fast.networks.gradient_checkpointing import checkpoint_gradients
+from ddpo_fast.networks.lora import set_trainable
+from ddpo_fast.networks.merged_lora import merge
+from ddpo_fast.networks.shared_guidance import SharedGuidance
+from ddpo_fast.pipelines.folders import StableDiffusionXLPipeline, find_model, open_pipeline
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -1,6 +1,6 @@
 """Pictures of your prompts before and after a run.
 
-ddpo-fast-sample RUN_DIR "a prompt" ... [--seed 0 1 2] [--output FOLDER]     or python -m ddpo_fast.sample ...
+ddpo-fast sample RUN_DIR "a prompt" ... [--seed 0 1 2] [--output FOLDER]
 """
 
 import argparse
@@ -13,14 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpo_fast import kernels
-from ddpo_fast.config import Config, parse, user_error
+from ddpo_fast.config.options import Config, parse, user_error
 from ddpo_fast.ddim import DDIMSchedule
-from ddpo_fast.fused_unet import fuse
-from ddpo_fast.initial_lora import start_from
-from ddpo_fast.lora import merges
-from ddpo_fast.metrics import picture_grid
+from ddpo_fast.networks.fused_unet import fuse
+from ddpo_fast.networks.initial_lora import start_from
+from ddpo_fast.networks.lora import merges
 from ddpo_fast.places import typed_path
 from ddpo_fast.policy import Policy
+from ddpo_fast.records.metrics import picture_grid
 from ddpo_fast.rollout import EVAL_SAMPLE_ID, generate
 from ddpo_fast.terminal import steady_streams
 
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs a command line. A mistake is one line on standard error and exit code 2."""
     if argv is None:
         steady_streams()
-    parser = argparse.ArgumentParser(prog="ddpo-fast-sample", description="Pictures of your prompts before and after a run.")
+    parser = argparse.ArgumentParser(prog="ddpo-fast sample", description="Pictures of your prompts before and after a run.")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT")

@@ -17,8 +17,8 @@ if __name__ == "__main__":
     if not all(spec and Path(spec.origin).resolve().is_relative_to(root) for spec in found):
         print(f"error: this Python has not installed ddpo_fast from this folder: pip install -e {root}", file=sys.stderr)
         sys.exit(2)
-    from ddpo_fast.config import parse_or_exit
-    from ddpo_fast.preemption import die_with_launcher
+    from ddpo_fast.config.options import parse_or_exit
+    from ddpo_fast.distributed.preemption import die_with_launcher
     from ddpo_fast.terminal import steady_streams
 
     steady_streams()
@@ -37,22 +37,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpo_fast import checkpoint
-from ddpo_fast.activation_cache import NO_CACHE, Cache
-from ddpo_fast.advantages import PromptBaseline, make_baseline
+from ddpo_fast.assemble import make_cache, make_engine, prepare
 from ddpo_fast.claim import Claim
-from ddpo_fast.config import Config, parse_or_exit, user_error
-from ddpo_fast.engine import Engine, WrongCheckpoint, all_gather, all_reduce, any_rank, gather, is_lost_rank
-from ddpo_fast.losses import UpdateStatistics, kl_loss
-from ddpo_fast.metrics import MetricsWriter, StageTimer, diversity, image_grid, peak_memory_mib, save_grid
-from ddpo_fast.plan import make_plan, plan_text
+from ddpo_fast.config.options import Config, parse_or_exit, user_error
+from ddpo_fast.distributed.engine import Engine, WrongCheckpoint, all_gather, all_reduce, any_rank, gather, is_lost_rank
+from ddpo_fast.distributed.preemption import StopRequest
+from ddpo_fast.planning.plan import make_plan, plan_text
 from ddpo_fast.policy import Policy
-from ddpo_fast.preemption import StopRequest
-from ddpo_fast.preparation import Setup, make_cache, make_engine, prepare
 from ddpo_fast.prompts import Prompts, draw_prompts
-from ddpo_fast.rewards import Scorer, last_failure
-from ddpo_fast.rollout import EVAL_SAMPLE_ID, HELDOUT_SAMPLE_ID, MicroBatch, Pairs, Rollout, generate, micro_batches, passes
-from ddpo_fast.run_directory import (
+from ddpo_fast.records import checkpoint
+from ddpo_fast.records.metrics import MetricsWriter, StageTimer, diversity, image_grid, peak_memory_mib, save_grid
+from ddpo_fast.records.run_directory import (
     METRICS,
     CannotBegin,
     NotSaved,
@@ -64,9 +59,16 @@ from ddpo_fast.run_directory import (
     publish,
     save,
 )  # fmt: skip
-from ddpo_fast.rwr import denoising_loss, reward_weights
-from ddpo_fast.score_accumulation import ScoreAccumulator
+from ddpo_fast.rollout import EVAL_SAMPLE_ID, HELDOUT_SAMPLE_ID, Rollout, generate
+from ddpo_fast.run import Setup
+from ddpo_fast.scoring.scorer import Scorer, last_failure
 from ddpo_fast.terminal import steady_streams
+from ddpo_fast.updates.activation_cache import NO_CACHE, Cache
+from ddpo_fast.updates.advantages import PromptBaseline, make_baseline
+from ddpo_fast.updates.losses import UpdateStatistics, kl_loss
+from ddpo_fast.updates.rwr import denoising_loss, reward_weights
+from ddpo_fast.updates.score_accumulation import ScoreAccumulator
+from ddpo_fast.updates.transitions import MicroBatch, Pairs, micro_batches, passes
 
 logger = logging.getLogger("ddpo_fast")
 

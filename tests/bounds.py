@@ -35,7 +35,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 
-from ddpo_fast.config import Config, parse
+from ddpo_fast.config.options import Config, parse
 from ddpo_fast.ddim import DDIMSchedule
 
 SIGMAS = 5

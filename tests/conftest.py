@@ -18,7 +18,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from runs import Ranks
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ddpo_fast import config, report, run_directory
+from ddpo_fast.config import options as config
+from ddpo_fast.records import report, run_directory
 
 SD_BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 

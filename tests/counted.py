@@ -1,6 +1,6 @@
 """Each model is counted once for all tests that ask for the same of it: a count of Stable Diffusion 1.5 takes as long as ten runs."""
 
-from ddpo_fast import counts
+from ddpo_fast.planning import counts
 
 _found: dict[str, counts.ModelCounts] = {}
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpo_fast import activation_cache, run_directory
 from ddpo_fast import train as trainer
 from ddpo_fast.kernels import reference
+from ddpo_fast.records import run_directory
+from ddpo_fast.updates import activation_cache
 
 
 @contextlib.contextmanager

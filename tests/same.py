@@ -51,7 +51,7 @@ def command_lines(folder: Path, side: str, name: str) -> list[list[str]]:
 
 def as_known(argv: list[str]) -> list[str]:
     """The command line with former names of options, where this side's trainer knows no other."""
-    from ddpo_fast.config import parse
+    from ddpo_fast.config.options import parse
 
     known = []
     for argument in argv:

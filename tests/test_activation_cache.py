@@ -20,17 +20,18 @@ from conftest import make_pipeline
 from test_train import run, untimed, weights
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ddpo_fast import activation_cache, memory
+from ddpo_fast import memory
 from ddpo_fast import train as trainer
-from ddpo_fast.activation_cache import DEVICE, HOST, ActivationCache, budgets_mib
-from ddpo_fast.checkpoint import list_checkpoints
-from ddpo_fast.config import parse
-from ddpo_fast.counts import MIB, flop_counter
-from ddpo_fast.engine import Engine
+from ddpo_fast.config.options import parse
+from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.kernels import reference
-from ddpo_fast.metrics import read_metrics
+from ddpo_fast.planning.counts import MIB, flop_counter
 from ddpo_fast.policy import Policy
-from ddpo_fast.rollout import micro_batches
+from ddpo_fast.records.checkpoint import list_checkpoints
+from ddpo_fast.records.metrics import read_metrics
+from ddpo_fast.updates import activation_cache
+from ddpo_fast.updates.activation_cache import DEVICE, HOST, ActivationCache, budgets_mib
+from ddpo_fast.updates.transitions import micro_batches
 
 REWARD = """
 def redness(images, prompts):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_fast.advantages import PromptBaseline
+from ddpo_fast.updates.advantages import PromptBaseline
 
 
 def advantages_of(rewards, baseline_mean, baseline_std) -> torch.Tensor:

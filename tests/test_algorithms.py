@@ -15,18 +15,18 @@ from ranks import sgd
 from runs import BY_PROMPT
 from test_train import options, relative_error, rewards_file, run, untimed, weights  # noqa: F401
 
-from ddpo_fast import preparation
+from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
-from ddpo_fast.advantages import PromptBaseline, make_baseline
-from ddpo_fast.config import CacheConfig, parse
+from ddpo_fast.config.options import CacheConfig, parse
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.kernels.reference import normal_noise
-from ddpo_fast.losses import kl_loss
-from ddpo_fast.metrics import StageTimer, read_metrics
-from ddpo_fast.plan import Work, iteration_flop, with_cache
+from ddpo_fast.planning.plan import Work, iteration_flop, with_cache
 from ddpo_fast.policy import Policy
+from ddpo_fast.records.metrics import StageTimer, read_metrics
 from ddpo_fast.rollout import Rollout
-from ddpo_fast.rwr import FIRST_NOISE_STEP, NoisingSchedule, denoising_loss, reward_weights
+from ddpo_fast.updates.advantages import PromptBaseline, make_baseline
+from ddpo_fast.updates.losses import kl_loss
+from ddpo_fast.updates.rwr import FIRST_NOISE_STEP, NoisingSchedule, denoising_loss, reward_weights
 
 
 def changed_weights(run_dir) -> bool:

@@ -11,8 +11,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 from test_train import options, rewards_file, run, untimed, weights  # noqa: F401
 
-from ddpo_fast import attention_backends, preparation
-from ddpo_fast.attention_backends import (
+from ddpo_fast import assemble as preparation
+from ddpo_fast.config.options import parse
+from ddpo_fast.networks import attention_backends
+from ddpo_fast.networks.attention_backends import (
     ON_CPU,
     PACKAGES,
     DispatchedAttention,
@@ -23,9 +25,8 @@ from ddpo_fast.attention_backends import (
     resolve,
     set_attention,
 )
-from ddpo_fast.config import parse
-from ddpo_fast.metrics import read_metrics
 from ddpo_fast.policy import Policy
+from ddpo_fast.records.metrics import read_metrics
 
 CPU = torch.device("cpu")
 SHAPES = Counter({(16, 16, 2, 8): 3, (16, 5, 2, 8): 1})

@@ -12,8 +12,8 @@ import pytest
 
 from bench import harness, reward, rows
 from ddpo_fast import train as trainer
-from ddpo_fast.config import parse
-from ddpo_fast.metrics import read_metrics
+from ddpo_fast.config.options import parse
+from ddpo_fast.records.metrics import read_metrics
 
 REWARDS = "def redness(images, prompts):\n    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))\n"
 

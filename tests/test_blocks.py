@@ -14,11 +14,11 @@ from peft import LoraConfig
 from test_kernels import torch_warns_of_itself
 from torch import nn
 
-from ddpo_fast.fused_unet import fuse, unfuse
 from ddpo_fast.kernels import geglu as geglu_module
 from ddpo_fast.kernels import group_norm_silu as group_norm_module
 from ddpo_fast.kernels import reference, select
 from ddpo_fast.kernels.launch import interpreted, record_launches
+from ddpo_fast.networks.fused_unet import fuse, unfuse
 
 geglu, group_norm_silu = geglu_module.geglu, group_norm_module.group_norm_silu
 DEVICE = torch.device("cpu" if interpreted() else "cuda")

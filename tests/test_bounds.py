@@ -11,10 +11,10 @@ from test_train import options, rewards_file, run  # noqa: F401
 
 import ddpo_fast.embedded
 from ddpo_fast import train as trainer
-from ddpo_fast.config import parse
-from ddpo_fast.losses import scaled_clip_range
-from ddpo_fast.metrics import read_metrics
+from ddpo_fast.config.options import parse
 from ddpo_fast.policy import Policy
+from ddpo_fast.records.metrics import read_metrics
+from ddpo_fast.updates.losses import scaled_clip_range
 
 pytestmark = pytest.mark.rounding
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddpo_fast import config as config_module
-from ddpo_fast import preparation
+from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
-from ddpo_fast.config import Config, parse, parse_or_exit
+from ddpo_fast.config import options as config_module
+from ddpo_fast.config.options import Config, parse, parse_or_exit
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

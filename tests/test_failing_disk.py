@@ -13,11 +13,13 @@ from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 from test_launch import options as launch_options  # noqa: F401
 from test_train import options, rewards_file, weights  # noqa: F401
 
-from ddpo_fast import files, preparation, run_directory
+from ddpo_fast import assemble as preparation
+from ddpo_fast import files
 from ddpo_fast import train as trainer
-from ddpo_fast.checkpoint import list_checkpoints
 from ddpo_fast.claim import Claim
-from ddpo_fast.metrics import MetricsWriter, read_metrics
+from ddpo_fast.records import run_directory
+from ddpo_fast.records.checkpoint import list_checkpoints
+from ddpo_fast.records.metrics import MetricsWriter, read_metrics
 
 SMALL = {"sample__num_samples": 4, "sample__num_steps": 2, "eval__num_samples": 2, "run__iterations": 1, "run__trackers": "[]"}
 
@@ -53,7 +55,7 @@ def test_the_end_says_what_could_not_be_written_and_resume_writes_it(options, di
         f"--run.dir={folder} --resume continues from iteration 0"
     )
     assert out.splitlines()[-2:] == [
-        f"report: could not be written ({os.strerror(number)}); python -m ddpo_fast.report {folder} writes it",
+        f"report: could not be written ({os.strerror(number)}); ddpo-fast report {folder} writes it",
         f"weights: those of iteration 1 could not be written; those in {folder / 'lora'} are of iteration 0, not trained",
     ]
     assert all((tensor == 0).all() for name, tensor in weights(folder).items() if "lora_B" in name)
@@ -117,8 +119,8 @@ def test_best_weights_that_were_deleted_are_said(options, disk, tmp_path, monkey
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_directory_where_a_run_is_going_on_is_refused_before_a_model_is_loaded(options, tmp_path, capsys, monkeypatch, resume):  # noqa: F811
     monkeypatch.setattr(preparation, "Policy", None)
-    monkeypatch.setattr("ddpo_fast.config._check_resumed", lambda _: None)
-    monkeypatch.setattr("ddpo_fast.config_rules._has_checkpoint", lambda _: resume)
+    monkeypatch.setattr("ddpo_fast.config.options._check_resumed", lambda _: None)
+    monkeypatch.setattr("ddpo_fast.config.rules._has_checkpoint", lambda _: resume)
     with Claim() as claim:
         claim.take(tmp_path / "run", new=False)
         with pytest.raises(SystemExit, match="2"):

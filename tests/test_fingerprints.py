@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from test_places import MOVING, NAMES, began, moved  # noqa: F401
 
 from ddpo_fast import train as trainer
-from ddpo_fast.checkpoint import list_checkpoints, read_state
-from ddpo_fast.fingerprints import _weights, changes, of_model, of_reward
-from ddpo_fast.pipelines import find_model, open_pipeline
+from ddpo_fast.pipelines.folders import find_model, open_pipeline
 from ddpo_fast.policy import Policy
+from ddpo_fast.records.checkpoint import list_checkpoints, read_state
+from ddpo_fast.records.fingerprints import _weights, changes, of_model, of_reward
 
 CPU = torch.device("cpu")
 

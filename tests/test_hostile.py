@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import bomb, copy, finished, pretend  # noqa: F401
 
-from ddpo_fast import preparation
+from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
 
 UNET, TEXT, VAE = "unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"

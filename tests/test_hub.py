@@ -12,10 +12,10 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
-from ddpo_fast import hub
-from ddpo_fast.hub import choose_weights, local_folder
-from ddpo_fast.pipelines import find_model, open_pipeline
-from ddpo_fast.rewards.pretrained import load_model
+from ddpo_fast.pipelines import hub
+from ddpo_fast.pipelines.folders import find_model, open_pipeline
+from ddpo_fast.pipelines.hub import choose_weights, local_folder
+from ddpo_fast.scoring.pretrained import load_model
 
 try:
     import httpx2 as httpx  # what huggingface_hub asks with from version 2 on

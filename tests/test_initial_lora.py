@@ -11,13 +11,14 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from test_train import options, rewards_file, run  # noqa: F401
 
-from ddpo_fast import kohya, sample
+from ddpo_fast import sample
 from ddpo_fast import train as trainer
-from ddpo_fast.config import parse
-from ddpo_fast.initial_lora import start_from
-from ddpo_fast.metrics import read_metrics
+from ddpo_fast.config.options import parse
+from ddpo_fast.networks.initial_lora import start_from
 from ddpo_fast.places import LORA_FILE, is_lora
 from ddpo_fast.policy import Policy
+from ddpo_fast.records import kohya
+from ddpo_fast.records.metrics import read_metrics
 
 CPU, EVERYTHING = torch.device("cpu"), ["attention", "feed_forward", "convolution", "projection"]
 MID_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from ddpo_fast.rewards import RewardError, open_reward
+from ddpo_fast.scoring.scorer import RewardError, open_reward
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -157,7 +157,7 @@ def test_what_a_hanging_function_has_started_is_ended_too(reward, tmp_path):
 def test_the_process_ends_with_a_trainer_that_is_killed(file, last_call):
     program = f"""
 import torch
-from ddpo_fast.rewards import open_reward
+from ddpo_fast.scoring.scorer import open_reward
 reward = open_reward("{file}:reward", {{}}, 100.0, isolate=True)
 print(reward.process.pid, flush=True)
 reward(torch.zeros(1, 3, 8, 8), [{last_call!r}])

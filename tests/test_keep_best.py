@@ -11,8 +11,8 @@ from test_train import options, run, weights  # noqa: F401
 
 from ddpo_fast import sample
 from ddpo_fast import train as trainer
-from ddpo_fast.metrics import read_metrics
 from ddpo_fast.policy import Policy
+from ddpo_fast.records.metrics import read_metrics
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 

@@ -11,8 +11,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ddpo_fast import kohya
 from ddpo_fast.policy import Policy
+from ddpo_fast.records import kohya
 
 RANK, ALPHA = 4, 3.0
 EXPECTED = {  # of the tiny UNet: 16 and 32 channels, 16 wide text embeddings, a 64 wide time embedding

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch.distributed as dist
 
-from ddpo_fast import engine
-from ddpo_fast.launcher import check_launcher
+from ddpo_fast.distributed import engine
+from ddpo_fast.distributed.launcher import check_launcher
 
 RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

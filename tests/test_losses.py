@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpo_fast.kernels.reference import ppo_loss
-from ddpo_fast.losses import UpdateStatistics, scaled_clip_range
+from ddpo_fast.updates.losses import UpdateStatistics, scaled_clip_range
 
 
 def loss_and_gradient(algorithm, log_ratio, advantages, clip_range, old_log_prob=None):

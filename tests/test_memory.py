@@ -10,8 +10,8 @@ import torch
 from test_train import options, rewards_file, run, untimed, weights  # noqa: F401
 
 from ddpo_fast.memory import Room
-from ddpo_fast.metrics import read_metrics
 from ddpo_fast.policy import Policy
+from ddpo_fast.records.metrics import read_metrics
 
 
 @pytest.fixture

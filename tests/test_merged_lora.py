@@ -12,15 +12,15 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 
-from ddpo_fast import merged_lora
 from ddpo_fast import train as trainer
-from ddpo_fast.config import Config, parse
-from ddpo_fast.engine import Engine, init_distributed
-from ddpo_fast.fused_unet import fuse, unfuse
+from ddpo_fast.config.options import Config, parse
+from ddpo_fast.distributed.engine import Engine, init_distributed
 from ddpo_fast.kernels import select
-from ddpo_fast.merged_lora import MergedConv2d, MergedLinear, merge, unmerge
-from ddpo_fast.metrics import read_metrics
+from ddpo_fast.networks import merged_lora
+from ddpo_fast.networks.fused_unet import fuse, unfuse
+from ddpo_fast.networks.merged_lora import MergedConv2d, MergedLinear, merge, unmerge
 from ddpo_fast.policy import Policy
+from ddpo_fast.records.metrics import read_metrics
 
 CPU = torch.device("cpu")
 LAYERS = {

@@ -14,11 +14,11 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditio
 from test_report import make_run
 from test_train import options, rewards_file, run  # noqa: F401
 
-from ddpo_fast import push
 from ddpo_fast import train as trainer
-from ddpo_fast.config import parse
-from ddpo_fast.model_card import card, write_card
-from ddpo_fast.report import read_run
+from ddpo_fast.config.options import parse
+from ddpo_fast.records import push
+from ddpo_fast.records.model_card import card, write_card
+from ddpo_fast.records.report import read_run
 
 WHOLE = {
     "lora": {"scope": "all", "targets": ["attention"], "rank": 4, "alpha": 4.0}, "reward": {"name": "/secret/folder/mine.py:redness"},
@@ -155,7 +155,7 @@ def test_push_is_one_commit_without_local_paths_in_the_card(tmp_path, monkeypatc
     with files["README.md"].as_file() as content:
         text = content.read().decode()
     assert 'pipe.load_lora_weights("me/lora")' in text and "/secret" not in text and str(tmp_path) not in text
-    assert "hf download me/lora --local-dir lora`, then `python -m ddpo_fast.kohya lora`" in text
+    assert "hf download me/lora --local-dir lora`, then `ddpo-fast kohya lora`" in text
     with files["config.yaml"].as_file() as content:
         config = yaml.safe_load(content)
     assert "/secret" not in str(config) and config["model"]["path"] == "my_model" and config["reward"]["name"] == "mine.py:redness"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from ddpo_fast import model_parts
-from ddpo_fast.pipelines import find_model, open_pipeline
+from ddpo_fast.pipelines import model_parts
+from ddpo_fast.pipelines.folders import find_model, open_pipeline
 
 OPTION = "model.path=m"
 BAD = (None, -1, "x", [3, 5], {}, 1.5)

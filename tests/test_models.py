@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from test_sdxl import make_sdxl
 
 from ddpo_fast import train as trainer
-from ddpo_fast.config import parse
-from ddpo_fast.counts import architecture
+from ddpo_fast.config.options import parse
 from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.kernels.reference import normal_noise
-from ddpo_fast.metrics import StageTimer, read_metrics
-from ddpo_fast.pipelines import find_model, open_pipeline
+from ddpo_fast.pipelines.folders import find_model, open_pipeline
+from ddpo_fast.planning.counts import architecture
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import Prompts
+from ddpo_fast.records.metrics import StageTimer, read_metrics
 
 CPU = torch.device("cpu")
 EPS = torch.finfo(torch.float32).eps
@@ -198,7 +198,7 @@ def test_the_plan_of_a_single_file_counts_its_configs(single_files, tmp_path, ca
         seen.append(arch)
         raise ValueError("counted")
 
-    monkeypatch.setattr("ddpo_fast.plan.count_model", count)
+    monkeypatch.setattr("ddpo_fast.planning.plan.count_model", count)
     assert error_of([*options(tmp_path, file, model__config=configs), "--plan=H200"], capsys) == "error: counted\n"
     assert seen == [architecture(str(path))] and "text_encoder_2" in seen[0]
 

@@ -11,9 +11,9 @@ from test_config import OPTIONS
 from test_train import options, rewards_file, run, untimed  # noqa: F401
 
 from ddpo_fast import train as trainer
-from ddpo_fast.config import parse
-from ddpo_fast.metrics import read_metrics
+from ddpo_fast.config.options import parse
 from ddpo_fast.places import PLACES, located, located_kwargs, may_be_same, typed_path
+from ddpo_fast.records.metrics import read_metrics
 
 NO_PLACES = {"lora.scope", "model.variant", "run.plan"}
 """The other options that are any text."""

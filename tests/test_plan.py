@@ -14,15 +14,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import predict
-from ddpo_fast import plan as plan_module
-from ddpo_fast import preparation
+from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
-from ddpo_fast.config import OptimizerConfig, parse
-from ddpo_fast.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, architecture, flop_counter
+from ddpo_fast.config.options import OptimizerConfig, parse
 from ddpo_fast.ddim import DDIMSchedule
+from ddpo_fast.distributed.optimizer import make_optimizer
 from ddpo_fast.gpus import GPUS, parse_devices
-from ddpo_fast.optimizer import make_optimizer
-from ddpo_fast.plan import (
+from ddpo_fast.planning import plan as plan_module
+from ddpo_fast.planning.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, architecture, flop_counter
+from ddpo_fast.planning.plan import (
     Costs,
     Work,
     advise,

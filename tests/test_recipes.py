@@ -22,11 +22,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from ddpo_fast import plan, preparation
+from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
-from ddpo_fast.config import Config, parse
-from ddpo_fast.metrics import read_metrics
+from ddpo_fast.config.options import Config, parse
+from ddpo_fast.planning import plan
 from ddpo_fast.prompts import load_prompts
+from ddpo_fast.records.metrics import read_metrics
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

@@ -18,12 +18,13 @@ import pytest
 import torch
 import urllib3
 
-from ddpo_fast.rewards import RewardError, open_reward, remote, score_or_nan
 from ddpo_fast.rewards.jpeg import jpeg_compressibility
-from ddpo_fast.rewards.pixels import MAX_PIXELS, decode_png, encode_png
-from ddpo_fast.rewards.remote import MAX_ANSWER_BYTES, TOKEN_VARIABLE
-from ddpo_fast.rewards.server import MAX_REQUEST_BYTES, RewardServer
-from ddpo_fast.rewards.threaded import ThreadedReward
+from ddpo_fast.scoring import remote
+from ddpo_fast.scoring.pixels import MAX_PIXELS, decode_png, encode_png
+from ddpo_fast.scoring.remote import MAX_ANSWER_BYTES, TOKEN_VARIABLE
+from ddpo_fast.scoring.scorer import RewardError, open_reward, score_or_nan
+from ddpo_fast.scoring.server import MAX_REQUEST_BYTES, RewardServer
+from ddpo_fast.scoring.threaded import ThreadedReward
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = torch.rand(3, 3, 16, 24, generator=torch.Generator().manual_seed(0))
@@ -111,7 +112,7 @@ GOOD = http('{"rewards": [1, 2.5, null]}')
 
 def test_the_server_program_scores_as_the_function_does(monkeypatch):
     """As users run it: its own process, a token from the environment."""
-    command = [sys.executable, "-m", "ddpo_fast.rewards.server", "--reward.name=jpeg_compressibility", "--port=0"]
+    command = [sys.executable, "-m", "ddpo_fast.scoring.server", "--reward.name=jpeg_compressibility", "--port=0"]
     environment = os.environ | {TOKEN_VARIABLE: TOKEN}
     server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -160,7 +161,7 @@ def test_a_server_is_one_of_a_weighted_sum():
     ],
 )
 def test_a_wrong_option_of_the_server_is_one_line(arguments, message, capsys):
-    from ddpo_fast.rewards.server import main
+    from ddpo_fast.scoring.server import main
 
     with pytest.raises(SystemExit, match="2"):
         main(arguments.split())

@@ -14,8 +14,8 @@ import torch
 import yaml
 from PIL import Image
 
-from ddpo_fast import report
-from ddpo_fast.metrics import diversity, image_grid, save_grid
+from ddpo_fast.records import report
+from ddpo_fast.records.metrics import diversity, image_grid, save_grid
 
 NULLS = (
     "iteration samples reward_mean reward_std eval_reward_mean eval_reward_std eval_samples eval_diversity ratio_error clip_fraction "

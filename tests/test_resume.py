@@ -19,8 +19,8 @@ from test_launch import options as launch_options  # noqa: F401
 from test_train import options, rewards_file, run, untimed, weights  # noqa: F401
 
 from ddpo_fast import train as trainer
-from ddpo_fast.checkpoint import find_fault, list_checkpoints
-from ddpo_fast.metrics import read_metrics
+from ddpo_fast.records.checkpoint import find_fault, list_checkpoints
+from ddpo_fast.records.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpo_fast.preemption import StopRequest
-from ddpo_fast.rewards import RewardError, open_reward
-from ddpo_fast.rewards.threaded import ThreadedReward
+from ddpo_fast.distributed.preemption import StopRequest
+from ddpo_fast.scoring.scorer import RewardError, open_reward
+from ddpo_fast.scoring.threaded import ThreadedReward
 
 IMAGES, PROMPTS = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), ["a", "b", "c"]
 EXPECTED = IMAGES[:, 0].mean((1, 2)).double().tolist()

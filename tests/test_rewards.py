@@ -20,10 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo_fast.rewards import RewardError, Scorer, score_or_nan
-from ddpo_fast.rewards.function import REWARDS, load_reward
 from ddpo_fast.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
-from ddpo_fast.rewards.threaded import ThreadedReward
+from ddpo_fast.scoring.function import REWARDS, load_reward
+from ddpo_fast.scoring.scorer import RewardError, Scorer, score_or_nan
+from ddpo_fast.scoring.threaded import ThreadedReward
 
 PROMPTS = ["cat", "dog", "horse"]
 IMAGES = torch.zeros(3, 3, 8, 8)

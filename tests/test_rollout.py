@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_fast.rollout import Rollout, micro_batches, minibatches, transitions
+from ddpo_fast.rollout import Rollout
+from ddpo_fast.updates.transitions import micro_batches, minibatches, transitions
 
 KEY = (0, 3, 1)  # seed, iteration, epoch
 

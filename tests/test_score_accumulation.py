@@ -18,17 +18,17 @@ from safetensors.torch import load_file
 from test_merged_lora import LAYERS, layer_rounding, make_unet, random_lora, structure, with_lora
 from torch import nn
 
-from ddpo_fast import preparation
+from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
-from ddpo_fast.config import parse
+from ddpo_fast.config.options import parse
 from ddpo_fast.ddim import DDIMSchedule
-from ddpo_fast.engine import Engine
-from ddpo_fast.fused_unet import fuse, unfuse
+from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.kernels import reference, select
-from ddpo_fast.merged_lora import merge, unmerge
-from ddpo_fast.metrics import StageTimer, read_metrics
+from ddpo_fast.networks.fused_unet import fuse, unfuse
+from ddpo_fast.networks.merged_lora import merge, unmerge
 from ddpo_fast.policy import DTYPES, Policy
-from ddpo_fast.score_accumulation import ScoreAccumulator, score, unscore
+from ddpo_fast.records.metrics import StageTimer, read_metrics
+from ddpo_fast.updates.score_accumulation import ScoreAccumulator, score, unscore
 
 TIMES = re.compile(r"time_|_per_s|device_hours|peak_memory")
 NUM_SAMPLES = 3  # of a batch; with guidance, twice as many rows

@@ -12,14 +12,14 @@ from transformers import CLIPTextModelWithProjection
 
 from ddpo_fast import memory
 from ddpo_fast import train as trainer
-from ddpo_fast.config import parse
-from ddpo_fast.counts import flop_counter
-from ddpo_fast.fused_unet import fuse
+from ddpo_fast.config.options import parse
 from ddpo_fast.kernels import select
-from ddpo_fast.metrics import StageTimer, read_metrics
-from ddpo_fast.plan import make_plan, plan_text
+from ddpo_fast.networks.fused_unet import fuse
+from ddpo_fast.planning.counts import flop_counter
+from ddpo_fast.planning.plan import make_plan, plan_text
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import Prompts
+from ddpo_fast.records.metrics import StageTimer, read_metrics
 
 CPU = torch.device("cpu")
 PROMPTS = ["a", "b", "c", "a"]

@@ -9,9 +9,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from ddpo_fast import train as trainer
-from ddpo_fast.lora import set_trainable
-from ddpo_fast.metrics import read_metrics
-from ddpo_fast.shared_guidance import SharedGuidance
+from ddpo_fast.networks.lora import set_trainable
+from ddpo_fast.networks.shared_guidance import SharedGuidance
+from ddpo_fast.records.metrics import read_metrics
 
 TARGETS = ["attention", "feed_forward", "convolution", "projection"]
 ATTENTION_FIRST = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))

@@ -8,9 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from ddpo_fast.lora import LORA_TARGETS, set_trainable
-from ddpo_fast.merged_lora import merge, unmerge
-from ddpo_fast.split_unet import SplitUNet
+from ddpo_fast.networks.lora import LORA_TARGETS, set_trainable
+from ddpo_fast.networks.merged_lora import merge, unmerge
+from ddpo_fast.networks.split_unet import SplitUNet
 
 CROSS, PLAIN, UP_CROSS, UP_PLAIN = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 BASE = dict(sample_size=8, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=2, layers_per_block=1)

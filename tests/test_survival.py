@@ -17,9 +17,9 @@ import torch
 from runs import DEEPSPEED, ENVIRONMENT, LIMIT_S, ROOT, TIMES, deepspeed, ports
 from safetensors.torch import load_file
 
-from ddpo_fast.checkpoint import find_fault, list_checkpoints
-from ddpo_fast.metrics import read_metrics
-from ddpo_fast.preemption import StopRequest
+from ddpo_fast.distributed.preemption import StopRequest
+from ddpo_fast.records.checkpoint import find_fault, list_checkpoints
+from ddpo_fast.records.metrics import read_metrics
 
 END_S = 300
 """After a death everything has to be over within this: a minute, and that on a machine five times slower."""

@@ -11,10 +11,10 @@ import yaml
 from PIL import Image
 from test_train import options, rewards_file, run  # noqa: F401
 
-from ddpo_fast import preparation
+from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.claim import Claim
-from ddpo_fast.metrics import MetricsWriter, read_metrics, tracker_fault
+from ddpo_fast.records.metrics import MetricsWriter, read_metrics, tracker_fault
 
 
 class StandIn(ModuleType):
@@ -97,7 +97,7 @@ def test_default_is_tensorboard_and_imports_no_other(options, stand_ins):  # noq
 
 
 def test_one_that_is_not_installed_is_one_line_before_a_model_is_loaded(options, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr("ddpo_fast.metrics.find_spec", lambda name: None if name == "wandb" else "there")
+    monkeypatch.setattr("ddpo_fast.records.metrics.find_spec", lambda name: None if name == "wandb" else "there")
     monkeypatch.setattr(preparation, "Policy", None)
     with pytest.raises(SystemExit, match="2"):
         trainer.main(options(run__trackers='["tensorboard","wandb"]'))

@@ -20,18 +20,19 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpo_fast import preparation, run_directory
+from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
-from ddpo_fast.checkpoint import list_checkpoints
-from ddpo_fast.config import parse
+from ddpo_fast.config.options import parse
 from ddpo_fast.ddim import DDIMSchedule
-from ddpo_fast.engine import Engine
+from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.kernels import reference
-from ddpo_fast.metrics import StageTimer, read_metrics
 from ddpo_fast.policy import DTYPES, Policy
 from ddpo_fast.prompts import Prompts
-from ddpo_fast.rewards import open_reward
-from ddpo_fast.rewards.server import RewardServer
+from ddpo_fast.records import run_directory
+from ddpo_fast.records.checkpoint import list_checkpoints
+from ddpo_fast.records.metrics import StageTimer, read_metrics
+from ddpo_fast.scoring.scorer import open_reward
+from ddpo_fast.scoring.server import RewardServer
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 TIMES = re.compile(r"time_|_per_s|device_hours|peak_memory")

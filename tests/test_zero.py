@@ -19,13 +19,14 @@ import torch
 from runs import BY_PROMPT, ENVIRONMENT, LIMIT_S, ROOT, deepspeed, ports, printed, write_job
 from safetensors.torch import load_file
 
-from ddpo_fast import deepspeed_options, preparation
+from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
-from ddpo_fast.config import parse
-from ddpo_fast.engine import Engine, init_distributed
-from ddpo_fast.metrics import read_metrics
-from ddpo_fast.optimizer import check_optimizer
+from ddpo_fast.config.options import parse
+from ddpo_fast.distributed import deepspeed_options
+from ddpo_fast.distributed.engine import Engine, init_distributed
+from ddpo_fast.distributed.optimizer import check_optimizer
 from ddpo_fast.policy import Policy
+from ddpo_fast.records.metrics import read_metrics
 
 TRAINED = {"lora": "mid_up", "full": "none"}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from ddpo_fast.rewards.pretrained import ClipPixels, check_batch_size, check_device, load_model
+from ddpo_fast.scoring.pretrained import ClipPixels, check_batch_size, check_device, load_model
 
 CLIP = "openai/clip-vit-large-patch14"
 WIDTHS = (768, 1024, 128, 64, 16, 1)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPModel
 
-from ddpo_fast.rewards.pretrained import ClipPixels, check_batch_size, check_device, load, load_model
+from ddpo_fast.scoring.pretrained import ClipPixels, check_batch_size, check_device, load, load_model
 
 
 class ClipScore:

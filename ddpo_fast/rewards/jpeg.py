@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpo_fast.rewards.pixels import to_pixels
+from ddpo_fast.scoring.pixels import to_pixels
 
 QUALITY = 95
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.places import is_address
-from ddpo_fast.rewards.function import call, load_reward, needs_metadata
-from ddpo_fast.rewards.remote import RemoteReward
+from ddpo_fast.scoring.function import call, load_reward, needs_metadata
+from ddpo_fast.scoring.remote import RemoteReward
 
 
 class WeightedSum:

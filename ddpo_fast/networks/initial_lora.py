@@ -1,0 +1,129 @@
+"""lora.init: a run that starts from a LoRA: one of ours, one of diffusers, or a single file as kohya's sd-scripts write it."""
+
+from collections.abc import Iterable
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from peft.tuners import lora
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ddpo_fast.networks.lora import LORA_TARGETS
+from ddpo_fast.networks.merged_lora import ADAPTER, lora_weights
+from ddpo_fast.places import lora_file
+
+_OTHER_KINDS = ("dora_scale", "lora_magnitude", "hada_", "lokr_", "lora_mid", "oft_")
+"""In names of what is no A and B of a layer: DoRA, LoHa, LoKr, CP decomposition, OFT."""
+_DIFFERENCES = (".diff", ".diff_b")
+"""At the end of names of whole differences."""
+
+
+def start_from(pipe: DiffusionPipeline, init: str, scope: str) -> str:
+    """Puts a LoRA into the one that a pipeline's UNet has, so that the UNet computes what it does with that; says what it is.
+
+    Its scale, alpha / r of each layer, goes into B. Where it has less rank, or a layer less, the rest stays as it was: A random, B zero.
+    Raises ValueError for what is not all of it a LoRA of layers that are trained, with at most their rank.
+    """
+    ours = {name: layer for name, layer in pipe.unet.named_modules() if isinstance(layer, lora.LoraLayer)}
+    given = _read(pipe, init)
+    _check(init, scope, given, ours)
+    with torch.no_grad():
+        for name, (A, B, scale) in given.items():
+            _, own_A, own_B = lora_weights(ours[name])
+            own_A[: len(A)] = A.to(own_A)
+            own_B[:, : len(A)] = (scale / ours[name].scaling[ADAPTER] * B).to(own_B)
+    ranks = sorted({len(A) for A, _, _ in given.values()})
+    shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return f"lora.init={init}: {len(given)} of the {len(ours)} layers that are trained, rank {shown} of {len(own_A)}"
+
+
+def _read(pipe: DiffusionPipeline, init: str) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A (r, I, ...), B (O, r, ...), fp32, and scale of each layer of the UNet, from a file."""
+    file = lora_file(init)
+    try:
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+        others = (name for name in names if name.endswith(_DIFFERENCES) or any(kind in name for kind in _OTHER_KINDS))
+        if other := next(others, None):
+            raise ValueError(f"{other} is of another kind than LoRA's A and B")
+        tensors, alphas, metadata = type(pipe).lora_state_dict(
+            str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True, unet_config=pipe.unet.config,
+            return_lora_metadata=True,
+        )  # fmt: skip
+        if not any(name.startswith(("unet.", "text_encoder")) for name in tensors):  # as UNet2DConditionModel.save_lora_adapter writes it
+            tensors = {f"unet.{name}": tensor for name, tensor in tensors.items()}
+            metadata = metadata and {f"unet.{name}": value for name, value in metadata.items()}
+        if others := sorted({name.split(".")[0] for name in tensors} - {"unet"}):
+            raise ValueError(
+                f"it is of the {' and '.join(others)}, too, which is not trained here; valid is one of the UNet alone, or, as model.path, "
+                "a pipeline that it has been fused into: load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained"
+            )
+        tensors, alphas = _in_peft_s_names(tensors), _in_peft_s_names(alphas or {})
+        _check_layers(tensors, pipe.unet)
+        metadata = {name.removeprefix("unet."): value for name, value in (metadata or {}).items()}
+        halves = {name.removesuffix(".lora_A.weight"): name for name in tensors if name.endswith(".lora_A.weight")}
+        return {
+            name.removeprefix("unet."): (
+                tensors[half].float(), tensors[f"{name}.lora_B.weight"].float(), _scale(name, len(tensors[half]), alphas, metadata),
+            )
+            for name, half in halves.items()
+        }  # fmt: skip
+    except Exception as error:  # whatever a damaged or a foreign file brings about in the libraries that read it
+        raise ValueError(f"lora.init={init}: it cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _in_peft_s_names(values: dict) -> dict:
+    """Of tensors, or of alphas, by diffusers' names, older and newer."""
+    values = {name.removesuffix(".alpha"): value for name, value in values.items()}
+    return values if any("lora_A" in name for name in values) else convert_unet_state_dict_to_peft(values)
+
+
+def _scale(name: str, rank: int, alphas: dict[str, float], metadata: dict) -> float:
+    """A layer's alpha / r, of kohya's alphas, or of peft's config; 1 where a file has neither.
+
+    diffusers' own loader (0.42) takes the commonest of kohya's alphas for all layers of attention.
+    """
+    if "lora_alpha" not in metadata:
+        return alphas.get(name, alphas.get(f"{name}.lora_A.weight", rank)) / rank
+    patterns = metadata.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns, name.removeprefix("unet.")), metadata["lora_alpha"])
+    return alpha / (rank**0.5 if metadata.get("use_rslora") else rank)
+
+
+def _check_layers(tensors: dict[str, Tensor], unet: nn.Module) -> None:
+    """Raises ValueError, naming the first, unless all tensors are A and B of layers that the UNet has, of their shapes."""
+    modules, halves = dict(unet.named_modules()), {"lora_A": {}, "lora_B": {}}
+    for full, tensor in tensors.items():
+        name, _, half = full.removeprefix("unet.").removesuffix(".weight").rpartition(".")
+        weight = getattr(modules.get(name), "weight", None)
+        if half not in halves or weight is None:
+            raise ValueError(f"the model has no layer for {full}")
+        expected = (len(tensor), *weight.shape[1:]) if half == "lora_A" else (len(weight), *tensor.shape[1:])
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{full} is {tuple(tensor.shape)}, for a layer of {tuple(weight.shape)}: it is of another model")
+        halves[half][name] = tensor
+    if not tensors or halves["lora_A"].keys() != halves["lora_B"].keys():
+        raise ValueError("it has no A and B of each of its layers")
+
+
+def _check(init: str, scope: str, given: dict[str, tuple[Tensor, Tensor, float]], ours: dict[str, nn.Module]) -> None:
+    """Raises ValueError, naming the option that would have to be another, unless all layers that are given are trained, with their rank."""
+    kinds, have = _kinds(given), _kinds(ours)
+    if missing := next((name for name in sorted(given) if name not in ours), None):
+        it = f"lora.init={init} has {missing}, which"
+        if not _kinds([missing]):
+            raise ValueError(f"{it} is never trained here; valid is a LoRA of layers that lora.targets has a name for")
+        if not kinds <= have:
+            needed = [kind for kind in LORA_TARGETS if kind in kinds | have]
+            raise ValueError(f"lora.targets={[kind for kind in LORA_TARGETS if kind in have]}: {it} is not trained then; valid is {needed}")
+        raise ValueError(f"lora.scope={scope}: {it} is not trained then; valid is a scope with that block, such as all")
+    rank, own = max(len(A) for A, _, _ in given.values()), next(iter(ours.values())).r[ADAPTER]
+    if rank > own:
+        raise ValueError(f"lora.rank={own}: lora.init={init} has rank {rank}; valid is {rank} or more")
+
+
+def _kinds(names: Iterable[str]) -> set[str]:
+    """The lora.targets that layers are of."""
+    return {kind for name in names for kind, ends in LORA_TARGETS.items() if name.endswith(tuple(f".{end}" for end in ends))}

@@ -1,0 +1,567 @@
+"""What a run needs, before anything of it is started: memory by kind, operations, seconds; and the time of an iteration on N devices.
+
+Shape letters: N devices (ranks), S denoising steps, G UNet rows a sample (2 with guidance), P trained weights.
+"""
+
+import bisect
+import math
+import os
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from ddpo_fast.ddim import DDIMSchedule, ddim_scheduler
+from ddpo_fast.distributed.deepspeed_options import BUCKET_ELEMENTS
+from ddpo_fast.distributed.optimizer import state_bytes
+from ddpo_fast.gpus import GPUS, HERE, parse_devices
+from ddpo_fast.memory import free_mib, num_kept_prompts
+from ddpo_fast.networks.lora import merges
+from ddpo_fast.planning.counts import MIB, ModelCounts, architecture, count_model
+from ddpo_fast.prompts import evaluation_sets, load_prompts
+
+USABLE = 0.9
+"""Share of a device's memory that is planned for; its context, workspaces and the allocator's gaps get the rest. An estimate."""
+FRACTIONS = {"cuda": (0.35, 0.30), "cpu": (0.55, 0.48)}
+"""Share of the matrix product's speed that sampling and the update reach: on a GPU an estimate, on a CPU bench.throughput's."""
+WORTH = 0.03
+"""The share of a UNet call before its first trained layer from which on cache.mode=auto keeps that part."""
+RESIDENT = (
+    "frozen weights",
+    "prompt embeddings",
+    "trained weights",
+    "gathered weights",
+    "optimizer state",
+    "rollout",
+    "activation cache",
+    "sample gradients",
+)
+"""Kinds of memory that every phase holds."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One iteration: the options that decide how much of what it does. Names are those of the options."""
+
+    num_samples: int
+    batch_size: int
+    num_steps: int
+    rows: int
+    """UNet rows of a sample or transition, G."""
+    num_minibatches: int
+    inner_epochs: int
+    micro_batch: int
+    trained_steps: int
+    """Steps of a sample that an epoch trains on."""
+    optimizer: str
+    zero_stage: int
+    decode_batch: int = 16
+    held: tuple[int, int] = (0, 0)
+    """Transitions of a rank in the activation cache, on the device and on the host."""
+    prompts: tuple[int, int] = (0, 0)
+    """Prompts whose embeddings a rank keeps, in its own memory, if that is a CPU's, and on the host beside it."""
+    score_accumulation: bool = False
+    """Whether sampling does the update's UNet calls: train.estimator."""
+    offload: str = "none"
+    regression: bool = False
+    """Whether the update trains on noised samples, of which nothing is cached, and not on the rollout's transitions: train.algorithm."""
+    update_rows: int | None = None
+    """UNet rows of a transition in the update; None: G, as in sampling."""
+
+    @property
+    def trained_rows(self) -> int:
+        return self.update_rows or self.rows
+
+    @classmethod
+    def of(cls, config) -> "Work":
+        """The work of a config's iterations."""
+        sample, train = config.sample, config.train
+        trained_steps = config.rwr.num_timesteps if train.regression else max(1, round(train.timestep_fraction * sample.num_steps))
+        return cls(
+            sample.num_samples, sample.batch_size, sample.num_steps, 1 if sample.guidance_scale == 1 else 2,
+            train.num_minibatches, train.inner_epochs, train.micro_batch, trained_steps,
+            config.optimizer.name, config.zero.stage, sample.decode_batch, score_accumulation=train.estimator == "score_accumulation",
+            offload=config.zero.offload, regression=train.regression, update_rows=1 if config.training_guidance == 1 else 2,
+        )  # fmt: skip
+
+    def share(self, num_devices: int) -> int:
+        """Samples of a rank. Raises ValueError for a number of ranks that the trainer would refuse."""
+        multiple = num_devices * self.num_minibatches
+        if self.num_samples % multiple:
+            raise ValueError(f"sample.num_samples={self.num_samples}: valid is a multiple of {multiple} with {num_devices} ranks")
+        return self.num_samples // num_devices
+
+    def trained_transitions(self, num_devices: int) -> int:
+        """Of a rank, those that an iteration trains on at least once, on average."""
+        missed = (1 - self.trained_steps / self.num_steps) ** self.inner_epochs
+        return round(self.share(num_devices) * self.num_steps * (1 - missed))
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a rank runs on."""
+
+    name: str
+    memory_mib: float
+    matmul_flops: float
+    """Matrix product in the compute dtype, FLOP/s."""
+    fractions: tuple[float, float]
+    """Share of it that sampling and the update reach."""
+    source: str
+    """Where these numbers are from."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it is started; memory is one rank's, in MiB, operations are those of an iteration of all ranks."""
+
+    device: Device
+    num_devices: int
+    work: Work
+    counts: ModelCounts
+    memory: dict[str, float]
+    flop: dict[str, float]
+    seconds: dict[str, float]
+    advice: list[str]
+    """What to lower, if it does not fit."""
+
+    @property
+    def samples_per_hour(self) -> float:
+        return 3600 * self.work.num_samples / sum(self.seconds.values())
+
+
+def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, float]:
+    """Memory of one rank by kind, in MiB: `RESIDENT`, the update's gradients, and what sampling, decoding and the update add.
+
+    ZeRO 1 to 3 shard the optimizer state, and an fp32 copy of the trained weights, over the ranks; 2 and 3 the gradients too; 3 the
+    UNet's weights, of which a part is whole at a time. What is offloaded takes no memory here, see `host_mib`. Score
+    accumulation holds a gradient for each of the rank's samples, trajectories of one batch, and the update's activations in sampling;
+    where a step trains on a part of a batch, its samples' gradients apart. Its update has the combined gradient alone.
+    """
+    trained, samples = 4 * counts.num_trainable, work.share(num_devices)
+    weights, frozen, gathered, gradients = trained, dict(counts.weight_bytes), 0, trained
+    if work.zero_stage == 3:
+        kept = 0 if work.offload == "all" else 1 / num_devices
+        weights, frozen["unet"], gathered = kept * trained, kept * frozen["unet"], counts.gathered_bytes
+    if work.zero_stage >= 2:
+        gradients *= 1 / num_devices if work.offload == "none" else 0
+    if work.zero_stage > 0 or num_devices > 1:
+        gradients += min(trained, 4 * BUCKET_ELEMENTS)
+    trajectory = 4 * counts.num_latents * (work.num_steps + 1) + 4 * work.num_steps + counts.embed_bytes
+    batch = min(work.batch_size, samples)
+    transitions = min(work.micro_batch, samples // work.num_minibatches * work.trained_steps)
+    rollout = samples * trajectory / MIB
+    sampling, update = max(counts.forward.mib(work.rows * batch), rollout), update_mib(counts, work, work.trained_rows * transitions)
+    if work.score_accumulation:
+        parts = batch * trained if work.trained_steps < work.num_steps else 0
+        rollout, sampling, update = batch * trajectory / MIB, counts.update.mib(work.rows * batch) + parts / MIB, trained / MIB
+    return {
+        "frozen weights": sum(frozen.values()) / MIB,
+        "prompt embeddings": work.prompts[0] * counts.embed_bytes / MIB,
+        "trained weights": weights / MIB,
+        "gathered weights": gathered / MIB,
+        "optimizer state": optimizer_mib(counts, work, num_devices) if work.offload == "none" else 0.0,
+        "rollout": rollout,
+        "activation cache": work.held[0] * work.rows * counts.kept_row_bytes / MIB,
+        "sample gradients": work.score_accumulation * samples * trained / MIB,
+        "gradients": gradients / MIB,
+        "sampling": sampling,  # of ppo, its batches are joined into a second copy
+        "decode": counts.decode.mib(min(batch, work.decode_batch)) + 2 * (batch > work.decode_batch) * batch * counts.image_bytes / MIB,
+        "update": update,
+    }
+
+
+def optimizer_mib(counts: ModelCounts, work: Work, num_devices: int) -> float:
+    """The optimizer's state on one rank, and ZeRO's fp32 copy of the weights that it steps."""
+    if work.zero_stage == 0:
+        return state_bytes(work.optimizer, counts.trained_shapes) / MIB
+    return (state_bytes(work.optimizer, counts.trained_shapes, num_devices) + 4 * counts.num_trainable / num_devices) / MIB
+
+
+def host_mib(counts: ModelCounts, work: Work, num_devices: int) -> float:
+    """Host memory of what one rank offloads: state, copy and gradients of its shard, and at "all" its weights."""
+    if work.offload == "none":
+        return 0.0
+    trained = 4 * counts.num_trainable
+    weights = (counts.weight_bytes["unet"] + trained) / num_devices if work.offload == "all" else 0
+    return optimizer_mib(counts, work, num_devices) + (trained / num_devices + weights) / MIB
+
+
+def update_mib(counts: ModelCounts, work: Work, num_rows: int) -> float:
+    """A micro-batch forward and backward. From the cache it is given the kept tensors; from the host those of the next one, too, arrive."""
+    if not any(work.held):
+        return counts.update.mib(num_rows)
+    copies = 3 if work.held[1] else 1
+    return counts.cached_update.mib(num_rows) + copies * num_rows * counts.kept_row_bytes / MIB
+
+
+def phases_mib(memory: dict[str, float]) -> dict[str, float]:
+    """Memory of each phase of an iteration at its peak; the largest is the rank's."""
+    resident = sum(memory[kind] for kind in RESIDENT)
+    return {
+        phase: resident + memory[phase] + (memory["gradients"] if phase == "update" else 0) for phase in ("sampling", "decode", "update")
+    }
+
+
+def iteration_flop(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, float]:
+    """FLOP of an iteration, all ranks together, by phase."""
+    rows, cached = work.num_samples * work.rows, 0.0
+    if any(work.held):
+        cached = sum(work.held) / work.trained_transitions(num_devices)
+    sampling, trained = rows * work.num_steps * counts.forward.row_flop, work.num_samples * work.trained_rows
+    update = trained * work.inner_epochs * work.trained_steps * (counts.update.row_flop - cached * counts.prefix_flop)
+    if work.score_accumulation:
+        sampling, update = sampling + update - rows * work.trained_steps * counts.forward.row_flop, 0.0
+    return {"sampling": sampling, "decode": work.num_samples * counts.decode.row_flop, "update": update}
+
+
+def advise(counts: ModelCounts, work: Work, num_devices: int, budget_mib: float) -> list[str]:
+    """One line for each option that has to be lowered for the run to fit, with the largest value that does; none if it fits."""
+    lines, phases = [], phases_mib(memory_mib(counts, work, num_devices))
+    for option, field, ours in (
+        ("sample.batch_size", "batch_size", ("sampling", "decode")),
+        ("train.micro_batch", "micro_batch", ("update",)),
+    ):
+        if max(phases[phase] for phase in ours) <= budget_mib:
+            continue
+        for value in range(getattr(work, field) - 1, 0, -1):
+            lower = phases_mib(memory_mib(counts, replace(work, **{field: value}), num_devices))
+            if max(lower[phase] for phase in ours) <= budget_mib:
+                lines.append(f"{option}={getattr(work, field)} does not fit; {value} does")
+                break
+        else:
+            lines.append(f"{' and '.join(ours)} does not fit even with {option}=1: fewer samples or trained weights, or a larger device")
+    return lines
+
+
+def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a square matrix product, measured for about a second."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def seconds(repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            product = a @ b
+        product[0, 0].item()  # waits for the device
+        return time.perf_counter() - start
+
+    seconds(1)
+    repeats = max(1, round(0.2 / seconds(1)))
+    return 2 * size**3 * repeats / min(seconds(repeats) for _ in range(4))
+
+
+def find_device(name: str, dtype: torch.dtype, num_devices: int) -> Device:
+    """A GPU of the table by its specification, or this machine's device, measured, with the memory that is free on it."""
+    if name != HERE:
+        gpu = GPUS[name]
+        tflops = gpu.fp32_tflops if dtype == torch.float32 else gpu.fp16_tflops
+        return Device(
+            name,
+            gpu.memory_gib * 1024,
+            tflops * 1e12,
+            FRACTIONS["cuda"],
+            "by specification; the shares are estimates, no GPU has been measured yet",
+        )
+    if torch.cuda.is_available():
+        properties, device = torch.cuda.get_device_properties(0), torch.device("cuda", 0)
+        return Device(
+            properties.name,
+            free_mib(device, num_devices),
+            matmul_flops(dtype, device),
+            FRACTIONS["cuda"],
+            "measured; the shares are estimates, no GPU has been measured yet",
+        )
+    device = torch.device("cpu")
+    return Device(
+        f"CPU ({torch.get_num_threads()} threads)",
+        free_mib(device, num_devices),
+        matmul_flops(dtype, device),
+        FRACTIONS["cpu"],
+        "measured; the shares are the embedded model's",
+    )
+
+
+def make_plan(config) -> Plan:
+    """The plan of a config on the devices that run.plan names. Raises ValueError naming the option at fault."""
+    num_devices, name = parse_devices(config.run.plan)
+    if config.run.plan == HERE:
+        num_devices = int(os.environ.get("WORLD_SIZE", "1"))
+    on_gpu = name != HERE or torch.cuda.is_available()
+    dtype = compute_dtype(config.model.dtype, on_gpu)
+    Work.of(config).share(num_devices)
+    counts = count_run(config, dtype, on_gpu)
+    device = find_device(name, dtype, num_devices)
+    work = Work.of(fit_sizes(config, counts, device.memory_mib, num_devices, on_gpu))
+    work = with_cache(work, config.cache, counts, device.memory_mib, num_devices, on_gpu)
+    kept = min(num_prompts(config), num_kept_prompts(counts.embed_bytes, work.batch_size))
+    work = replace(work, prompts=(0, kept) if on_gpu else (kept, 0))
+    flop = iteration_flop(counts, work, num_devices)
+    sampling, update = (num_devices * device.matmul_flops * fraction for fraction in device.fractions)
+    as_update = ("sampling", "update") if work.score_accumulation else ("update",)
+    seconds = {phase: value / (update if phase in as_update else sampling) for phase, value in flop.items()}
+    advice = advise(counts, work, num_devices, USABLE * device.memory_mib)
+    return Plan(device, num_devices, work, counts, memory_mib(counts, work, num_devices), flop, seconds, advice)
+
+
+def num_prompts(config) -> int:
+    """Different prompts that a config's run encodes: to train on, to evaluate on, and the empty one."""
+    prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
+    evaluations = evaluation_sets(config.eval, prompts)
+    return len({"", *prompts.texts, *(text for chosen in evaluations.values() for text in chosen.texts)})
+
+
+def compute_dtype(name: str, on_gpu: bool) -> torch.dtype:
+    """What model.dtype names."""
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if on_gpu else torch.float32}[name]
+
+
+def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
+    """The counts of a config's model. Raises ValueError naming the option at fault."""
+    model = config.model
+    arch = architecture(model.path, model.vae, model.config, model.variant)
+    DDIMSchedule.from_scheduler(ddim_scheduler(arch["scheduler"]), config.sample.num_steps, config.sample.eta)
+    counts = count_model(
+        arch,
+        dtype,
+        config.lora,
+        on_gpu=on_gpu,
+        fused=config.kernels.backend == "triton" or (config.kernels.backend == "auto" and on_gpu),
+        merged=merges(config.lora.forward, config.lora.scope, dtype, config.zero.stage),
+        shared=config.model.share_guidance and min(Work.of(config).rows, Work.of(config).trained_rows) == 2,
+        checkpointing=config.train.gradient_checkpointing,
+    )
+    if on_gpu and config.model.offload_text_encoder:
+        return replace(
+            counts, weight_bytes={part: size for part, size in counts.weight_bytes.items() if not part.startswith("text_encoder")}
+        )
+    return counts
+
+
+AUTO_SIZES = {("sample", "batch_size"): ("sampling", "decode"), ("train", "micro_batch"): ("update",)}
+"""Options that may be auto, and the phases whose memory they decide."""
+
+
+def fit_sizes(config, counts: ModelCounts, device_mib: float, num_devices: int, on_gpu: bool):
+    """The config with the largest sample.batch_size and train.micro_batch that fit, where they are auto; 1 where nothing does."""
+    auto = {key: phases for key, phases in AUTO_SIZES.items() if config[".".join(key)] == "auto"}
+    config = config.replace(**{"__".join(key): 1 for key in auto})
+    work = with_cache(Work.of(config), config.cache, counts, device_mib, num_devices, on_gpu)
+    for (section, option), phases in auto.items():
+        most = work.share(num_devices)
+        if option == "micro_batch":
+            most = most // work.num_minibatches * work.trained_steps
+
+        def is_too_much(size: int) -> bool:
+            needed = phases_mib(memory_mib(counts, replace(work, **{option: size}), num_devices))  # noqa: B023
+            return max(needed[phase] for phase in phases) > USABLE * device_mib  # noqa: B023
+
+        largest = bisect.bisect_left(range(1, most + 1), True, key=is_too_much)
+        config = config.replace(**{f"{section}__{option}": max(1, largest)})
+    return config
+
+
+def resolve_sizes(config, device_mib: float, num_devices: int, on_gpu: bool):
+    """`fit_sizes` for ranks of which each has `device_mib` free; it takes some seconds if anything is auto.
+
+    All ranks must be told the same, since they split the work alike.
+    """
+    if all(config[".".join(option)] != "auto" for option in AUTO_SIZES):
+        return config
+    counts = count_run(config, compute_dtype(config.model.dtype, on_gpu), on_gpu)
+    return fit_sizes(config, counts, device_mib, num_devices, on_gpu)
+
+
+def with_cache(work: Work, cache, counts: ModelCounts, device_mib: float, num_devices: int, on_gpu: bool) -> Work:
+    """The work with the transitions that the activation cache holds, if `cache` (mode, device_mib, host_mib) wants one.
+
+    A device without a budget is given half of what weights and optimizer leave; a GPU's host without one, all that the GPU leaves.
+    """
+    wanted = cache.mode == "on" or cache.mode == "auto" and counts.prefix_flop >= WORTH * counts.forward.row_flop
+    if not wanted or work.score_accumulation or work.regression or work.zero_stage == 3 or not counts.prefix_flop:
+        return work
+    memory, budget_mib, left = memory_mib(counts, work, num_devices), cache.device_mib, work.trained_transitions(num_devices)
+    if budget_mib is None:
+        budget_mib = (device_mib - memory["frozen weights"] - memory["trained weights"] - memory["optimizer state"]) / 2
+    slots = [int(mib * MIB) // (work.rows * counts.kept_row_bytes) for mib in (budget_mib, cache.host_mib or 0.0)]
+    on_device = min(left, slots[0])
+    left -= on_device
+    return replace(work, held=(on_device, left if on_gpu and cache.host_mib is None else min(left, slots[1])))
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as a table, ending with whether it fits."""
+    work, memory, device, counts = plan.work, plan.memory, plan.device, plan.counts
+    samples, phases, devices = work.share(plan.num_devices), phases_mib(memory), f"{plan.num_devices} x {plan.device.name}"
+    weights = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in counts.weight_bytes.items() if size)
+    batch, saved = min(work.batch_size, samples), f"of which each saves {counts.saved_row_bytes / MIB:,.0f} for its backward"
+    rows = work.trained_rows * min(work.micro_batch, samples // work.num_minibatches * work.trained_steps)
+    kept = work.trained_transitions(plan.num_devices) if any(work.held) else 0
+    notes = {
+        "frozen weights": weights,
+        "prompt embeddings": f"{sum(work.prompts):,} prompts, {sum(work.prompts) * counts.embed_bytes / MIB:,.0f} on the host",
+        "trained weights": f"{counts.num_trainable:,} in fp32",
+        "gathered weights": "only with zero.stage=3",
+        "optimizer state": f"{work.optimizer}, ZeRO {work.zero_stage}",
+        "rollout": f"{samples} samples x {work.num_steps} steps",
+        "activation cache": f"{work.held[0]:,} transitions, {work.held[1]:,} on the host, {kept - sum(work.held):,} recomputed"
+        if any(work.held)
+        else "off",
+        "sample gradients": "only with train.estimator=score_accumulation",
+        "gradients": "in the update only",
+        "sampling": f"batches of {batch}, {work.rows} UNet rows each sample",
+        "decode": f"batches of {min(batch, work.decode_batch)}",
+        "update": f"{rows} UNet rows, {saved}",
+    }
+    if work.zero_stage == 3:
+        notes["gathered weights"] = "of the UNet at a time, at most"
+    if work.offload != "none":
+        notes["optimizer state"] += f", {host_mib(counts, work, plan.num_devices):,.0f} of what is offloaded on the host"
+    if work.score_accumulation:
+        notes |= {
+            "rollout": f"{batch} samples x {work.num_steps} steps, a batch at a time",
+            "sample gradients": f"{samples} samples",
+            "sampling": f"batches of {batch}, {work.rows} UNet rows each sample, {saved}",
+            "update": "the combined gradient; no UNet call",
+        }
+    lines = [f"memory of one rank of {devices}, MiB"]
+    lines += [f"  {kind:<17}{memory[kind]:>10,.0f}  {note}" for kind, note in notes.items()]
+    peak = max(phases, key=phases.get)
+    lines += [
+        f"  {'peak':<17}{phases[peak]:>10,.0f}  in {peak}, of {device.memory_mib:,.0f} (of which {USABLE:.0%} is planned for, an estimate)",
+        f"an iteration on {devices}",
+        *(f"  {phase:<17}{plan.flop[phase] / 1e12:>12,.2f} TFLOP {plan.seconds[phase]:>10,.1f} s" for phase in plan.flop),
+        f"  {work.num_samples} samples in {sum(plan.seconds.values()):,.1f} s: {plan.samples_per_hour:,.1f} samples an hour",
+        f"  estimated: {device.fractions[0]:.0%} in sampling and {device.fractions[1]:.0%} in the update of "
+        f"{device.matmul_flops / 1e12:,.3g} TFLOP/s, {device.source}",
+        "  left out: the reward, evaluation, checkpoints, communication",
+        *(plan.advice or ["it fits"]),
+    ]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one rank's work was measured to cost, in seconds; the links in bytes and bytes a second."""
+
+    sample_call_s: float
+    """A UNet call in sampling, whatever its rows, and what each row adds; the denoising step included."""
+    sample_row_s: float
+    decode_image_s: float
+    reward_image_s: float
+    update_call_s: float
+    """A micro-batch forward and backward, whatever its rows, and what each row adds."""
+    update_row_s: float
+    optimizer_s: float
+    """An update's own: minibatch, clipping, optimizer step."""
+    gradient_bytes: float
+    """All-reduced an update: 4 P. ZeRO sends as much, gradients one way and weights the other."""
+    bandwidth: float
+    """Bytes a second that a rank sends and receives."""
+    latency_s: float
+    """Of one message."""
+    serial_s: float
+    """Rank 0's work of an iteration that others wait for: checkpoint, weights, report."""
+    machine_devices: int = 8
+    """Devices of one machine; more than that are joined by the network."""
+    network_bandwidth: float = 12.5e9
+    """Bytes a second between two machines, by default 100 Gbit/s: the ring crosses it once each way."""
+
+
+SATURATED = {
+    "sampling calls": "sampling batches too small",
+    "update calls": "update micro-batches too small",
+    "optimizer": "optimizer step",
+    "rank 0": "rank 0's serial work",
+}
+"""What it means that a term of `iteration_terms` grew; a term that is not here is its own name."""
+
+
+def iteration_terms(work: Work, costs: Costs, num_devices: int) -> dict[str, float]:
+    """Seconds of an iteration on N ranks by term; their sum is its time.
+
+    Calls are whole: ceil(samples / batch_size) S in sampling, ceil(transitions / micro_batch) an update. A ring all-reduce of b bytes
+    takes 2 (N - 1) / N b / bandwidth + 2 (N - 1) latency, at the bandwidth of its slowest link: the network's beyond one machine.
+    """
+    samples, others = work.share(num_devices), num_devices - 1
+    transitions = samples // work.num_minibatches * work.trained_steps
+    num_updates, batches = work.num_minibatches * work.inner_epochs, math.ceil(samples / work.batch_size)
+    sample_calls, sample_rows = batches * work.num_steps, samples * work.num_steps * work.rows
+    update_calls = num_updates * math.ceil(transitions / work.micro_batch)
+    if work.score_accumulation:  # a call of either kind where a step trains on a part of a batch
+        sample_calls, update_calls = (sample_calls if work.trained_steps < work.num_steps else 0), sample_calls
+        sample_rows -= transitions * work.rows
+    bandwidth = costs.bandwidth if num_devices <= costs.machine_devices else min(costs.bandwidth, costs.network_bandwidth)
+    all_reduce = 2 * others * (costs.gradient_bytes / num_devices / bandwidth + costs.latency_s)
+    gather = others * (8 * samples / bandwidth + costs.latency_s)
+    return {
+        "sampling calls": sample_calls * costs.sample_call_s,
+        "sampling rows": sample_rows * costs.sample_row_s,
+        "decode": samples * costs.decode_image_s,
+        "reward": samples * costs.reward_image_s,
+        "update calls": update_calls * costs.update_call_s,
+        "update rows": num_updates * transitions * work.trained_rows * costs.update_row_s,
+        "optimizer": num_updates * costs.optimizer_s / (num_devices if work.zero_stage else 1),
+        "all-reduce": num_updates * all_reduce,
+        "gather": gather + 4 * others * costs.latency_s,  # rewards; two small all-reduces of statistics
+        "rank 0": costs.serial_s,
+    }
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The prediction for one number of devices."""
+
+    num_devices: int
+    seconds: float
+    """Of an iteration."""
+    images_per_s: float
+    efficiency: float
+    """t(1) / (N t(N))."""
+    shares: dict[str, float]
+    """Of `seconds`, by term."""
+    saturated_by: str
+    """What cost the most efficiency since N = 1; nothing at N = 1."""
+
+
+def scaling(work: Work, costs: Costs, max_devices: int = 64) -> list[Scaling]:
+    """The predictions for every number of devices up to `max_devices` that the samples divide over."""
+    rows, first = [], iteration_terms(work, costs, 1)
+    for num_devices in range(1, max_devices + 1):
+        if work.num_samples % (num_devices * work.num_minibatches):
+            continue
+        terms = iteration_terms(work, costs, num_devices)
+        seconds = sum(terms.values())
+        growth = {name: num_devices * value - first[name] for name, value in terms.items()}  # device-seconds more than on one
+        worst = max(growth, key=growth.get)
+        rows.append(
+            Scaling(
+                num_devices,
+                seconds,
+                work.num_samples / seconds,
+                sum(first.values()) / (num_devices * seconds),
+                {name: value / seconds for name, value in terms.items()},
+                SATURATED.get(worst, worst) if growth[worst] > 0 else "",
+            )
+        )
+    return rows
+
+
+def saturation(rows: list[Scaling]) -> Scaling | None:
+    """The first row below 80 % efficiency."""
+    return next((row for row in rows if row.efficiency < 0.8), None)
+
+
+def scaling_text(rows: list[Scaling]) -> str:
+    """The predictions as a table, ending with what saturates first."""
+    names = list(rows[0].shares)
+    lines = [f"{'N':>3}{'s':>10}{'images/s':>10}{'efficiency':>12}" + "".join(f"{name:>16}" for name in names)]
+    for row in rows:
+        shares = "".join(f"{row.shares[name]:>16.1%}" for name in names)
+        lines.append(f"{row.num_devices:>3}{row.seconds:>10.3f}{row.images_per_s:>10.3f}{row.efficiency:>12.0%}{shares}")
+    end = saturation(rows)
+    if end is None:
+        lines.append(f"80 % efficiency holds up to {rows[-1].num_devices} devices, as far as these samples divide")
+    else:
+        lines.append(f"below 80 % efficiency from {end.num_devices} devices on: {end.saturated_by}")
+    return "\n".join(lines)
