@@ -132,7 +132,7 @@ BAD = [  # arguments, what the line must say
     ("--reward.name aesthetic", "reward.kwargs.weights=None: valid is the file sac+logos+ava1-l14-linearMSE.pth"),
     ("--reward.name /nowhere.py:f", "reward.name=/nowhere.py:f: there is no file /nowhere.py"),
     ("--reward.name no_such_module:f", "importing no_such_module failed: ModuleNotFoundError"),
-    ("--reward.name ddpo_fast.rewards.jpeg:f", "ddpo_fast.rewards.jpeg has no function f; it has: "),
+    ("--reward.name ddpo_fast.scoring.jpeg:f", "ddpo_fast.scoring.jpeg has no function f; it has: "),
     ("--reward.name {broken_reward}:f", "SyntaxError"),
     ('--reward.kwargs {{"a":1}}', "reward.kwargs={{'a': 1}}: jpeg_compressibility(images, prompts, **kwargs) does not take them"),
     ("--reward.kwargs 3", "reward.kwargs=3: expected dict"),

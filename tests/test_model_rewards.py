@@ -35,14 +35,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ddpo_fast.rewards.jpeg import jpeg_kilobytes
+from ddpo_fast.rewards.vlm_counting import names_animal, names_number, parse_count
 from ddpo_fast.scoring.bert_recall import BertRecall
 from ddpo_fast.scoring.function import load_reward
+from ddpo_fast.scoring.jpeg import jpeg_kilobytes
 from ddpo_fast.scoring.pixels import to_pixels
 from ddpo_fast.scoring.pretrained import ClipPixels
 from ddpo_fast.scoring.scorer import RewardError, open_reward
 from ddpo_fast.scoring.server import RewardServer
-from ddpo_fast.scoring.vlm import VisionLanguageModel, names_animal, names_number, parse_count, through_jpeg
+from ddpo_fast.scoring.vlm import VisionLanguageModel, through_jpeg
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.rand(3, 3, 50, 70, generator=GENERATOR)

@@ -135,7 +135,9 @@ def test_notice_names_every_set_of_pictures():
 @pytest.mark.parametrize("version, builds", [("65.5.0", False), ("70.0.0", False), ("70.1.0", True), ("84.2.1.post1", True)])
 def test_old_setuptools_without_wheel_is_told_what_to_install(tmp_path, version, builds):
     """As under pip --no-build-isolation; -S leaves out what is installed, so there is no package wheel."""
-    (tmp_path / "setuptools.py").write_text(f"__version__ = {version!r}\nfind_packages = dict\n\ndef setup(**keywords):\n    print(keywords['name'])\n")
+    (tmp_path / "setuptools.py").write_text(
+        f"__version__ = {version!r}\nfind_packages = dict\n\ndef setup(**keywords):\n    print(keywords['name'])\n"
+    )
     command, environment = [sys.executable, "-S", str(ROOT / "setup.py")], os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     if builds:

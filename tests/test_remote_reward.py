@@ -18,7 +18,7 @@ import pytest
 import torch
 import urllib3
 
-from ddpo_fast.rewards.jpeg import jpeg_compressibility
+from ddpo_fast.rewards.jpeg_compressibility import jpeg_compressibility
 from ddpo_fast.scoring import remote
 from ddpo_fast.scoring.pixels import MAX_PIXELS, decode_png, encode_png
 from ddpo_fast.scoring.remote import MAX_ANSWER_BYTES, TOKEN_VARIABLE

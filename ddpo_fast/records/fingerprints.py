@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ddpo_fast.places import is_address
-from ddpo_fast.scoring.function import REWARDS
+from ddpo_fast.scoring.function import reward_source
 
 _SAMPLES = 64
 """Elements of each tensor whose place counts, too."""
@@ -58,7 +58,7 @@ def _hash(*parts: bytes) -> str:
 
 def _code(name: str) -> bytes:
     """The text of a reward's module, without importing it; of a server its address."""
-    source = REWARDS.get(name, name).rpartition(":")[0]
+    source, _ = reward_source(name)
     if is_address(name):
         return name.encode()
     if source.endswith(".py"):

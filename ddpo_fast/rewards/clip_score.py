@@ -1,4 +1,4 @@
-"""How well a picture fits its prompt by a CLIP: CLIPScore (arXiv:2104.08718), and what people prefer, PickScore (arXiv:2305.01569)."""
+"""How well a picture fits its prompt by a CLIP: CLIPScore (arXiv:2104.08718)."""
 
 import torch
 from torch import Tensor
@@ -46,18 +46,3 @@ class ClipScore:
         text = model.text_projection(model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output)
         cosine = F.cosine_similarity(picture.float(), text.float())
         return cosine * model.logit_scale.float().exp() if self.scaled else cosine
-
-
-class PickScore(ClipScore):
-    """The logit of PickScore v1, a CLIP ViT-H/14 trained on which of two pictures for a prompt people had picked; near 20 for good ones."""
-
-    def __init__(
-        self,
-        model: str = "yuvalkirstain/PickScore_v1",
-        processor: str | None = None,
-        device: str = "auto",
-        dtype: str = "fp32",
-        batch_size: int = 32,
-    ):
-        """As `ClipScore`'s, scaled."""
-        super().__init__(model, processor, True, device, dtype, batch_size)

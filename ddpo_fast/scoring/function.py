@@ -20,32 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from ddpo_fast.memory import is_out_of_memory
+from ddpo_fast.rewards import CHOICES, attribute
 from ddpo_fast.scoring.answer import NotNumbers, to_numbers
 
 # a process that is forked has none of the threads that this one computes with, and would wait for them
 os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
-REWARDS = {
-    "jpeg_compressibility": "ddpo_fast.rewards.jpeg:jpeg_compressibility",
-    "jpeg_incompressibility": "ddpo_fast.rewards.jpeg:jpeg_incompressibility",
-    "embedded_alignment": "ddpo_fast.rewards.embedded_alignment:embedded_alignment",
-    "aesthetic": "ddpo_fast.rewards.aesthetic:Aesthetic",
-    "clip_score": "ddpo_fast.rewards.clip_score:ClipScore",
-    "pickscore": "ddpo_fast.rewards.clip_score:PickScore",
-    "weighted_sum": "ddpo_fast.rewards.weighted_sum:WeightedSum",
-    "vlm_alignment": "ddpo_fast.scoring.vlm:VlmAlignment",
-    "vlm_counting": "ddpo_fast.scoring.vlm:VlmCounting",
-}
-
 
 def load_reward(name: str, kwargs: dict, without_metadata: str | None = None) -> Callable:
-    """The reward (images, prompts) of a name, given its arguments: one of REWARDS, `path/to/file.py:function` or `package.module:function`.
+    """The reward (images, prompts) of a name, given its arguments.
 
+    The name is that of a file in rewards/, `path/to/file.py:function` or `package.module:function`.
     In place of a function there may be a class, what must be loaded once: the reward is then its instance, made with the arguments.
     Either may take `metadata` besides. without_metadata: an option whose prompts have none, so that a reward must not need it.
     Raises ValueError, naming the option, when there is no such function or it does not take (images, prompts, **kwargs).
     """
-    source, _, function_name = REWARDS.get(name, name).rpartition(":")
+    source, function_name = reward_source(name)
     if not source or not function_name.isidentifier():
         raise ValueError(f"reward.name={name}: {_VALID}")
     if source.endswith(".py") and not os.path.isfile(source):
@@ -59,6 +49,7 @@ def load_reward(name: str, kwargs: dict, without_metadata: str | None = None) ->
         module = _load_file(Path(source).resolve()) if source.endswith(".py") else importlib.import_module(source)
     except (Exception, SystemExit) as error:
         raise ValueError(f"reward.name={name}: importing {source} failed: {_said(error)}") from error
+    function_name = attribute(module, name) if name in CHOICES else function_name
     function = getattr(module, function_name, None)
     if not callable(function):
         functions = ", ".join(n for n, f in vars(module).items() if inspect.isfunction(f) or inspect.isclass(f)) or "none"
@@ -80,6 +71,12 @@ def load_reward(name: str, kwargs: dict, without_metadata: str | None = None) ->
             "with metadata, or a reward whose metadata has a default value"
         )
     return reward
+
+
+def reward_source(name: str) -> tuple[str, str]:
+    """The file or module of a reward, and the function or class in it; both are empty where the name is no reward's."""
+    source, _, function_name = (f"ddpo_fast.rewards.{name}:{name}" if name in CHOICES else name).rpartition(":")
+    return source, function_name
 
 
 def _make(name: str, reward: type, kwargs: dict) -> Callable:
@@ -159,7 +156,7 @@ def _finds(file: Path) -> bool:
     return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == file
 
 
-_VALID = f"valid is one of {', '.join(REWARDS)}, path/to/file.py:function or package.module:function"
+_VALID = f"valid is one of {', '.join(CHOICES)}, path/to/file.py:function or package.module:function"
 
 
 def _said(error: BaseException) -> str:

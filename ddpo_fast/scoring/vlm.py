@@ -1,6 +1,4 @@
-"""Rewards by a model that looks at a picture and answers: DDPO (arXiv:2305.13301) section 5.3, "prompt-image alignment", and counting."""
-
-import re
+"""A model that looks at a picture and answers questions about it."""
 
 import cv2
 import numpy as np
@@ -9,8 +7,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ddpo_fast.prompts import NUMBERS, SIMPLE_ANIMALS, UNSEEN_ANIMALS, plural
-from ddpo_fast.scoring.bert_recall import BertRecall
 from ddpo_fast.scoring.pixels import to_pixels
 from ddpo_fast.scoring.pretrained import check_batch_size, check_device, load, load_model
 
@@ -61,77 +57,3 @@ def through_jpeg(rgb: np.ndarray) -> Image.Image:
     """A picture (H, W, 3) uint8 as it is after JPEG compression."""
     jpeg = cv2.imencode(".jpg", rgb[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
     return Image.fromarray(cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[:, :, ::-1])
-
-
-class VlmAlignment:
-    """BERTScore recall of "The image contains {prompt}" in what a vision-language model says is going on in the picture."""
-
-    def __init__(
-        self,
-        vlm: str = VLM,
-        bert: str = "microsoft/deberta-xlarge-mnli",
-        layer: int = 40,
-        question: str = "Answer concisely: what is going on in this image?",
-        device: str = "auto",
-        dtype: str = "fp16",
-        batch_size: int = 16,
-    ):
-        """vlm, bert: folders or hub ids. layer: of bert, 40 being bert-score's for DeBERTa-xlarge-MNLI. dtype: the vlm's; bert's is fp32.
-
-        device: auto is the pictures'. Raises ValueError for what is missing or damaged, before it is needed.
-        """
-        self.recall = BertRecall(bert, layer)
-        self.vlm, self.question = VisionLanguageModel(vlm, device, dtype, batch_size), question
-
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """images (B, 3, H, W) in [0, 1], B prompts. Returns (B,) fp32 on the CPU, at most 1."""
-        answers = self.vlm.answers(images, [self.question] * len(prompts))
-        self.recall.to(self.vlm.model.device)
-        parts = [slice(start, start + self.vlm.batch_size) for start in range(0, len(prompts), self.vlm.batch_size)]
-        return torch.cat([self.recall(answers[part], [f"The image contains {prompt}" for prompt in prompts[part]]) for part in parts])
-
-
-class VlmCounting:
-    """Of a prompt such as "five wolves", how many of the two, number and animal, a vision-language model names when asked: 0, 1/2 or 1."""
-
-    def __init__(self, vlm: str = VLM, device: str = "auto", dtype: str = "fp16", batch_size: int = 16):
-        """vlm: folder or hub id. device: auto is the pictures'. Raises ValueError for what is missing or damaged, before it is needed."""
-        self.vlm = VisionLanguageModel(vlm, device, dtype, batch_size)
-
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """images (B, 3, H, W) in [0, 1], B prompts "{two to eight} {animals}". Returns (B,) fp32.
-
-        Raises ValueError for any other prompt.
-        """
-        wanted = [parse_count(prompt) for prompt in prompts]
-        how_many = self.vlm.answers(images, [f"How many {animals} are there in this image?" for _, animals in wanted])
-        which = self.vlm.answers(images, ["What animal is in this image?"] * len(prompts))
-        return torch.tensor([
-            (names_number(count, number) + names_animal(kind, animals)) / 2
-            for count, kind, (number, animals) in zip(how_many, which, wanted)
-        ])  # fmt: skip
-
-
-def parse_count(prompt: str) -> tuple[str, str]:
-    """Number and animals of a prompt: ("five", "wolves"). Raises ValueError for another kind of prompt."""
-    number, _, animals = prompt.partition(" ")
-    if number not in NUMBERS or not animals:
-        raise ValueError(f"prompt {prompt!r}: vlm_counting's are a number from two to eight and a plural, as in prompts.name=counting")
-    return number, animals
-
-
-def names_number(answer: str, number: str) -> bool:
-    """Whether an answer contains the number, as a word or a numeral: "5" or "Five"."""
-    return any(_contains(answer, form) for form in (number, str(NUMBERS[number])))
-
-
-def names_animal(answer: str, animals: str) -> bool:
-    """Whether an answer contains the animal, in the plural or, for those of the prompt sets, in the singular."""
-    return any(_contains(answer, form) for form in (animals, _SINGULAR.get(animals, animals)))
-
-
-_SINGULAR = {plural(animal): animal for animal in [*SIMPLE_ANIMALS, *UNSEEN_ANIMALS]}
-
-
-def _contains(answer: str, words: str) -> bool:
-    return re.search(rf"\b{re.escape(words)}\b", answer, re.IGNORECASE) is not None

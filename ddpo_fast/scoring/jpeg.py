@@ -1,4 +1,4 @@
-"""JPEG size as a reward: DDPO (arXiv:2305.13301) section 5, "compressibility" and "incompressibility"."""
+"""The size of pictures as JPEG files."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,13 +24,3 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
 
     with ThreadPoolExecutor() as pool:
         return torch.tensor([n / 1000 for n in pool.map(size, to_pixels(images))])
-
-
-def jpeg_compressibility(images: Tensor, prompts: list[str]) -> Tensor:
-    """Minus the JPEG size in kB: pictures that compress well. Returns (B,)."""
-    return -jpeg_kilobytes(images)
-
-
-def jpeg_incompressibility(images: Tensor, prompts: list[str]) -> Tensor:
-    """The JPEG size in kB: pictures full of detail, noise in the end. Returns (B,)."""
-    return jpeg_kilobytes(images)

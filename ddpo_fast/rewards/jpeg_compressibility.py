@@ -1,0 +1,10 @@
+"""DDPO (arXiv:2305.13301) section 5, "compressibility"."""
+
+from torch import Tensor
+
+from ddpo_fast.scoring.jpeg import jpeg_kilobytes
+
+
+def jpeg_compressibility(images: Tensor, prompts: list[str]) -> Tensor:
+    """Minus the JPEG size in kB: pictures that compress well. Returns (B,)."""
+    return -jpeg_kilobytes(images)

@@ -1,0 +1,10 @@
+"""DDPO (arXiv:2305.13301) section 5, "incompressibility"."""
+
+from torch import Tensor
+
+from ddpo_fast.scoring.jpeg import jpeg_kilobytes
+
+
+def jpeg_incompressibility(images: Tensor, prompts: list[str]) -> Tensor:
+    """The JPEG size in kB: pictures full of detail, noise in the end. Returns (B,)."""
+    return jpeg_kilobytes(images)

@@ -1,0 +1,18 @@
+"""What people prefer: PickScore (arXiv:2305.01569)."""
+
+from ddpo_fast.rewards.clip_score import ClipScore
+
+
+class PickScore(ClipScore):
+    """The logit of PickScore v1, a CLIP ViT-H/14 trained on which of two pictures for a prompt people had picked; near 20 for good ones."""
+
+    def __init__(
+        self,
+        model: str = "yuvalkirstain/PickScore_v1",
+        processor: str | None = None,
+        device: str = "auto",
+        dtype: str = "fp32",
+        batch_size: int = 32,
+    ):
+        """As `ClipScore`'s, scaled."""
+        super().__init__(model, processor, True, device, dtype, batch_size)
