@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from bench.textbook import TextbookLoop, Trajectories
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import parse
-from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.memory import free_mib
 from ddpo_fast.networks.fused_unet import unfuse
 from ddpo_fast.planning.counts import flop_counter
@@ -37,6 +36,7 @@ from ddpo_fast.planning.plan import Work, count_run, memory_mib, phases_mib, wit
 from ddpo_fast.prompts import draw_prompts
 from ddpo_fast.records.metrics import StageTimer
 from ddpo_fast.rollout import Rollout
+from ddpo_fast.schedule import Levels, Schedule
 from ddpo_fast.updates.advantages import make_baseline
 
 STAGES = ("encode", "denoise", "decode", "reward", "update", "optimizer")
@@ -219,7 +219,9 @@ class Ours(Contender):
         """Changes the amount of work: `section__key=value` of a config, of the sections sample and train."""
         config = self.config.replace(**options)
         config.check()
-        schedule = DDIMSchedule.from_scheduler(self.setup.policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, self.device)
+        schedule = Schedule.of(
+            Levels.of_steps(self.setup.policy.pipe.scheduler, config.sample.num_steps), "ddim", config.sample.eta, self.device
+        )
         self.config, self.setup = config, replace(self.setup, config=config, schedule=schedule)
 
     def loss_gradient(self, data: dict) -> dict[str, Tensor]:

@@ -28,7 +28,6 @@ from bench import ROOT
 from bench.harness import RANK_VARIABLES, free_port
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import Config, parse_or_exit, user_error
-from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.files import write_text
 from ddpo_fast.gpus import GPUS
@@ -37,6 +36,7 @@ from ddpo_fast.records import checkpoint
 from ddpo_fast.records.metrics import StageTimer, read_metrics
 from ddpo_fast.records.report import write_report
 from ddpo_fast.rollout import Rollout, generate
+from ddpo_fast.schedule import Levels, Schedule
 from ddpo_fast.scoring.scorer import score_or_nan
 
 NUM_STEPS = 4
@@ -75,7 +75,7 @@ def calibrate(config: Config) -> tuple[Work, Costs]:
         torch.set_num_threads(1)
     setup = trainer.prepare(config)
     work, steps = Work.of(config), min(NUM_STEPS, config.sample.num_steps)
-    short = DDIMSchedule.from_scheduler(setup.policy.pipe.scheduler, steps, config.sample.eta, setup.policy.device)
+    short = Schedule.of(Levels.of_steps(setup.policy.pipe.scheduler, steps), "ddim", config.sample.eta, setup.policy.device)
     setup = replace(setup, config=setup.config.replace(sample__num_steps=steps, train__timestep_fraction=1.0), schedule=short)
     engine = trainer.make_engine(setup)
     rollout, costs = _sampling_costs(setup, min(work.batch_size, work.num_samples))

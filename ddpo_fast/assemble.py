@@ -12,7 +12,6 @@ import torch
 from ddpo_fast import kernels
 from ddpo_fast.claim import Claim
 from ddpo_fast.config.options import Config
-from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.distributed import deepspeed_options
 from ddpo_fast.distributed.engine import Engine, all_gather, broadcast, init_distributed
 from ddpo_fast.distributed.optimizer import check_optimizer, make_optimizer
@@ -29,12 +28,12 @@ from ddpo_fast.prompts import Prompts, evaluation_sets, load_prompts
 from ddpo_fast.records import checkpoint, fingerprints
 from ddpo_fast.records.metrics import check_installed, tracker_fault
 from ddpo_fast.run import Setup
+from ddpo_fast.schedule import Levels, Noising, Schedule
 from ddpo_fast.scoring.isolated import START_TIMEOUT_S
 from ddpo_fast.scoring.scorer import open_reward
 from ddpo_fast.updates import activation_cache
 from ddpo_fast.updates.activation_cache import NO_CACHE, ActivationCache, Cache
 from ddpo_fast.updates.losses import scaled_clip_range
-from ddpo_fast.updates.rwr import NoisingSchedule
 from ddpo_fast.updates.score_accumulation import ScoreAccumulator
 
 logger = logging.getLogger("ddpo_fast")
@@ -83,11 +82,11 @@ def prepare(config: Config, claim: Claim | None = None) -> Setup:
     made_of = _fingerprints(config, policy, prompts) if rank == 0 else {}
     if resumed and rank == 0:
         _say_changes(checkpoint.read_state(resumed), made_of)
-    schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, device)
+    schedule = Schedule.of(Levels.of_steps(policy.pipe.scheduler, config.sample.num_steps), "ddim", config.sample.eta, device)
     clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
-    noising = NoisingSchedule.from_scheduler(policy.pipe.scheduler, device) if config.train.regression else None
-    if noising is not None and config.rwr.num_timesteps > noising.num_steps:
-        raise ValueError(f"rwr.num_timesteps={config.rwr.num_timesteps}: valid is 1 to {noising.num_steps}, the model's training steps")
+    noising = Noising.of(Levels.of_training(policy.pipe.scheduler), device) if config.train.regression else None
+    if noising is not None and config.rwr.num_timesteps > noising.num_levels:
+        raise ValueError(f"rwr.num_timesteps={config.rwr.num_timesteps}: valid is 1 to {noising.num_levels}, the model's training steps")
     scores = None
     if config.train.estimator == "score_accumulation":
         scores = ScoreAccumulator(policy.unet, ops, config.sample.guidance_scale, clip_range)
@@ -139,7 +138,7 @@ def _say_changes(state: dict, now: dict[str, str]) -> None:
 def check_model(config: Config) -> None:
     """Raises ValueError for a model that cannot be trained, or not with so many steps, before its weights are read."""
     model = find_model(config.model.path, config.model.config, config.model.vae, config.model.variant)
-    DDIMSchedule.from_scheduler(model.scheduler, config.sample.num_steps, config.sample.eta)
+    Schedule.of(Levels.of_steps(model.scheduler, config.sample.num_steps), "ddim", config.sample.eta)
     model.check_networks()
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.kernels import Ops
 from ddpo_fast.policy import Policy
+from ddpo_fast.schedule import Schedule
 from ddpo_fast.updates.score_accumulation import ScoreAccumulator
 
 EVAL_SAMPLE_ID = 1 << 48
@@ -46,7 +46,7 @@ class Rollout:
 @torch.no_grad()
 def generate(
     policy: Policy,
-    schedule: DDIMSchedule,
+    schedule: Schedule,
     ops: Ops,
     sample_ids: Tensor,
     prompts: list[str],

@@ -5,14 +5,13 @@ from pathlib import Path
 
 from ddpo_fast.claim import Claim
 from ddpo_fast.config.options import Config
-from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.kernels import Ops
 from ddpo_fast.memory import Room
 from ddpo_fast.networks.split_unet import SplitUNet
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import Prompts
+from ddpo_fast.schedule import Noising, Schedule
 from ddpo_fast.scoring.scorer import Reward
-from ddpo_fast.updates.rwr import NoisingSchedule
 from ddpo_fast.updates.score_accumulation import ScoreAccumulator
 
 
@@ -33,7 +32,7 @@ class Setup:
     """The prompts of each picture of the fixed evaluation sets: `eval` and, with eval.heldout, `heldout`."""
     reward: Reward
     policy: Policy
-    schedule: DDIMSchedule
+    schedule: Schedule
     ops: Ops
     split: SplitUNet | None
     """Where the activation cache takes up the UNet; None without one."""
@@ -41,7 +40,7 @@ class Setup:
     """`train.clip_range` scaled to this model's latents."""
     scores: ScoreAccumulator | None
     """What takes the gradient during sampling; None where `update` does."""
-    noising: NoisingSchedule | None
+    noising: Noising | None
     """What reward-weighted regression trains on; None for the policy gradient."""
     room: Room
     """What has been found to fit into memory."""

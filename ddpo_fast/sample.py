@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from ddpo_fast import kernels
 from ddpo_fast.config.options import Config, parse, user_error
-from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.networks.fused_unet import fuse
 from ddpo_fast.networks.initial_lora import start_from
 from ddpo_fast.networks.lora import merges
@@ -22,6 +21,7 @@ from ddpo_fast.places import typed_path
 from ddpo_fast.policy import Policy
 from ddpo_fast.records.metrics import picture_grid
 from ddpo_fast.rollout import EVAL_SAMPLE_ID, generate
+from ddpo_fast.schedule import Levels, Schedule
 from ddpo_fast.terminal import steady_streams
 
 
@@ -58,7 +58,7 @@ def before_and_after(weights: Path, config: Config, prompts: list[str], seeds: l
     if model.share_guidance and sample.guidance_scale != 1:
         policy.share_guidance()
     policy.attach(policy.unet)
-    schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, sample.num_steps, sample.eta, device)
+    schedule = Schedule.of(Levels.of_steps(policy.pipe.scheduler, sample.num_steps), "ddim", sample.eta, device)
     ids = EVAL_SAMPLE_ID + torch.tensor(seeds, device=device)
     pictures = []
     with tqdm(total=2 * len(prompts) * sample.num_steps, unit="step", leave=False, dynamic_ncols=True) as bar:

@@ -335,7 +335,7 @@ def accumulate_gradient(
     Returns the micro-batches, each with its statistics. `progress(n)` is told how many transitions are done.
     """
     done, weight = [], engine.loss_scale / len(pairs[0])
-    timesteps = setup.schedule.timesteps.cpu() if setup.noising is None else torch.arange(setup.noising.num_steps)
+    timesteps = setup.schedule.timesteps.cpu() if setup.noising is None else torch.arange(setup.noising.num_levels)
     engine.forget_gradient()
     cache.forget_fetched()
     parts = list(micro_batches(*pairs, size, timesteps, setup.config.training_guidance != 1, setup.policy.device))
@@ -457,7 +457,7 @@ def trained_steps(setup: Setup) -> tuple[int, float]:
     """How many steps, or of reward-weighted regression training timesteps, a sample has, and the share that a pass trains on."""
     if setup.noising is None:
         return setup.schedule.num_steps, setup.config.train.timestep_fraction
-    return setup.noising.num_steps, setup.config.rwr.num_timesteps / setup.noising.num_steps
+    return setup.noising.num_levels, setup.config.rwr.num_timesteps / setup.noising.num_steps
 
 
 def first_sample_id(setup: Setup, iteration: int) -> int:

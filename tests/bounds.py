@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ddpo_fast.config.options import Config, parse
-from ddpo_fast.ddim import DDIMSchedule
+from ddpo_fast.schedule import Levels, Schedule
 
 SIGMAS = 5
 BACKWARD = 5
@@ -153,7 +153,7 @@ def of(config: Config, dtype: torch.dtype = torch.float32) -> Rounding:
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
     scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder, subfolder="scheduler"))
     sample, train = config.sample, config.train
-    table = DDIMSchedule.from_scheduler(scheduler, sample.num_steps, sample.eta).coefficients.double()
+    table = Schedule.of(Levels.of_steps(scheduler, sample.num_steps), "ddim", sample.eta).coefficients.double()
     accumulated = torch.finfo(torch.float32 if dtype in HALF else dtype).eps
     delta, g = network_rounding(unet, dtype), sample.guidance_scale
     a = 1 if g == 1 else abs(g) + abs(g - 1)

@@ -18,15 +18,15 @@ from test_train import options, relative_error, rewards_file, run, untimed, weig
 from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import CacheConfig, parse
-from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.kernels.reference import normal_noise
 from ddpo_fast.planning.plan import Work, iteration_flop, with_cache
 from ddpo_fast.policy import Policy
 from ddpo_fast.records.metrics import StageTimer, read_metrics
 from ddpo_fast.rollout import Rollout
+from ddpo_fast.schedule import FIRST_NOISE_STEP, Levels, Noising, Schedule
 from ddpo_fast.updates.advantages import PromptBaseline, make_baseline
 from ddpo_fast.updates.losses import kl_loss
-from ddpo_fast.updates.rwr import FIRST_NOISE_STEP, NoisingSchedule, denoising_loss, reward_weights
+from ddpo_fast.updates.rwr import denoising_loss, reward_weights
 
 
 def changed_weights(run_dir) -> bool:
@@ -114,7 +114,7 @@ def test_denoising_loss_by_hand():
 def test_noised_samples_are_those_of_the_scheduler(prediction_type):
     """And the target is what, taken as the model's output, gives the sample back."""
     scheduler = DDIMScheduler(**SD_BETAS, clip_sample=False, prediction_type=prediction_type)
-    schedule = NoisingSchedule.from_scheduler(scheduler, dtype=torch.float64)
+    schedule = Noising.of(Levels.of_training(scheduler), dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randn(5, 4, 6, 6, generator=generator, dtype=torch.float64)
     timesteps, ids = torch.tensor([0, 1, 481, 998, 999]), torch.arange(5) + (1 << 33)
@@ -132,7 +132,7 @@ def test_noised_samples_are_those_of_the_scheduler(prediction_type):
 
 
 def test_noise_of_a_sample_is_new_in_every_pass_and_timestep():
-    schedule = NoisingSchedule.from_scheduler(DDIMScheduler(**SD_BETAS))
+    schedule = Noising.of(Levels.of_training(DDIMScheduler(**SD_BETAS)))
     zero, ids = torch.zeros(1, 4, 4, 4), torch.tensor([3])
     draws = [schedule.noised(zero, torch.tensor([t]), 0, ids, epoch)[1] for t in (0, 5, 999) for epoch in (0, 1, 2)]
     draws.append(schedule.noised(zero, torch.tensor([5]), 0, ids + 1, 0)[1])
@@ -153,8 +153,8 @@ def first_gradient(argv: list[str]) -> tuple[dict, trainer.Setup, list[str], Rol
     for parameter in policy.trainable_parameters():  # LoRA starts at B = 0, where half of the gradient is 0
         torch.nn.init.normal_(parameter, std=0.02)
     scheduler = policy.pipe.scheduler
-    schedule = DDIMSchedule.from_scheduler(scheduler, config.sample.num_steps, config.sample.eta, dtype=torch.float64)
-    noising = setup.noising and NoisingSchedule.from_scheduler(scheduler, dtype=torch.float64)
+    schedule = Schedule.of(Levels.of_steps(scheduler, config.sample.num_steps), "ddim", config.sample.eta, dtype=torch.float64)
+    noising = setup.noising and Noising.of(Levels.of_training(scheduler), dtype=torch.float64)
     setup = replace(setup, schedule=schedule, noising=noising)
 
     def step():

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_ddim import SD_CONSTANTS, SHAPE, fp64_alphas, sd_scheduler
 
 from ddpo_fast import kernels
-from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.kernels import ddim_step, launch, ppo_loss, reference
+from ddpo_fast.schedule import Levels, Schedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps
@@ -78,7 +78,7 @@ CASE_STRATEGIES = dict(
 def table_of(prediction="epsilon", num_steps=50, clip=False) -> torch.Tensor:
     """Stable Diffusion's table."""
     scheduler = sd_scheduler(prediction_type=prediction, clip_sample=clip, clip_sample_range=0.7)
-    return DDIMSchedule.from_scheduler(scheduler, num_steps, eta=1.0, device=DEVICE).coefficients
+    return Schedule.of(Levels.of_steps(scheduler, num_steps), "ddim", eta=1.0, device=DEVICE).coefficients
 
 
 def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
@@ -294,9 +294,11 @@ def test_step_is_that_of_diffusers(prediction, num_steps, clip):
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_x0_clipping_columns_are_those_of_the_alphas(prediction, clip):
-    """From DDIM's equations, not from `DDIMSchedule`: x0 scaled by sqrt(a_p) and its bound."""
+    """From DDIM's equations, not from `Schedule`: x0 scaled by sqrt(a_p) and its bound."""
     alphas = fp64_alphas(sd_scheduler()).alphas_cumprod
-    schedule = DDIMSchedule.from_scheduler(sd_scheduler(prediction_type=prediction, clip_sample=clip, clip_sample_range=0.7), 10, eta=1.0)
+    schedule = Schedule.of(
+        Levels.of_steps(sd_scheduler(prediction_type=prediction, clip_sample=clip, clip_sample_range=0.7), 10), "ddim", eta=1.0
+    )
     assert schedule.coefficients.shape == (10, 7 if clip else 4)
     for t, columns in zip(schedule.timesteps.tolist(), schedule.coefficients[:, 4:]):
         a_t, a_p = alphas[t].item(), alphas[max(t - 100, 0)].item()

@@ -82,8 +82,8 @@ def test_nothing_imports_what_runs_the_rest(module):
 
 
 FLOORS = [
-    "claim distributed embedded files gpus kernels memory places prompt_files terminal",
-    "ddim networks prompts",
+    "claim distributed embedded files gpus kernels memory places prompt_files samplers terminal",
+    "networks prompts schedule",
     "config pipelines",
     "planning policy scoring",
     "rewards updates",
@@ -93,7 +93,7 @@ FLOORS = [
     "train",
 ]
 """Folders and modules of the package from the bottom up. `__main__` starts modules by their names."""
-INTERFACES = {"ddpo_fast.rewards"}
+INTERFACES = {"ddpo_fast.rewards", "ddpo_fast.samplers"}
 """Folders of choices, one a file; what is in their `__init__` every floor may know."""
 MODULES = {module_name(file) for file in PACKAGE + KERNELS}
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

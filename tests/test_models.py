@@ -15,13 +15,13 @@ from test_sdxl import make_sdxl
 
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import parse
-from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.kernels.reference import normal_noise
 from ddpo_fast.pipelines.folders import find_model, open_pipeline
 from ddpo_fast.planning.counts import architecture
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import Prompts
 from ddpo_fast.records.metrics import StageTimer, read_metrics
+from ddpo_fast.schedule import Levels, Schedule
 
 CPU = torch.device("cpu")
 EPS = torch.finfo(torch.float32).eps
@@ -340,7 +340,7 @@ def test_any_sampler_gives_the_ddim_steps_and_says_so(both_kinds, tmp_path, kind
     change(path / "scheduler" / "scheduler_config.json", _class_name=sampler, **saved)
     model, own = find_model(str(path)), DDIMScheduler.from_pretrained(both_kinds[kind] / "scheduler")
     (note,), pipe = model.notes, open_pipeline(model, torch.float32)
-    tables = [DDIMSchedule.from_scheduler(scheduler, 10, 1.0).coefficients for scheduler in (pipe.scheduler, own)]
+    tables = [Schedule.of(Levels.of_steps(scheduler, 10), "ddim", 1.0).coefficients for scheduler in (pipe.scheduler, own)]
     key = next(iter(saved))
     assert torch.equal(*tables) and note.startswith(f"model.path={path}: the steps are DDIM's with ") and f"{key}={saved[key]}" in note
 

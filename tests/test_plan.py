@@ -17,7 +17,6 @@ from bench import predict
 from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import OptimizerConfig, parse
-from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.distributed.optimizer import make_optimizer
 from ddpo_fast.gpus import GPUS, parse_devices
 from ddpo_fast.planning import plan as plan_module
@@ -40,6 +39,7 @@ from ddpo_fast.planning.plan import (
     with_cache,
 )  # fmt: skip
 from ddpo_fast.policy import DTYPES, Policy
+from ddpo_fast.schedule import Levels, Schedule
 
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
 ATTENTION = SimpleNamespace(scope="all", targets=["attention"], rank=4, alpha=4.0)
@@ -209,7 +209,7 @@ def test_sdxl():
 
 @pytest.mark.parametrize("path", [path for path, parts in ARCHITECTURES.items() if "scheduler" in parts])
 def test_known_schedulers_make_a_schedule(path):
-    schedule = DDIMSchedule.from_scheduler(DDIMScheduler(**ARCHITECTURES[path]["scheduler"]), 50, 1.0)
+    schedule = Schedule.of(Levels.of_steps(DDIMScheduler(**ARCHITECTURES[path]["scheduler"]), 50), "ddim", 1.0)
     assert schedule.timesteps[0] == 981 and schedule.timesteps[-1] == 1
 
 

@@ -21,13 +21,13 @@ from torch import nn
 from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import parse
-from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.kernels import reference, select
 from ddpo_fast.networks.fused_unet import fuse, unfuse
 from ddpo_fast.networks.merged_lora import merge, unmerge
 from ddpo_fast.policy import DTYPES, Policy
 from ddpo_fast.records.metrics import StageTimer, read_metrics
+from ddpo_fast.schedule import Levels, Schedule
 from ddpo_fast.updates.score_accumulation import ScoreAccumulator, score, unscore
 
 TIMES = re.compile(r"time_|_per_s|device_hours|peak_memory")
@@ -217,7 +217,7 @@ def gradient(argv: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, dict]:
     """The gradient of the first update of a run, all parameters joined, and its metrics. LoRA does not start at B = 0."""
     setup = trainer.prepare(parse(argv))
     sample, policy = setup.config.sample, setup.policy
-    schedule = DDIMSchedule.from_scheduler(policy.pipe.scheduler, sample.num_steps, sample.eta, dtype=dtype)
+    schedule = Schedule.of(Levels.of_steps(policy.pipe.scheduler, sample.num_steps), "ddim", sample.eta, dtype=dtype)
     setup, policy.dtype = replace(setup, schedule=schedule, clip_range=5e-2), dtype
     for module in (policy.unet, policy.pipe.text_encoder, policy.pipe.vae):
         module.to(dtype)
@@ -356,14 +356,14 @@ def test_resume_equals_uninterrupted(options, tmp_path):
 
 def test_bad_samples_do_not_spoil_the_gradient_of_the_others(options, monkeypatch):
     """Sample 2's latents overflow, sample 1's reward is no number: the same update as the ordinary one's, which leaves them out too."""
-    initial_latents = DDIMSchedule.initial_latents
+    initial_latents = Schedule.initial_latents
 
     def overflowing(self, shape, seed, sample_ids):
         latents = initial_latents(self, shape, seed, sample_ids)
         latents[sample_ids == 2] = torch.inf
         return latents
 
-    monkeypatch.setattr(DDIMSchedule, "initial_latents", overflowing)
+    monkeypatch.setattr(Schedule, "initial_latents", overflowing)
     changed = dict(run__iterations=1, sample__batch_size=4)
     results = []
     for name, estimator in (("a", {}), ("b", SCORES)):

@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import parse
-from ddpo_fast.ddim import DDIMSchedule
 from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.kernels import reference
 from ddpo_fast.policy import DTYPES, Policy
@@ -31,6 +30,7 @@ from ddpo_fast.prompts import Prompts
 from ddpo_fast.records import run_directory
 from ddpo_fast.records.checkpoint import list_checkpoints
 from ddpo_fast.records.metrics import StageTimer, read_metrics
+from ddpo_fast.schedule import Levels, Schedule
 from ddpo_fast.scoring.scorer import open_reward
 from ddpo_fast.scoring.server import RewardServer
 
@@ -114,7 +114,7 @@ def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[d
     """The gradient of the first update of a run, by parameter name, with the rollout and advantages that it came from."""
     setup = trainer.prepare(parse(argv))
     config, gradient = setup.config, {}
-    schedule = DDIMSchedule.from_scheduler(setup.policy.pipe.scheduler, config.sample.num_steps, config.sample.eta, dtype=dtype)
+    schedule = Schedule.of(Levels.of_steps(setup.policy.pipe.scheduler, config.sample.num_steps), "ddim", config.sample.eta, dtype=dtype)
     setup = replace(setup, schedule=schedule)
     setup.policy.dtype = dtype
     for module in (setup.policy.unet, setup.policy.pipe.text_encoder, setup.policy.pipe.vae):

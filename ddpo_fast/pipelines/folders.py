@@ -14,11 +14,11 @@ diffusers.utils.logging.disable_progress_bar()
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 
-from ddpo_fast.ddim import changed_steps
 from ddpo_fast.pipelines import model_parts, single_file
 from ddpo_fast.pipelines.hub import CONFIGS, check_readable, choose_weights, file_names, in_one_line, local_folder
 from ddpo_fast.pipelines.model_parts import NETWORKS, TEXT_ENCODERS, read_config
 from ddpo_fast.pipelines.single_file import PREFIXES, SDXL_PREFIXES, is_vae, names_in
+from ddpo_fast.schedule import changed_steps
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ddpo_fast.ddim import DDIMSchedule, ddim_scheduler
 from ddpo_fast.distributed.deepspeed_options import BUCKET_ELEMENTS
 from ddpo_fast.distributed.optimizer import state_bytes
 from ddpo_fast.gpus import GPUS, HERE, parse_devices
@@ -19,6 +18,7 @@ from ddpo_fast.memory import free_mib, num_kept_prompts
 from ddpo_fast.networks.lora import merges
 from ddpo_fast.planning.counts import MIB, ModelCounts, architecture, count_model
 from ddpo_fast.prompts import evaluation_sets, load_prompts
+from ddpo_fast.schedule import Levels, Schedule, ddim_scheduler
 
 USABLE = 0.9
 """Share of a device's memory that is planned for; its context, workspaces and the allocator's gaps get the rest. An estimate."""
@@ -320,7 +320,7 @@ def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
     """The counts of a config's model. Raises ValueError naming the option at fault."""
     model = config.model
     arch = architecture(model.path, model.vae, model.config, model.variant)
-    DDIMSchedule.from_scheduler(ddim_scheduler(arch["scheduler"]), config.sample.num_steps, config.sample.eta)
+    Schedule.of(Levels.of_steps(ddim_scheduler(arch["scheduler"]), config.sample.num_steps), "ddim", config.sample.eta)
     counts = count_model(
         arch,
         dtype,

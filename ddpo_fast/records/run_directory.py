@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ddpo_fast.ddim import SD_STEPS
 from ddpo_fast.distributed.engine import Engine, any_rank, broadcast
 from ddpo_fast.files import new_folder, write_text
 from ddpo_fast.records import checkpoint
@@ -16,6 +15,7 @@ from ddpo_fast.records.metrics import MetricsWriter
 from ddpo_fast.records.model_card import write_card
 from ddpo_fast.records.report import environment, write_report
 from ddpo_fast.run import Setup
+from ddpo_fast.schedule import SD_STEPS
 from ddpo_fast.updates.advantages import PromptBaseline
 
 METRICS = (

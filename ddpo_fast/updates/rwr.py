@@ -4,16 +4,10 @@ Shape letters: N samples of an iteration, B transitions of a micro-batch (a samp
 model's training timesteps, (C, H, W) one sample's latents.
 """
 
-from dataclasses import dataclass
-
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ddpo_fast.kernels.reference import guide, normal_noise
-
-FIRST_NOISE_STEP = 1 << 31
-"""The `step` of the counter-based noise from which on samples are noised: no denoising step of a rollout is there."""
+from ddpo_fast.kernels.reference import guide
 
 
 def reward_weights(
@@ -48,42 +42,6 @@ def reward_weights(
             log_sum = (inverse_temperature * ordered).logsumexp(0)
             weights[rows] = len(population) * (inverse_temperature * rewards[rows] - log_sum).exp()
     return weights
-
-
-@dataclass(frozen=True)
-class NoisingSchedule:
-    """The forward process at every training timestep, x_t = sqrt(a_t) x0 + sqrt(1 - a_t) e, and what the model is to predict of it."""
-
-    coefficients: Tensor
-    """(T, 4) fp32: of x0 and of the noise e in x_t, of x0 and of e in the target."""
-
-    @classmethod
-    def from_scheduler(cls, scheduler, device="cpu", dtype=torch.float32) -> "NoisingSchedule":
-        """Builds the table, in fp64 and then rounded to `dtype`, from any diffusers scheduler's config.
-
-        target = e (epsilon), sqrt(a_t) e - sqrt(1 - a_t) x0 (v_prediction, arXiv:2202.00512) or x0 (sample).
-        """
-        scheduler = DDIMScheduler.from_config(scheduler.config)
-        alphas = torch.cumprod(1 - scheduler.betas.double(), 0)
-        signal, noise = alphas.sqrt(), (1 - alphas).sqrt()
-        one, zero = torch.ones_like(signal), torch.zeros_like(signal)
-        targets = {"epsilon": (zero, one), "v_prediction": (-noise, signal), "sample": (one, zero)}
-        table = torch.stack([signal, noise, *targets[scheduler.config.prediction_type]], 1)
-        return cls(table.to(device, dtype))
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.coefficients)
-
-    def noised(self, x0: Tensor, timesteps: Tensor, seed: int, sample_ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """x_t and target, (B, C, H, W) each, of samples x0 (B, C, H, W).
-
-        Their noise is a function of (seed, sample id, epoch, timestep) alone. timesteps, sample_ids: (B,) int64.
-        """
-        steps = FIRST_NOISE_STEP + epoch * self.num_steps + timesteps
-        noise = normal_noise(seed, sample_ids, steps, x0[0].numel()).view(x0.shape)
-        a, b, c, d = self.coefficients[timesteps, :, None, None, None].unbind(1)
-        return a * x0 + b * noise, c * x0 + d * noise
 
 
 def denoising_loss(noise_pred: Tensor, target: Tensor, weights: Tensor, guidance_scale: float, weight: float) -> tuple[Tensor, Tensor]:

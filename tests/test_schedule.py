@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
-from ddpo_fast.ddim import DDIMSchedule, changed_steps, ddim_scheduler
 from ddpo_fast.kernels import reference as ops
+from ddpo_fast.schedule import Levels, Schedule, changed_steps, ddim_scheduler
 
 SD_CONFIG = dict(
     beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000, timestep_spacing="leading",
@@ -63,7 +63,7 @@ def log_prob_of(out, latents, next_latents, table, steps) -> torch.Tensor:
     return loss if out.requires_grad else statistics[0]
 
 
-def log_prob_rounding(schedule: DDIMSchedule, step: int, latents: torch.Tensor) -> float:
+def log_prob_rounding(schedule: Schedule, step: int, latents: torch.Tensor) -> float:
     """Of log p in fp32, see bounds.py: of the mean, of which z gets 1 / s, and of log p itself. Latents and outputs are 1 in rms."""
     c_x, c_out, s, log_norm, *_ = schedule.coefficients[step].abs().tolist()
     eta, root = 0.2 * EPS * (c_x + c_out + math.hypot(c_x, c_out, s)) / s, math.sqrt(latents.numel())
@@ -112,9 +112,42 @@ def gaussian(scheduler, num_steps: int, eta: float, step: int, x_t, out) -> torc
     return torch.distributions.Normal(a_p.sqrt() * x0 + (1 - a_p - s**2).sqrt() * e, s)
 
 
+def textbook_table(scheduler: DDIMScheduler, num_steps: int, eta: float) -> torch.Tensor:
+    """(c_x, c_out, s, log(s sqrt(2 pi))) by DDIM's own formulas, prediction type by prediction type, in fp64 and then rounded to fp32."""
+    scheduler.set_timesteps(num_steps)
+    alphas = torch.cumprod(1 - scheduler.betas.double(), 0)
+    a_t, a_p = alphas[scheduler.timesteps], alphas[(scheduler.timesteps - 1000 // num_steps).clamp(min=0)]
+    s = eta * ((1 - a_p) / (1 - a_t) * (1 - a_t / a_p)).sqrt()
+    direction, signal = (1 - a_p - s**2).clamp(min=0).sqrt(), a_p.sqrt()
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            columns = signal / a_t.sqrt(), -signal * (1 - a_t).sqrt() / a_t.sqrt() + direction
+        case "v_prediction":
+            columns = signal * a_t.sqrt() + direction * (1 - a_t).sqrt(), -signal * (1 - a_t).sqrt() + direction * a_t.sqrt()
+        case "sample":
+            columns = direction / (1 - a_t).sqrt(), signal - direction * a_t.sqrt() / (1 - a_t).sqrt()
+    return torch.stack([*columns, s, s.log() + 0.5 * math.log(2 * math.pi)], 1).float()
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_five_numbers_and_two_are_ddims_own_formulas_to_the_bit(prediction_type, spacing):
+    scheduler = sd_scheduler(prediction_type=prediction_type, timestep_spacing=spacing)
+    for num_steps in (1, 2, 3, 7, 10, 20, 30, 50, 100, 125, 250):
+        for eta in (0.05, 0.3, 0.7, 1.0):
+            table = Schedule.of(Levels.of_steps(scheduler, num_steps), "ddim", eta).coefficients
+            assert torch.equal(table, textbook_table(scheduler, num_steps, eta)), (num_steps, eta)
+
+
+def test_a_first_step_from_pure_noise_keeps_none_of_it():
+    """At zero signal-to-noise and eta = 1, s = b': h is 0, and not the root of what rounding leaves of b'^2 - s^2."""
+    scheduler = sd_scheduler(prediction_type="sample", timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    assert Schedule.of(Levels.of_steps(scheduler, 10), "ddim", 1.0).coefficients[0, 0] == 0
+
+
 @pytest.mark.parametrize("num_steps, row, t, std, coef_x, coef_eps, mean_logp", SD_CONSTANTS)
 def test_table_of_stable_diffusion(num_steps, row, t, std, coef_x, coef_eps, mean_logp):
-    schedule = DDIMSchedule.from_scheduler(sd_scheduler(), num_steps, eta=1.0)
+    schedule = Schedule.of(Levels.of_steps(sd_scheduler(), num_steps), "ddim", eta=1.0)
     assert schedule.num_steps == num_steps
     assert schedule.timesteps[row] == t
     c_x, c_out, s, log_norm = schedule.coefficients[row].tolist()
@@ -125,7 +158,7 @@ def test_table_of_stable_diffusion(num_steps, row, t, std, coef_x, coef_eps, mea
 @every_process
 def test_step_and_log_prob_are_the_gaussian_of_every_step(prediction_type, num_steps, eta):
     scheduler = sd_scheduler(prediction_type=prediction_type)
-    schedule = DDIMSchedule.from_scheduler(scheduler, num_steps, eta)
+    schedule = Schedule.of(Levels.of_steps(scheduler, num_steps), "ddim", eta)
     noise_pred, latents, steps, ids = process(num_steps)
     next_latents, log_prob = take_step(schedule, noise_pred, latents, steps, ids)
     noise = ops.normal_noise(SEED, ids, steps, math.prod(SHAPE)).view_as(latents).double()
@@ -142,7 +175,7 @@ def test_step_and_log_prob_are_the_gaussian_of_every_step(prediction_type, num_s
 @every_process
 def test_step_is_that_of_diffusers(prediction_type, num_steps, eta, clip):
     scheduler = fp64_alphas(sd_scheduler(prediction_type=prediction_type, **clip))
-    schedule = DDIMSchedule.from_scheduler(scheduler, num_steps, eta)
+    schedule = Schedule.of(Levels.of_steps(scheduler, num_steps), "ddim", eta)
     noise_pred, latents, steps, ids = process(num_steps)
     next_latents, _ = take_step(schedule, noise_pred, latents, steps, ids)
     noise = ops.normal_noise(SEED, ids, steps, math.prod(SHAPE)).view_as(latents).double()
@@ -156,7 +189,7 @@ def test_step_is_that_of_diffusers(prediction_type, num_steps, eta, clip):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_log_prob_of_a_step_is_that_of_its_result_bit_for_bit(dtype):
-    schedule = DDIMSchedule.from_scheduler(sd_scheduler(), 50, eta=1.0)
+    schedule = Schedule.of(Levels.of_steps(sd_scheduler(), 50), "ddim", eta=1.0)
     noise_pred, latents, steps, ids = process(50)
     next_latents, log_prob = take_step(schedule, noise_pred.to(dtype), latents, steps, ids)
     assert next_latents.dtype == log_prob.dtype == torch.float32
@@ -166,7 +199,7 @@ def test_log_prob_of_a_step_is_that_of_its_result_bit_for_bit(dtype):
 @pytest.mark.rounding
 def test_rows_do_not_depend_on_the_batch_they_are_in():
     """To rounding: noise and the mean over a row may be computed in another order."""
-    schedule = DDIMSchedule.from_scheduler(sd_scheduler(), 50, eta=1.0)
+    schedule = Schedule.of(Levels.of_steps(sd_scheduler(), 50), "ddim", eta=1.0)
     noise_pred, latents, steps, ids = process(50)
     together = take_step(schedule, noise_pred, latents, steps, ids)
     for row in (0, 23, 48):
@@ -178,7 +211,7 @@ def test_rows_do_not_depend_on_the_batch_they_are_in():
 
 
 def test_log_prob_gradient_in_fp64():
-    schedule = DDIMSchedule.from_scheduler(sd_scheduler(), 50, eta=1.0)
+    schedule = Schedule.of(Levels.of_steps(sd_scheduler(), 50), "ddim", eta=1.0)
     table, steps = schedule.coefficients.double(), torch.tensor([0, 25, 48])
     generator = torch.Generator().manual_seed(0)
     noise_pred, latents, z = torch.randn(3, 3, 2, 3, 5, generator=generator, dtype=torch.float64)
@@ -195,7 +228,7 @@ def test_log_prob_gradient_in_fp64():
 
 
 def test_initial_latents_are_the_noise_before_every_step():
-    schedule = DDIMSchedule.from_scheduler(sd_scheduler(), 10, eta=1.0)
+    schedule = Schedule.of(Levels.of_steps(sd_scheduler(), 10), "ddim", eta=1.0)
     ids = torch.tensor([5, 2**40])
     latents = schedule.initial_latents((4, 3, 5), SEED, ids)
     assert latents.shape == (2, 4, 3, 5) and latents.dtype == torch.float32
@@ -207,7 +240,7 @@ def test_initial_latents_are_the_noise_before_every_step():
 @pytest.mark.parametrize("eta, reason", [(0, "deterministic"), (0.0, "deterministic"), (-0.5, "valid is"), (1.01, "0 < eta <= 1")])
 def test_eta_without_a_density_is_refused(eta, reason):
     with pytest.raises(ValueError, match=rf"sample\.eta={eta}: .*{reason}"):
-        DDIMSchedule.from_scheduler(sd_scheduler(), 50, eta)
+        Schedule.of(Levels.of_steps(sd_scheduler(), 50), "ddim", eta)
 
 
 @pytest.mark.parametrize(
@@ -223,12 +256,12 @@ def test_eta_without_a_density_is_refused(eta, reason):
 )
 def test_number_of_steps_that_does_not_fit_the_model_is_refused(num_steps, spacing):
     with pytest.raises(ValueError, match=rf"sample\.num_steps={num_steps}: valid is"):
-        DDIMSchedule.from_scheduler(sd_scheduler(timestep_spacing=spacing), num_steps, eta=1.0)
+        Schedule.of(Levels.of_steps(sd_scheduler(timestep_spacing=spacing), num_steps), "ddim", eta=1.0)
 
 
 @pytest.mark.parametrize("num_steps", [1, 999])
 def test_extreme_numbers_of_steps_work(num_steps):
-    schedule = DDIMSchedule.from_scheduler(sd_scheduler(), num_steps, eta=1.0)
+    schedule = Schedule.of(Levels.of_steps(sd_scheduler(), num_steps), "ddim", eta=1.0)
     assert schedule.num_steps == num_steps and schedule.coefficients.isfinite().all()
 
 
@@ -245,14 +278,14 @@ ZERO_SNR = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
 )
 def test_scheduler_without_a_density_is_refused(config, reason):
     with pytest.raises(ValueError, match="scheduler_config.json: .*" + reason):
-        DDIMSchedule.from_scheduler(sd_scheduler(**config), 50, eta=1.0)
+        Schedule.of(Levels.of_steps(sd_scheduler(**config), 50), "ddim", eta=1.0)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 @pytest.mark.parametrize("num_steps", [7, 10, 50])
 def test_zero_snr_starts_from_pure_noise(prediction_type, num_steps):
     scheduler = fp64_alphas(sd_scheduler(**ZERO_SNR, prediction_type=prediction_type))
-    schedule = DDIMSchedule.from_scheduler(scheduler, num_steps, eta=0.9)
+    schedule = Schedule.of(Levels.of_steps(scheduler, num_steps), "ddim", eta=0.9)
     assert schedule.timesteps[0] == 999 and schedule.coefficients.isfinite().all()
     noise_pred, latents, steps, ids = process(num_steps)
     next_latents, _ = take_step(schedule, noise_pred, latents, steps, ids)
@@ -268,8 +301,8 @@ def test_zero_snr_starts_from_pure_noise(prediction_type, num_steps):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_any_scheduler_of_the_model_gives_the_ddim_table(scheduler_class, prediction_type):
     config = {**SD_CONFIG, "prediction_type": prediction_type}
-    expected = DDIMSchedule.from_scheduler(DDIMScheduler(**config), 50, eta=1.0)
-    schedule = DDIMSchedule.from_scheduler(scheduler_class.from_config(config), 50, eta=1.0)
+    expected = Schedule.of(Levels.of_steps(DDIMScheduler(**config), 50), "ddim", eta=1.0)
+    schedule = Schedule.of(Levels.of_steps(scheduler_class.from_config(config), 50), "ddim", eta=1.0)
     assert torch.equal(schedule.timesteps, expected.timesteps)
     assert torch.equal(schedule.coefficients, expected.coefficients)
 
@@ -290,11 +323,13 @@ SAMPLERS = "DPMSolverMultistep UniPCMultistep DEISMultistep EulerDiscrete DDPM".
 )
 def test_steps_without_a_density_are_stable_diffusions(scheduler_class, saved):
     """Whatever sampler was saved with the model, and with its object or its config."""
-    expected, config = DDIMSchedule.from_scheduler(sd_scheduler(), 50, eta=1.0), {**SD_CONFIG, **saved}
-    schedule = DDIMSchedule.from_scheduler(ddim_scheduler(config), 50, eta=1.0)
+    expected, config = Schedule.of(Levels.of_steps(sd_scheduler(), 50), "ddim", eta=1.0), {**SD_CONFIG, **saved}
+    schedule = Schedule.of(Levels.of_steps(ddim_scheduler(config), 50), "ddim", eta=1.0)
     assert torch.equal(schedule.timesteps, expected.timesteps) and torch.equal(schedule.coefficients, expected.coefficients)
     assert changed_steps(config, ddim_scheduler(config)) == {key: SD_CONFIG[key] for key in saved}
-    assert torch.equal(DDIMSchedule.from_scheduler(scheduler_class.from_config(config), 50, eta=1.0).coefficients, expected.coefficients)
+    assert torch.equal(
+        Schedule.of(Levels.of_steps(scheduler_class.from_config(config), 50), "ddim", eta=1.0).coefficients, expected.coefficients
+    )
 
 
 @pytest.mark.parametrize("scheduler_class", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])
@@ -302,8 +337,8 @@ def test_a_samplers_own_defaults_do_not_count(scheduler_class):
     """What a config of 2022 does not state is as Stable Diffusion has it."""
     betas = {key: SD_CONFIG[key] for key in ("beta_schedule", "beta_start", "beta_end")}
     scheduler = scheduler_class.from_config({**betas, "clip_sample": False})
-    expected = DDIMSchedule.from_scheduler(sd_scheduler(), 50, eta=1.0)
-    assert torch.equal(DDIMSchedule.from_scheduler(scheduler, 50, eta=1.0).coefficients, expected.coefficients)
+    expected = Schedule.of(Levels.of_steps(sd_scheduler(), 50), "ddim", eta=1.0)
+    assert torch.equal(Schedule.of(Levels.of_steps(scheduler, 50), "ddim", eta=1.0).coefficients, expected.coefficients)
     assert changed_steps(scheduler.config, ddim_scheduler(scheduler.config)) == {}
 
 
@@ -314,7 +349,7 @@ def test_a_samplers_own_defaults_do_not_count(scheduler_class):
 @pytest.mark.parametrize("num_steps", [7, 50])
 def test_steps_with_a_density_stay_as_they_are_saved(saved, num_steps):
     config = {**SD_CONFIG, **saved}
-    schedule, own = DDIMSchedule.from_scheduler(ddim_scheduler(config), num_steps, eta=1.0), DDIMScheduler(**config)
+    schedule, own = Schedule.of(Levels.of_steps(ddim_scheduler(config), num_steps), "ddim", eta=1.0), DDIMScheduler(**config)
     own.set_timesteps(num_steps)
     assert torch.equal(schedule.timesteps, own.timesteps) and changed_steps(config, ddim_scheduler(config)) == {}
 
@@ -322,8 +357,8 @@ def test_steps_with_a_density_stay_as_they_are_saved(saved, num_steps):
 def test_zero_snr_keeps_its_first_step():
     """Stable Diffusion's steps would begin at t = 981, where such a model has not all of the noise."""
     config = {**SD_CONFIG, **ZERO_SNR, "prediction_type": "v_prediction"}
-    expected = DDIMSchedule.from_scheduler(ddim_scheduler(config), 50, eta=1.0)
-    schedule = DDIMSchedule.from_scheduler(ddim_scheduler(config | {"timestep_spacing": "linspace"}), 50, eta=1.0)
+    expected = Schedule.of(Levels.of_steps(ddim_scheduler(config), 50), "ddim", eta=1.0)
+    schedule = Schedule.of(Levels.of_steps(ddim_scheduler(config | {"timestep_spacing": "linspace"}), 50), "ddim", eta=1.0)
     assert schedule.timesteps[0] == 999 and torch.equal(schedule.coefficients, expected.coefficients)
 
 
