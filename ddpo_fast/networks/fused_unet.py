@@ -10,6 +10,8 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from ddpo_fast.networks.patch import patch, unpatch
+
 
 class FusedGroupNorm(nn.GroupNorm):
     """A GroupNorm that applies `fused_ops.group_norm_silu`, with the SiLU behind it where `fused_silu`."""
@@ -74,10 +76,10 @@ def fuse(unet: nn.Module, ops) -> dict[str, int]:
     counts = Counter(group_norm_silu=0, group_norm=0, geglu=0)
     for module in unet.modules():
         if type(module) is nn.GroupNorm:
-            module.__class__, module.fused_ops, module.fused_silu = FusedGroupNorm, ops, module in with_silu
+            patch(module, FusedGroupNorm, fused_ops=ops, fused_silu=module in with_silu)
             counts["group_norm_silu" if module.fused_silu else "group_norm"] += 1
         elif type(module) is GEGLU:
-            module.__class__, module.fused_ops = FusedGEGLU, ops
+            patch(module, FusedGEGLU, fused_ops=ops)
             counts["geglu"] += 1
     return dict(counts)
 
@@ -85,12 +87,8 @@ def fuse(unet: nn.Module, ops) -> dict[str, int]:
 def unfuse(unet: nn.Module) -> None:
     """Undoes `fuse`: classes, attributes and SiLU objects are the original ones again. A UNet that is not fused stays as it is."""
     for module in list(unet.modules()):
-        if type(module) is FusedGroupNorm:
-            module.__class__ = nn.GroupNorm
-            del module.fused_ops, module.fused_silu
-        elif type(module) is FusedGEGLU:
-            module.__class__ = GEGLU
-            del module.fused_ops
+        for kind in (FusedGroupNorm, FusedGEGLU):
+            unpatch(module, kind)
         for name, child in list(module.named_children()):
             if type(child) is AppliedSiLU:
                 setattr(module, name, child.original)

@@ -10,6 +10,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ddpo_fast.networks.patch import is_patched, patch, unpatch
+
 ADAPTER = "default"
 """The name that `unet.add_adapter` gives an adapter."""
 
@@ -139,7 +141,6 @@ class MergedConv2d(_MergedLayer, lora.Conv2d):
 
 
 _MERGED = {lora.Linear: MergedLinear, lora.Conv2d: MergedConv2d}
-_PLAIN = {merged: plain for plain, merged in _MERGED.items()}
 _BASES = {lora.Linear: nn.Linear, lora.Conv2d: nn.Conv2d}
 
 
@@ -156,12 +157,12 @@ def merge(unet: nn.Module) -> list[nn.Module]:
     if not layers:
         raise ValueError("unet: it has no LoRA layers to merge")
     for name, layer in layers.items():
-        if type(layer) in _PLAIN:
+        if isinstance(layer, _MergedLayer):
             raise ValueError(f"unet: {name} cannot compute with merged weights: it does already; unmerge it first")
         if reason := misfit(layer):
             raise ValueError(f"unet: {name} cannot compute with merged weights: {reason}")
     for layer in layers.values():
-        layer.__class__, layer.merged_state = _MERGED[type(layer)], None
+        patch(layer, _MERGED[type(layer)], merged_state=None)
         layer.register_buffer("merged_weight", None, persistent=False)
         layer.refresh()
     return list(layers.values())
@@ -170,9 +171,10 @@ def merge(unet: nn.Module) -> list[nn.Module]:
 def unmerge(unet: nn.Module) -> None:
     """Undoes `merge`: classes and attributes are peft's again. A UNet that is not merged stays as it is."""
     for module in unet.modules():
-        if type(module) in _PLAIN:
-            module.__class__ = _PLAIN[type(module)]
-            del module.merged_state, module.merged_weight
+        for kind in _MERGED.values():
+            if is_patched(module, kind):
+                unpatch(module, kind)
+                del module.merged_weight
 
 
 def misfit(layer: nn.Module) -> str | None:

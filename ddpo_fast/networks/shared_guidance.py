@@ -5,13 +5,14 @@ and return it twice. A module keeps its parameters, its name and its place, and 
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ddpo_fast.networks.patch import patch, unpatch
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Norm of what sharing may change of the UNet's output, over the output's norm: rounding, since a row's bits depend on its batch."""
@@ -29,11 +30,6 @@ class _Shared:
             if id(leaf) not in twice:
                 twice[id(leaf)] = torch.cat([leaf, leaf])
         return tree_map_only(Tensor, lambda x: twice[id(x)], out)
-
-
-@cache
-def _shared_class(kind: type) -> type:
-    return type(kind.__name__, (_Shared, kind), {"__module__": kind.__module__})
 
 
 def _before_cross_attention(unet: nn.Module, call: Callable[[], object]) -> list[nn.Module]:
@@ -75,7 +71,7 @@ class SharedGuidance:
         self.modules = _before_cross_attention(unet, call) if unet.config.addition_embed_type is None else []
         """The shared ones; none if the UNet has no cross-attention in its down blocks, or has the prompt in its time embedding, as SDXL."""
         for module in self.modules:
-            module.__class__, module.shared_guidance = _shared_class(type(module)), self
+            patch(module, _Shared, shared_guidance=self)
         if isinstance(next(unet.parameters()), FakeTensor):
             return
         straight = call()
@@ -95,5 +91,4 @@ class SharedGuidance:
     def undo(self) -> None:
         """Makes the modules what they were; whatever else changed their class since must be undone before."""
         for module in self.modules:
-            module.__class__ = type(module).__bases__[1]
-            del module.shared_guidance
+            unpatch(module, _Shared)

@@ -7,12 +7,13 @@ behind.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from ddpo_fast.networks.patch import patch, unpatch
 
 ALIGNMENT = 64
 """Bytes that every kept tensor of a row starts at a multiple of, where rows are stored."""
@@ -32,11 +33,6 @@ class _Stage:
         handler = self.split.handler
         call = super().__call__
         return call(*args, **kwargs) if handler is None else handler(self, call, args, kwargs)
-
-
-@cache
-def _stage_class(kind: type) -> type:
-    return type(kind.__name__, (_Stage, kind), {"__module__": kind.__module__})
 
 
 class _PrefixDone(Exception):
@@ -60,7 +56,7 @@ class SplitUNet:
         blocks = [*children["down_blocks"], children.get("mid_block"), *children["up_blocks"]]
         self.stages = [stage for stage in (children["conv_in"], *blocks) if stage is not None]
         for stage in self.stages:
-            stage.__class__, stage.split = _stage_class(type(stage)), self
+            patch(stage, _Stage, split=self)
         self.prefix: dict[nn.Module, TreeSpec] = {}
         """Its stages in the order that they are called, and the structure of their outputs."""
         self.shapes: dict[nn.Module, list[torch.Size]] = {}
@@ -81,8 +77,7 @@ class SplitUNet:
     def undo(self) -> None:
         """Makes the stages what they were."""
         for stage in self.stages:
-            stage.__class__ = type(stage).__bases__[1]
-            del stage.split
+            unpatch(stage, _Stage)
 
     def compile(self) -> None:
         """Compiles every stage: a whole compiled UNet could not be split."""

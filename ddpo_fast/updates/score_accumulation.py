@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from ddpo_fast.kernels import Ops
 from ddpo_fast.networks.merged_lora import ADAPTER, MergedConv2d, MergedLinear, convolution_backward, lora_weights, misfit
+from ddpo_fast.networks.patch import patch, unpatch
 
 
 def _leaf(total: Tensor) -> Tensor:
@@ -187,7 +188,6 @@ class ScoredMergedConv2d(_ScoredLayer, MergedConv2d):
 _SCORED = {
     lora.Linear: ScoredLinear, lora.Conv2d: ScoredConv2d, MergedLinear: ScoredMergedLinear, MergedConv2d: ScoredMergedConv2d
 }  # fmt: skip
-_PLAIN = {scored: plain for plain, scored in _SCORED.items()}
 
 
 def score(unet: nn.Module) -> list[nn.Module]:
@@ -204,21 +204,20 @@ def score(unet: nn.Module) -> list[nn.Module]:
         if reason := _misfit(layer):
             raise ValueError(f"unet: {name} cannot give each sample's gradient: {reason}")
     for layer in layers.values():
-        layer.__class__, layer.leaves = _SCORED[type(layer)], None
+        patch(layer, _SCORED[type(layer)], leaves=None)
     return list(layers.values())
 
 
 def unscore(unet: nn.Module) -> None:
     """Undoes `score`: classes and attributes are the former ones again. A UNet that is not scored stays as it is."""
     for module in unet.modules():
-        if type(module) in _PLAIN:
-            module.__class__ = _PLAIN[type(module)]
-            del module.leaves
+        for kind in _SCORED.values():
+            unpatch(module, kind)
 
 
 def _misfit(layer: nn.Module) -> str | None:
     """Why a LoRA layer is not one that `score` can take, None if it is."""
-    if type(layer) in _PLAIN:
+    if isinstance(layer, _ScoredLayer):
         return "it does already; unscore it first"
     reason = None if type(layer) in (MergedLinear, MergedConv2d) else misfit(layer)
     base = layer.base_layer

@@ -1,0 +1,43 @@
+"""Gives a module another class and takes it back: the module keeps its parameters, its name and its place.
+
+So the keys of a state_dict and peft's config stay. Patches of one module lie on each other, and the newest is undone first.
+"""
+
+from functools import cache
+
+from torch import nn
+
+
+def patch(module: nn.Module, kind: type, **attributes) -> None:
+    """Makes a module's class `kind`, a subclass of it or what is mixed into it, and sets attributes that go with it."""
+    before = type(module)
+    module.__class__ = kind if issubclass(kind, before) else _mixed(kind, before)
+    module.__dict__.setdefault("_patches", []).append((before, kind, tuple(attributes)))
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+def unpatch(module: nn.Module, kind: type) -> None:
+    """Undoes `patch(module, kind)`; a module that has no such patch stays as it is. Raises ValueError if the newest is another."""
+    patches = module.__dict__.get("_patches", [])
+    if kind not in [patched for _, patched, _ in patches]:
+        return
+    before, newest, names = patches[-1]
+    if newest is not kind:
+        raise ValueError(f"{type(module).__name__}: {newest.__name__} came after {kind.__name__}; undo it first")
+    module.__class__ = before
+    for name in names:
+        delattr(module, name)
+    patches.pop()
+    if not patches:
+        del module._patches
+
+
+def is_patched(module: nn.Module, kind: type) -> bool:
+    """Whether a module's class is `kind` by a patch, be there newer ones or not."""
+    return any(patched is kind for _, patched, _ in module.__dict__.get("_patches", ()))
+
+
+@cache
+def _mixed(kind: type, base: type) -> type:
+    return type(base.__name__, (kind, base), {"__module__": base.__module__})
