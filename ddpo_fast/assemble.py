@@ -90,11 +90,7 @@ def prepare(config: Config, claim: Claim | None = None) -> Setup:
     scores = None
     if config.train.estimator == "score_accumulation":
         scores = ScoreAccumulator(policy.unet, ops, config.sample.guidance_scale, clip_range)
-    if config.model.share_guidance and config.sample.guidance_scale != 1 and config.training_guidance != 1:
-        try:
-            policy.share_guidance()
-        except ValueError as error:
-            raise ValueError(f"model.share_guidance=true: {error}; valid is false") from None
+    share_guidance(config, policy)
     cached = scores is None and noising is None and config.zero.stage < 3
     split = activation_cache.split(config.cache.mode, policy) if cached else None
     room = Room(retry=config.zero.stage < 3)
@@ -151,7 +147,7 @@ def without_metadata(config: Config, prompts: Prompts, evaluations: dict[str, Pr
 
 
 def load_policy(config: Config, rank: int, world_size: int, device: torch.device, ops: Ops) -> tuple[Config, Policy]:
-    """The model as the run computes with it: LoRA, attention, fused operations; and the config with the attention that was chosen."""
+    """The model as a run computes with it: LoRA, attention, fused operations; and the config with the attention chosen."""
     torch.manual_seed(config.run.seed)  # LoRA's initial weights
     lora, model = config.lora, config.model
     policy = Policy(
@@ -181,6 +177,18 @@ def load_policy(config: Config, rank: int, world_size: int, device: torch.device
     if config.train.gradient_checkpointing:
         policy.checkpoint_gradients()
     return config, policy
+
+
+def share_guidance(config: Config, policy: Policy) -> None:
+    """Shares what guidance's branches have in common, where sampling and update both have two.
+
+    LoRA layers may be among the shared modules, so whatever else changes LoRA layers comes first.
+    """
+    if config.model.share_guidance and config.sample.guidance_scale != 1 and config.training_guidance != 1:
+        try:
+            policy.share_guidance()
+        except ValueError as error:
+            raise ValueError(f"model.share_guidance=true: {error}; valid is false") from None
 
 
 def make_engine(setup: Setup) -> Engine:

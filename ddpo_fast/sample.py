@@ -13,12 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpo_fast import kernels
+from ddpo_fast.assemble import load_policy, share_guidance
 from ddpo_fast.config.options import Config, parse, user_error
-from ddpo_fast.networks.fused_unet import fuse
-from ddpo_fast.networks.initial_lora import start_from
-from ddpo_fast.networks.lora import merges
+from ddpo_fast.networks import attention_backends
 from ddpo_fast.places import typed_path
-from ddpo_fast.policy import Policy
 from ddpo_fast.records.metrics import picture_grid
 from ddpo_fast.rollout import EVAL_SAMPLE_ID, generate
 from ddpo_fast.schedule import Levels, Schedule
@@ -42,21 +40,11 @@ def before_and_after(weights: Path, config: Config, prompts: list[str], seeds: l
     """
     if not any((weights / name).is_dir() for name in ("lora", "unet")):
         raise ValueError(f"{weights}: there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint, best/ on evaluation")
-    model = config.model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ops, lora, sample = kernels.select("auto", device), config.lora, config.sample
-    policy = Policy(
-        model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config, model.variant
-    )  # fmt: skip
-    if lora.init is not None:
-        start_from(policy.pipe, lora.init, lora.scope)
-    policy.decode_batch = sample.decode_batch
-    if ops.backend == "triton":
-        fuse(policy.unet, ops)
-    if merges(lora.forward, lora.scope, policy.dtype, config.zero.stage):
-        policy.merge_lora()
-    if model.share_guidance and sample.guidance_scale != 1:
-        policy.share_guidance()
+    ops, sample = kernels.select(config.kernels.backend, device), config.sample
+    attention_backends.require(config.attention.backend, device)
+    config, policy = load_policy(config, 0, 1, device, ops)
+    share_guidance(config, policy)
     policy.attach(policy.unet)
     schedule = Schedule.of(Levels.of_steps(policy.pipe.scheduler, sample.num_steps), "ddim", sample.eta, device)
     ids = EVAL_SAMPLE_ID + torch.tensor(seeds, device=device)
@@ -108,6 +96,8 @@ def main(argv: list[str] | None = None) -> None:
         ("sample.num_steps", "DDIM steps."),
         ("sample.guidance_scale", "Classifier-free guidance."),
         ("sample.batch_size", "Pictures denoised together."),
+        ("attention.backend", "What computes attention; auto measures."),
+        ("kernels.backend", "auto, triton or reference."),
     ):
         parser.add_argument(f"--{option}", metavar="VALUE", help=f"{what} Default: the run's.")
     args = parser.parse_args(argv)

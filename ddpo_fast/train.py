@@ -457,7 +457,7 @@ def trained_steps(setup: Setup) -> tuple[int, float]:
     """How many steps, or of reward-weighted regression training timesteps, a sample has, and the share that a pass trains on."""
     if setup.noising is None:
         return setup.schedule.num_steps, setup.config.train.timestep_fraction
-    return setup.noising.num_levels, setup.config.rwr.num_timesteps / setup.noising.num_steps
+    return setup.noising.num_levels, setup.config.rwr.num_timesteps / setup.noising.num_levels
 
 
 def first_sample_id(setup: Setup, iteration: int) -> int:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,18 +50,16 @@ def command_lines(folder: Path, side: str, name: str) -> list[list[str]]:
     return lines
 
 
-def as_known(argv: list[str]) -> list[str]:
-    """The command line with former names of options, where this side's trainer knows no other."""
-    from ddpo_fast.config.options import parse
-
+def as_known(argv: list[str], parse: Callable[[list[str]], object]) -> list[str]:
+    """The command line with former names of options, where this side's trainer does not know today's."""
     known = []
     for argument in argv:
         option, value = argument.removeprefix("--").split("=", 1)
         if option in RENAMED:
             try:
                 parse([argument])
-            except ValueError as error:
-                option = RENAMED[option] if "no such option" in str(error) else option
+            except SystemExit:
+                option = RENAMED[option]
         known.append(f"--{option}={value}")
     return known
 
@@ -75,7 +74,7 @@ def make_runs(folder: Path, side: str, root: Path) -> None:
         if not Path(package.__file__).is_relative_to(root):
             sys.exit(f"error: {side} would run {package.__file__}, which is not in {root}")
     for name in RUNS:
-        lines = [as_known(line) for line in command_lines(folder, side, name)]
+        lines = [as_known(line, train.parse_or_exit) for line in command_lines(folder, side, name)]
         for line in lines:
             if name in RANKS:
                 command = [*DEEPSPEED, str(next(ports)), "--num_gpus", str(RANKS[name]), str(root / "ddpo_fast" / "train.py"), *line]

@@ -128,7 +128,7 @@ BAD = [  # arguments, what the line must say
     ("--run.dir {finished}", "a directory that holds no run yet; to continue the one in it, add --resume"),
     ("--run.dir {empty} --resume", "valid is the directory of a run with a checkpoint"),
     ("--resume", "run.dir=None: valid is the directory of a run with a checkpoint"),
-    ("--reward.name beauty", "reward.name=beauty: valid is one of jpeg_compressibility"),
+    ("--reward.name beauty", "reward.name=beauty: valid is one of aesthetic"),
     ("--reward.name aesthetic", "reward.kwargs.weights=None: valid is the file sac+logos+ava1-l14-linearMSE.pth"),
     ("--reward.name /nowhere.py:f", "reward.name=/nowhere.py:f: there is no file /nowhere.py"),
     ("--reward.name no_such_module:f", "importing no_such_module failed: ModuleNotFoundError"),

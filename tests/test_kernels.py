@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_ddim import SD_CONSTANTS, SHAPE, fp64_alphas, sd_scheduler
+from test_schedule import SD_CONSTANTS, SHAPE, fp64_alphas, sd_scheduler
 
 from ddpo_fast import kernels
 from ddpo_fast.kernels import ddim_step, launch, ppo_loss, reference

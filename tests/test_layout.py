@@ -89,8 +89,8 @@ FLOORS = [
     "rewards updates",
     "rollout run",
     "records",
-    "assemble sample",
-    "train",
+    "assemble",
+    "sample train",
 ]
 """Folders and modules of the package from the bottom up. `__main__` starts modules by their names."""
 INTERFACES = {"ddpo_fast.rewards", "ddpo_fast.samplers"}

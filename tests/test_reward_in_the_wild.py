@@ -270,7 +270,7 @@ def test_a_working_directory_that_is_gone_harms_nothing(written):
         ("torch.set_default_dtype(torch.float64)", torch.get_default_dtype),
         ("torch.use_deterministic_algorithms(True)", torch.are_deterministic_algorithms_enabled),
         ("torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark", lambda: torch.backends.cudnn.benchmark),
-        ("logging.disable(logging.CRITICAL)", lambda: logging.getLogger("ddpo_fast.rewards").isEnabledFor(logging.WARNING)),
+        ("logging.disable(logging.CRITICAL)", lambda: logging.getLogger("ddpo_fast.scoring").isEnabledFor(logging.WARNING)),
         ("warnings.simplefilter('error', BytesWarning)", lambda: [rule for rule in warnings.filters if rule[0] == "error"]),
     ],
 )
@@ -288,8 +288,8 @@ def test_what_is_the_trainers_too_is_put_back_and_said_once(written, caplog, cha
     "change, read",
     [
         ("torch.set_grad_enabled(False)", torch.is_grad_enabled),
-        ("logging.getLogger().setLevel(logging.CRITICAL)", lambda: logging.getLogger("ddpo_fast.rewards").isEnabledFor(logging.WARNING)),
-        ("logging.basicConfig(level=logging.ERROR)", lambda: logging.getLogger("ddpo_fast.rewards").isEnabledFor(logging.WARNING)),
+        ("logging.getLogger().setLevel(logging.CRITICAL)", lambda: logging.getLogger("ddpo_fast.scoring").isEnabledFor(logging.WARNING)),
+        ("logging.basicConfig(level=logging.ERROR)", lambda: logging.getLogger("ddpo_fast.scoring").isEnabledFor(logging.WARNING)),
         ("sys.stdout = io.StringIO()", lambda: sys.stdout),
         ("torch.set_num_threads(torch.get_num_threads() + 1)", torch.get_num_threads),  # a thread's own
         ("torch.manual_seed(0)", lambda: None),  # the trainer's noise is none of it

@@ -150,7 +150,7 @@ def test_reward_file_is_a_module_as_python_knows_them(tmp_path):
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("no_such_reward", "valid is one of jpeg_compressibility, .*path/to/file.py:function or package.module:function"),
+        ("no_such_reward", "valid is one of aesthetic, .*path/to/file.py:function or package.module:function"),
         ("", "valid is one of"),
         (":function", "valid is one of"),
         ("module:", "valid is one of"),

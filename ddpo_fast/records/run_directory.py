@@ -73,7 +73,7 @@ def _say_beginning(setup: Setup, num_trainable: int, cache_plan: str, resumed_at
     config, policy = setup.config, setup.policy
     bounds = f"clip range {setup.clip_range:.3g} at this model's {math.prod(policy.latent_shape):,} latent elements"
     if setup.noising is not None:
-        bounds = f"{config.rwr.num_timesteps} of {setup.noising.num_steps} timesteps a sample and pass"
+        bounds = f"{config.rwr.num_timesteps} of {setup.noising.num_levels} timesteps a sample and pass"
     folder, reward, model = map(setup.shown, (setup.run_dir, config.reward.name, config.model.path))
     print(
         f"{folder}: {config.train.algorithm} for {reward} on {model}\n"
