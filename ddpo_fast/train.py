@@ -2,8 +2,8 @@
 
     deepspeed ddpo_fast/train.py --config configs/X.yaml --section.key value ...
 
-`train` is the whole algorithm, top to bottom; `update` is its PPO pass, `update_by_scores` what is left of it where sampling has taken
-the gradient. Shape letters: B samples of this rank, S denoising steps.
+`train` is the whole algorithm, top to bottom. `update` is the PPO pass; `update_by_scores` replaces it when the gradient was already
+taken while sampling. Shape letters: B samples of this rank, S denoising steps.
 """
 
 import os

@@ -57,7 +57,7 @@ def normal_noise(seed: int, sample_ids: Tensor, steps: Tensor, num_elements: int
         radius, quarter = (-2.0 * u1.clamp(min=1e-7).log()).sqrt(), (4 * u2 + 0.5).floor()
         angle = 2 * math.pi * (u2 - 0.25 * quarter)  # within +-pi/4, where fp32 resolves it best
         cos, sin = angle.cos(), angle.sin()
-        for _ in range(4):  # and back by as many right angles
+        for _ in range(4):  # then turned back by `quarter` right angles
             cos, sin = (torch.where(quarter > 0, pair, one) for pair, one in ((-sin, cos), (cos, sin)))
             quarter = quarter - 1
         lanes += [radius * cos, radius * sin]

@@ -52,7 +52,7 @@ def make_optimizer(options, parameters: list[nn.Parameter], learning_rate: float
     from bitsandbytes.optim import AdamW  # only who asks for it needs a build of it that fits the GPU
 
     class AdamW8bit(AdamW):
-        """bitsandbytes decides by tensor, which a ZeRO shard hides from it; this one by parameter group, which shards keep."""
+        """Chooses 8 or 32 bits by parameter group, which sharding keeps. bitsandbytes chooses by tensor, which a ZeRO shard hides."""
 
         def get_config(self, gindex: int, pindex: int, group: dict) -> dict:
             return super().get_config(gindex, pindex, group) | {"optim_bits": group["optim_bits"]}

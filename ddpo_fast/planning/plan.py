@@ -165,7 +165,7 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
         "activation cache": work.held[0] * work.rows * counts.kept_row_bytes / MIB,
         "sample gradients": work.score_accumulation * samples * trained / MIB,
         "gradients": gradients / MIB,
-        "sampling": sampling,  # of ppo, its batches are joined into a second copy
+        "sampling": sampling,  # of a policy gradient: joining the batches makes a second copy
         "decode": counts.decode.mib(min(batch, work.decode_batch)) + 2 * (batch > work.decode_batch) * batch * counts.image_bytes / MIB,
         "update": update,
     }

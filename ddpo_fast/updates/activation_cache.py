@@ -116,7 +116,7 @@ class ActivationCache:
         return [on_device, on_host, num_transitions - on_device - on_host]
 
     def begin(self, num_samples: int, num_steps: int, updates: Iterable[tuple[int, int, Pairs]]) -> None:
-        """Empties the cache for a new rollout, of whose transitions those have slots that `updates` train on, the most used first."""
+        """Clears the cache and gives slots to the transitions that `updates` will train on, the most used ones first."""
         uses = np.zeros((num_samples, num_steps), np.int64)
         for _, _, pairs in updates:
             uses[pairs] += 1
