@@ -37,9 +37,10 @@ def _wide(**tensors: Tensor) -> None:
 
 def _noise_pred_and_table(noise_pred: Tensor, latents: tuple[int, ...], coefficients: Tensor) -> None:
     num_rows, *inner = latents
-    if noise_pred.dim() != 4 or list(noise_pred.shape[1:]) != inner or len(noise_pred) not in (num_rows, 2 * num_rows):
+    if list(noise_pred.shape[1:]) != inner or len(noise_pred) not in (num_rows, 2 * num_rows):
         raise ValueError(
-            f"noise_pred: shape {tuple(noise_pred.shape)}; valid here is {latents}, or {(2 * num_rows, *inner)} with both guidance branches"
+            f"noise_pred: shape {tuple(noise_pred.shape)}; valid here is that of the latents, {latents}, or {(2 * num_rows, *inner)} with "
+            "both guidance branches"
         )
     if noise_pred.dtype not in _FLOATS:
         raise ValueError(f"noise_pred: dtype {noise_pred.dtype}; valid are torch.float32, torch.float16, torch.bfloat16")
@@ -51,8 +52,8 @@ def check_ddim_step(
     noise_pred: Tensor, latents: Tensor, coefficients: Tensor, steps: Tensor, seed: int, sample_ids: Tensor, dtype: torch.dtype | None
 ) -> None:
     """Raises ValueError for arguments of `ddim_step` whose shape, dtype or device does not fit."""
-    if latents.dim() != 4 or not latents.numel():
-        raise ValueError(f"latents: shape {tuple(latents.shape)}; valid is (B, C, H, W) with at least one element")
+    if latents.dim() < 2 or not latents.numel():
+        raise ValueError(f"latents: shape {tuple(latents.shape)}; valid is (B, *shape) with at least one element")
     _noise_pred_and_table(noise_pred, tuple(latents.shape), coefficients)
     _index("steps", steps, len(latents))
     _index("sample_ids", sample_ids, len(latents))
@@ -68,8 +69,8 @@ def check_ppo_loss(
     noise_pred: Tensor, latents: Tensor, old_log_probs: Tensor, advantages: Tensor, coefficients: Tensor, rows: Tensor, steps: Tensor
 ) -> None:
     """Raises ValueError for arguments of `ppo_loss` whose shape, dtype or device does not fit."""
-    if latents.dim() != 5 or not latents.numel() or latents.shape[1] < 2:
-        raise ValueError(f"latents: shape {tuple(latents.shape)}; valid is (M, S + 1, C, H, W) with at least one step and one element")
+    if latents.dim() < 3 or not latents.numel() or latents.shape[1] < 2:
+        raise ValueError(f"latents: shape {tuple(latents.shape)}; valid is (M, S + 1, *shape) with at least one step and one element")
     num_samples, num_latents, *inner = latents.shape
     if rows.dim() != 1 or not len(rows):
         raise ValueError(f"rows: shape {tuple(rows.shape)}; valid is (B,) with B >= 1")
@@ -94,15 +95,21 @@ def check_fp32(latents: Tensor, noise_pred: Tensor) -> None:
 
 
 def check_values(coefficients: Tensor, *, steps: Tensor, rows: Tensor | None = None, num_rows: int = 0) -> None:
-    """Raises ValueError for an index out of range or a step without a density, on a CPU only: elsewhere looking would synchronise."""
+    """Raises ValueError for an index out of range, on a CPU only: elsewhere looking would synchronise.
+
+    With `rows`, a loss's, also for a step without a density.
+    """
     if coefficients.device.type != "cpu" or torch.compiler.is_compiling():
         return
     for name, index, length in (("steps", steps, len(coefficients)), ("rows", rows, num_rows)):
         if index is not None and (index.min() < 0 or index.max() >= length):
             wrong = index[(index < 0) | (index >= length)][0]
             raise ValueError(f"{name}: {int(wrong)} is out of range; valid is 0 to {length - 1}")
-    if not (std := coefficients[steps, 2]).gt(0).all():
-        raise ValueError(f"coefficients: a step's s is {float(std.min())} (eta = 0), so it has no log-prob; valid is s > 0")
+    std = coefficients[steps, 2]
+    if rows is not None and not std.gt(0).all():
+        raise ValueError(f"coefficients: a step's s is {float(std.min())}, so it has no log-prob to train on; valid is s > 0")
+    if not std.ge(0).all():
+        raise ValueError(f"coefficients: a step's s is {float(std.min())}; valid is s >= 0")
 
 
 def _check_floats(dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:

@@ -5,6 +5,8 @@ Equations, shapes and errors: `reference.ddim_step`. Bytes per element of a guid
 last program of a row adds up its chunks' sums. Everything that rounds depends on the row alone, not on the batch.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -80,7 +82,7 @@ def _ddim_step_kernel(
     if GUIDED:
         tl.store(unet_input_ptr + (num_rows + row) * ELEMENTS + noise_pred_offset, unet_input, mask=mask)
 
-    deviation = tl.where(mask, (x_p - mean) / std, 0.0)
+    deviation = tl.where(mask, (x_p - mean) / tl.where(std == 0.0, 1.0, std), 0.0)  # of a step without noise 0 / 1
     tl.store(partials_ptr + row * CHUNKS + chunk, tl.sum(deviation * deviation))
     if last_to_arrive(counters_ptr + row, CHUNKS):
         tl.store(log_probs_ptr + row, finish_log_prob(partials_ptr, row, log_norm, ELEMENTS, CHUNKS, CHUNKS_P2))
@@ -92,18 +94,19 @@ def _ddim_step(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     check_values(coefficients, steps=steps)
-    num_rows, channels, height, width = latents.shape
+    num_rows, channels, *inner = latents.shape
+    pixels = math.prod(inner)
     next_latents, log_probs, unet_input = _outputs(noise_pred, latents, dtype)
     noise_pred, noise_pred_stride, noise_pred_channels_last = dense(noise_pred)
     latents, latents_stride, latents_channels_last = dense(latents)
-    block, num_warps = block_and_warps(channels * height * width)
-    chunks = triton.cdiv(channels * height * width, block)
+    block, num_warps = block_and_warps(channels * pixels)
+    chunks = triton.cdiv(channels * pixels, block)
     launch(
         _ddim_step_kernel, chunks * num_rows,
         noise_pred, latents, coefficients.contiguous(), steps.contiguous(), sample_ids.contiguous(), next_latents, unet_input, log_probs,
         torch.empty(num_rows * chunks, dtype=torch.float32, device=latents.device), counters(num_rows, latents.device),
         seed, guidance_scale, num_rows, noise_pred_stride, latents_stride,
-        CHANNELS=channels, PIXELS=height * width, NUM_STEPS=len(coefficients), CLIP=coefficients.shape[1] == 7,
+        CHANNELS=channels, PIXELS=pixels, NUM_STEPS=len(coefficients), CLIP=coefficients.shape[1] == 7,
         GUIDED=len(noise_pred) != num_rows, NOISE_PRED_CHANNELS_LAST=noise_pred_channels_last,
         LATENTS_CHANNELS_LAST=latents_channels_last, BLOCK=block, CHUNKS=chunks, CHUNKS_P2=power_of_2(chunks), num_warps=num_warps,
     )  # fmt: skip

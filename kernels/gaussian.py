@@ -1,6 +1,6 @@
 """The DDIM Gaussian in Triton: what `ddim_step` and `ppo_loss` compute alike, written once.
 
-Shape letters and equations: `reference.ddim_step`. Elements of a row are numbered in NCHW order whatever the memory layout.
+Shape letters and equations: `reference.ddim_step`. Elements of a row are numbered as if it were contiguous, whatever the memory layout.
 """
 
 import triton

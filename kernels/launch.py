@@ -69,21 +69,21 @@ def block_and_warps(num_elements: int) -> tuple[int, int]:
 
 
 def dense(tensor: Tensor) -> tuple[Tensor, int, bool]:
-    """A (B, C, H, W) tensor whose rows are dense, the stride between rows, and whether a row is in channels_last order.
+    """A (B, *shape) tensor whose rows are dense, the stride between rows, and whether a row, (C, H, W) then, is in channels_last order.
 
-    Slices of a batch come back as they are; a layout that is neither NCHW nor channels_last is copied.
+    Slices of a batch come back as they are; a layout that is neither contiguous nor channels_last is copied.
     """
     row = tensor[:1]
     if row.is_contiguous():
         return tensor, tensor.stride(0), False
-    if row.is_contiguous(memory_format=torch.channels_last):
+    if row.dim() == 4 and row.is_contiguous(memory_format=torch.channels_last):
         return tensor, tensor.stride(0), True
     tensor = tensor.contiguous()
     return tensor, tensor.stride(0), False
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (B, C, H, W) tensor with dense rows, channels_last if those of `tensor` are."""
+    """An uninitialised tensor of the same shape with dense rows, channels_last if those of `tensor` are."""
     layout = torch.channels_last if dense(tensor)[2] else torch.contiguous_format
     return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device, memory_format=layout)
 

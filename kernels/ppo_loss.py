@@ -5,6 +5,8 @@ of a guided fp16 row: forward 2 x 2 (noise_pred) + 4 + 4 (x_t, x_p) = 12; backwa
 backward: the arguments, and one number a row. The log-prob is that of `ddim_step`: same expressions, chunks and order of sums.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -33,6 +35,7 @@ def _load_transition(
     """x_p - mean, d mean / d out, s and log(s sqrt(2 pi)) of a chunk of a transition."""
     ELEMENTS: tl.constexpr = CHANNELS * PIXELS
     c_x, c_out, std, log_norm, q_x, q_out, bound = load_step(coefficients_ptr, step, NUM_STEPS, CLIP)
+    std = tl.where(std > 0.0, std, float("nan"))  # a step without a density has nothing to train on
     offset = memory_offset(element, CHANNELS, PIXELS, NOISE_PRED_CHANNELS_LAST)
     out = load_guided(noise_pred_ptr, offset, index, num_rows, noise_pred_stride, guidance_scale, mask, GUIDED)
     x_ptr = latents_ptr + (sample * (NUM_STEPS + 1) + tl.maximum(step, 0)) * ELEMENTS + element
@@ -118,12 +121,13 @@ def _ppo_loss_bwd_kernel(
 
 
 def _shape_constants(noise_pred: Tensor, channels_last: bool, coefficients: Tensor, rows: Tensor) -> dict:
-    _, channels, height, width = noise_pred.shape
-    block, num_warps = block_and_warps(channels * height * width)
+    _, channels, *inner = noise_pred.shape
+    pixels = math.prod(inner)
+    block, num_warps = block_and_warps(channels * pixels)
     return dict(
-        CHANNELS=channels, PIXELS=height * width, NUM_STEPS=len(coefficients), CLIP=coefficients.shape[1] == 7,
+        CHANNELS=channels, PIXELS=pixels, NUM_STEPS=len(coefficients), CLIP=coefficients.shape[1] == 7,
         GUIDED=len(noise_pred) != len(rows), NOISE_PRED_CHANNELS_LAST=channels_last,
-        BLOCK=block, CHUNKS=triton.cdiv(channels * height * width, block), num_warps=num_warps,
+        BLOCK=block, CHUNKS=triton.cdiv(channels * pixels, block), num_warps=num_warps,
     )  # fmt: skip
 
 

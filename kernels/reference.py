@@ -1,7 +1,8 @@
 """Pure-PyTorch definition of every operation: the specification, the CPU path, the test oracle, the benchmark baseline.
 
-Shape letters: B rows (samples or transitions), G UNet rows of a row (2 with guidance: the B unconditional ones come first; else 1),
-(C, H, W) one row's latents, N = C*H*W, S denoising steps, M samples. All arithmetic is at least fp32, whatever the UNet's dtype.
+Shape letters: B rows (samples or transitions), G network rows of a row (2 with guidance: the B unconditional ones come first; otherwise 1),
+*shape one row's latents, such as (C, H, W), N their number, S denoising steps, M samples. All arithmetic is at least fp32, whatever the
+network's dtype.
 """
 
 import math
@@ -67,8 +68,8 @@ def normal_noise(seed: int, sample_ids: Tensor, steps: Tensor, num_elements: int
 def guide(noise_pred: Tensor, num_rows: int, guidance_scale: float) -> Tensor:
     """Classifier-free guidance: uncond + w * (cond - uncond); the gradient flows through both branches.
 
-    noise_pred: (2B, C, H, W), the B unconditional rows first; or (B, C, H, W), which is taken as it is. Returns (B, C, H, W), fp32
-    or wider.
+    noise_pred: (2B, *shape), the B unconditional rows first; or (B, *shape), which is taken as it is. Returns (B, *shape), fp32 or
+    wider.
     """
     noise_pred = noise_pred.to(torch.promote_types(noise_pred.dtype, torch.float32))
     if len(noise_pred) == num_rows:
@@ -78,9 +79,9 @@ def guide(noise_pred: Tensor, num_rows: int, guidance_scale: float) -> Tensor:
 
 
 def step_mean(out: Tensor, latents: Tensor, coefficients: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (B, C, H, W), standard deviation s (B, 1, 1, 1) and log(s sqrt(2 pi)) (B,) of the step from `latents`, see `ddim_step`.
+    """Mean (B, *shape), standard deviation s (B, 1, ...) and log(s sqrt(2 pi)) (B,) of the step from `latents`, see `ddim_step`.
 
-    out: the guided UNet output. out, latents x_t: (B, C, H, W), at least fp32. coefficients, steps: see `ddim_step`.
+    out: the guided network output. out, latents x_t: (B, *shape), at least fp32. coefficients, steps: see `ddim_step`.
     """
     row = (-1, *[1] * (latents.dim() - 1))
     c_x, c_out, std, log_norm, *clip = coefficients[steps].unbind(1)
@@ -107,21 +108,21 @@ def ddim_step(
     guidance_scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One stochastic DDIM step of every row and its mean log-density, DDPO (arXiv:2305.13301) section 4.2.
+    """One step of every row and its mean log-density, DDPO (arXiv:2305.13301) section 4.2.
 
         out   = uncond + w (cond - uncond)
         mean  = c_x x_t + c_out out            or, with x0 clipped to [-r, r] (q_x x_t + q_out out is sqrt(a_p) x0):
         mean  = (c_x - q_x) x_t + (c_out - q_out) out + clamp(q_x x_t + q_out out, -sqrt(a_p) r, sqrt(a_p) r)
         x_p   = mean + s z,  z = normal_noise(seed, sample_ids, steps)
-        log p = mean over the N elements of -(x_p - mean)^2 / (2 s^2) - log(s sqrt(2 pi))
+        log p = mean over the N elements of -(x_p - mean)^2 / (2 s^2) - log(s sqrt(2 pi)); 0 where s = 0, a step without a density
 
-    noise_pred: (G B, C, H, W) fp32, fp16 or bf16. latents x_t: (B, C, H, W) fp32. coefficients: (S, 4) fp32 rows of
-    (c_x, c_out, s, log(s sqrt(2 pi))), or (S, 7) with (q_x, q_out, sqrt(a_p) r) behind for x0 clipping; the prediction type is
-    folded in. steps: (B,) int64, each row's row of the table. sample_ids: (B,) int64. Returns x_p (B, C, H, W) fp32; log p (B,) fp32
-    in nats per element, that of the x_p returned, rounding included; and the next UNet input (G B, C, H, W): x_p in `dtype`
-    (default: noise_pred's) and noise_pred's memory layout, once for each branch. Nothing here has a gradient.
-    Raises ValueError for arguments that do not fit; a step outside the table or a step with s = 0 is found where that costs no
-    synchronisation, on a CPU, and on a GPU gives that row NaN.
+    noise_pred: (G B, *shape) fp32, fp16 or bf16. latents x_t: (B, *shape) fp32. coefficients: (S, 4) fp32 rows of
+    (c_x, c_out, s, log(s sqrt(2 pi))), the last 0 where s is 0, or (S, 7) with (q_x, q_out, sqrt(a_p) r) behind for x0 clipping; the
+    prediction type is folded in. steps: (B,) int64, each row's row of the table. sample_ids: (B,) int64. Returns x_p (B, *shape) fp32;
+    log p (B,) fp32 in nats per element, that of the x_p returned, rounding included; and the next network input (G B, *shape): x_p in
+    `dtype` (default: noise_pred's) and noise_pred's memory layout, once for each branch. Nothing here has a gradient.
+    Raises ValueError for arguments that do not fit; a step outside the table is found where that costs no synchronisation, on a CPU,
+    and on a GPU gives that row NaN.
     """
     check_ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids, dtype)
     check_values(coefficients, steps=steps)
@@ -129,11 +130,12 @@ def ddim_step(
     mean, std, log_norm = step_mean(out, latents, coefficients, steps)
     noise = normal_noise(seed, sample_ids, steps, latents[0].numel()).view(latents.shape)
     next_latents = mean + std * noise
-    unet_input = next_latents.to(dtype or noise_pred.dtype).repeat(len(noise_pred) // len(latents), 1, 1, 1)
+    unet_input = next_latents.to(dtype or noise_pred.dtype).repeat(len(noise_pred) // len(latents), *[1] * (latents.dim() - 1))
     row = noise_pred[:1]
-    if not row.is_contiguous() and row.is_contiguous(memory_format=torch.channels_last):
+    if row.dim() == 4 and not row.is_contiguous() and row.is_contiguous(memory_format=torch.channels_last):
         unet_input = unet_input.contiguous(memory_format=torch.channels_last)
-    return next_latents, _log_prob(next_latents, mean, std, log_norm), unet_input
+    log_prob = _log_prob(next_latents, mean, torch.where(std == 0, 1.0, std), log_norm)  # of a step without noise 0 / 1
+    return next_latents, log_prob, unet_input
 
 
 def ppo_loss(
@@ -156,18 +158,19 @@ def ppo_loss(
         loss  = weight * sum over the B transitions of max(-A rho, -A clip(rho, 1 - eps, 1 + eps))
                 or, with score_function, of -A log p, which is never clipped
 
-    noise_pred: (G B, C, H, W) fp32, fp16 or bf16, the only argument that gets a gradient: through log p, in closed form
+    noise_pred: (G B, *shape) fp32, fp16 or bf16, the only argument that gets a gradient: through log p, in closed form
     d log p / d out = d mean / d out (x_p - mean) / (N s^2), times (1 - w, w) for the two branches.
-    latents: (M, S + 1, C, H, W) fp32. old_log_probs: (M, S) fp32. advantages: (M,) fp32. coefficients: see `ddim_step`.
+    latents: (M, S + 1, *shape) fp32. old_log_probs: (M, S) fp32. advantages: (M,) fp32. coefficients: see `ddim_step`.
     rows, steps: (B,) int64, the transitions. Returns the scalar loss, and (4, B) fp32 statistics without a gradient: each
     transition's loss, rho, whether |rho - 1| > eps, and (log p - old log p)^2 / 2, whose mean is the approximate KL divergence.
-    Raises ValueError as `ddim_step` does.
+    Raises ValueError as `ddim_step` does, and for a step with s = 0, which on a GPU gives NaN.
     """
     check_ppo_loss(noise_pred, latents, old_log_probs, advantages, coefficients, rows, steps)
     check_values(coefficients, steps=steps, rows=rows, num_rows=len(latents))
     out = guide(noise_pred, len(rows), guidance_scale)
     x_t, next_latents = latents[rows, steps], latents[rows, steps + 1]
-    log_prob = _log_prob(next_latents, *step_mean(out, x_t, coefficients, steps))
+    mean, std, log_norm = step_mean(out, x_t, coefficients, steps)
+    log_prob = _log_prob(next_latents, mean, torch.where(std > 0, std, torch.nan), log_norm)
     advantages, log_ratio = advantages[rows], log_prob - old_log_probs[rows, steps]
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     if score_function:

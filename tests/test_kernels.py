@@ -790,7 +790,7 @@ INDICES = [lambda t: t[:1], lambda t: t[:, None], torch.Tensor.int, torch.Tensor
 REFUSED_STEPS = {
     "noise_pred": [*PREDICTED, lambda t: t.mT],
     "latents": [lambda t: t[0], lambda t: t[:0], lambda t: t[..., :0], torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.long],
-    "coefficients": [*TABLES, without_density, lambda t: t * math.nan],
+    "coefficients": [*TABLES, torch.Tensor.neg, lambda t: t * math.nan],
     "steps": [*INDICES, lambda t: t - 1, lambda t: t + 1, lambda t: t + 2**40],
     "seed": [lambda seed: seed - 1, lambda seed: seed + 2**63],
     "sample_ids": INDICES,
@@ -864,6 +864,46 @@ def test_a_step_that_the_table_does_not_have_gives_nan_in_its_row_alone(monkeypa
         assert wrong_loss.isnan() and wrong_statistics[[0, 1, 3], 2].isnan().all()
         assert torch.equal(wrong_statistics[:, others], statistics[:, others])
         assert wrong_gradient[2].isnan().all() and torch.equal(wrong_gradient[others], gradient[others])
+
+
+@every_backend
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_step_without_noise_is_its_mean_and_no_loss(backend, monkeypatch, clip):
+    """Its log p is 0, and its row in the loss NaN, where values are not looked at; the other rows stay as they are."""
+    for module in (reference, ppo_loss):
+        monkeypatch.setattr(module, "check_values", lambda *args, **kwargs: None)
+    case = ((4, 3, 5, 7), torch.float32, True, "contiguous", "epsilon", 50, clip, "mixed")
+    step, loss = step_case(*case), loss_case(*case)
+    none = torch.tensor([1, 3], device=DEVICE)
+    others = (step["steps"][:, None] != step["steps"][none]).all(1)
+    assert others.any()
+    still = step["coefficients"].clone()
+    still[step["steps"][none], 2:4] = 0.0
+    x_p, log_prob, unet_input = backend[0](**{**step, "coefficients": still})
+    before = backend[0](**step)
+    mean, *_ = exact_gaussian(step["noise_pred"], step["latents"], still, step["steps"], 7.5)
+    torch.testing.assert_close(x_p[none].double(), mean[none], rtol=1e-5, atol=1e-5)
+    assert (log_prob[none] == 0).all() and torch.equal(unet_input[none], x_p[none])
+    assert torch.equal(x_p[others], before[0][others]) and torch.equal(log_prob[others], before[1][others])
+    _, statistics, gradient = gradient_of(backend[1], loss)
+    wrong_loss, wrong_statistics, wrong_gradient = gradient_of(backend[1], {**loss, "coefficients": still})
+    assert wrong_loss.isnan() and wrong_statistics[[0, 1, 3]][:, none].isnan().all() and wrong_gradient[none].isnan().all()
+    assert torch.equal(wrong_statistics[:, others], statistics[:, others]) and torch.equal(wrong_gradient[:4][others], gradient[:4][others])
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(4, 105), (4, 15, 7), (4, 3, 1, 5, 7)])
+def test_latents_of_any_shape(backend, shape):
+    """As transformers have them: tokens (B, L, C), or pictures with a frame. The same numbers in another shape have the same bits."""
+    case = ((4, 3, 5, 7), torch.float32, True, "contiguous", "epsilon", 50, False, "mixed")
+    step, loss = step_case(*case), loss_case(*case)
+    reshaped = {**step, "noise_pred": step["noise_pred"].reshape(8, *shape[1:]), "latents": step["latents"].reshape(shape)}
+    for found, expected in zip(backend[0](**reshaped), backend[0](**step)):
+        assert found.shape == (expected.shape if expected.dim() == 1 else (len(expected), *shape[1:]))
+        assert torch.equal(found.flatten(), expected.flatten())
+    reshaped = {**loss, "noise_pred": reshaped["noise_pred"], "latents": loss["latents"].reshape(*loss["latents"].shape[:2], *shape[1:])}
+    for found, expected in zip(gradient_of(backend[1], reshaped), gradient_of(backend[1], loss)):
+        assert torch.equal(found.flatten(), expected.flatten())
 
 
 def test_kernels_after_a_wrong_step_are_right_again():
