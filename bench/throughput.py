@@ -24,8 +24,8 @@ from bench.contenders import STAGES
 from bench.harness import GateError, Worker, gate, rank_variables, spread, start, start_oracle, take_turns, warm_up
 from bench.models import WORKS, Work, default_models
 from bench.rows import RESULTS, Writer
+from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.planning.plan import matmul_flops
-from ddpo_fast.policy import DTYPES
 
 AXES = {
     "batch": ("sample__num_samples", "sample__batch_size"),

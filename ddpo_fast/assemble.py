@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ddpo_fast import kernels
+from ddpo_fast import dtypes, kernels
 from ddpo_fast.claim import Claim
 from ddpo_fast.config.options import Config
 from ddpo_fast.distributed import deepspeed_options
@@ -74,8 +74,7 @@ def prepare(config: Config, claim: Claim | None = None) -> Setup:
             raise ValueError(
                 f"zero.stage={config.zero.stage}: the optimizer's state is sharded over {before} ranks; --resume wants as many"
             )
-    if config.model.dtype == "auto":
-        config = config.replace(model__dtype="fp16" if device.type == "cuda" else "fp32")
+    config = config.replace(model__dtype=dtypes.chosen(config.model.dtype, device.type == "cuda"))
     free = all_gather(torch.tensor([free_mib(device, local_ranks())])).min().item()
     config = resolve_sizes(config, free, world_size, device.type == "cuda")
     config, policy = load_policy(config, rank, world_size, device, ops)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.files import new_folder
 from ddpo_fast.memory import num_kept_prompts
 from ddpo_fast.networks.gradient_checkpointing import checkpoint_gradients
@@ -18,8 +19,6 @@ from ddpo_fast.networks.lora import set_trainable
 from ddpo_fast.networks.merged_lora import merge
 from ddpo_fast.networks.shared_guidance import SharedGuidance
 from ddpo_fast.pipelines.folders import StableDiffusionXLPipeline, find_model, open_pipeline
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Policy:

@@ -82,7 +82,7 @@ def test_nothing_imports_what_runs_the_rest(module):
 
 
 FLOORS = [
-    "claim distributed embedded files gpus kernels memory places prompt_files samplers terminal",
+    "claim distributed dtypes embedded files gpus kernels memory places prompt_files samplers terminal",
     "networks prompts schedule",
     "config pipelines",
     "planning policy scoring",

@@ -18,6 +18,7 @@ from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import OptimizerConfig, parse
 from ddpo_fast.distributed.optimizer import make_optimizer
+from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.gpus import GPUS, parse_devices
 from ddpo_fast.planning import plan as plan_module
 from ddpo_fast.planning.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, architecture, flop_counter
@@ -38,7 +39,7 @@ from ddpo_fast.planning.plan import (
     state_bytes,
     with_cache,
 )  # fmt: skip
-from ddpo_fast.policy import DTYPES, Policy
+from ddpo_fast.policy import Policy
 from ddpo_fast.schedule import Levels, Schedule
 
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"

@@ -22,10 +22,11 @@ from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import parse
 from ddpo_fast.distributed.engine import Engine
+from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.kernels import reference, select
 from ddpo_fast.networks.fused_unet import fuse, unfuse
 from ddpo_fast.networks.merged_lora import merge, unmerge
-from ddpo_fast.policy import DTYPES, Policy
+from ddpo_fast.policy import Policy
 from ddpo_fast.records.metrics import StageTimer, read_metrics
 from ddpo_fast.schedule import Levels, Schedule
 from ddpo_fast.updates.score_accumulation import ScoreAccumulator, score, unscore

@@ -24,8 +24,9 @@ from ddpo_fast import assemble as preparation
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import parse
 from ddpo_fast.distributed.engine import Engine
+from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.kernels import reference
-from ddpo_fast.policy import DTYPES, Policy
+from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import Prompts
 from ddpo_fast.records import run_directory
 from ddpo_fast.records.checkpoint import list_checkpoints

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ddpo_fast import dtypes
 from ddpo_fast.distributed.deepspeed_options import BUCKET_ELEMENTS
 from ddpo_fast.distributed.optimizer import state_bytes
+from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.gpus import GPUS, HERE, parse_devices
 from ddpo_fast.memory import free_mib, num_kept_prompts
 from ddpo_fast.networks.lora import merges
@@ -288,7 +290,7 @@ def make_plan(config) -> Plan:
     if config.run.plan == HERE:
         num_devices = int(os.environ.get("WORLD_SIZE", "1"))
     on_gpu = name != HERE or torch.cuda.is_available()
-    dtype = compute_dtype(config.model.dtype, on_gpu)
+    dtype = DTYPES[dtypes.chosen(config.model.dtype, on_gpu)]
     Work.of(config).share(num_devices)
     counts = count_run(config, dtype, on_gpu)
     device = find_device(name, dtype, num_devices)
@@ -309,11 +311,6 @@ def num_prompts(config) -> int:
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
     evaluations = evaluation_sets(config.eval, prompts)
     return len({"", *prompts.texts, *(text for chosen in evaluations.values() for text in chosen.texts)})
-
-
-def compute_dtype(name: str, on_gpu: bool) -> torch.dtype:
-    """What model.dtype names."""
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if on_gpu else torch.float32}[name]
 
 
 def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
@@ -368,7 +365,7 @@ def resolve_sizes(config, device_mib: float, num_devices: int, on_gpu: bool):
     """
     if all(config[".".join(option)] != "auto" for option in AUTO_SIZES):
         return config
-    counts = count_run(config, compute_dtype(config.model.dtype, on_gpu), on_gpu)
+    counts = count_run(config, DTYPES[dtypes.chosen(config.model.dtype, on_gpu)], on_gpu)
     return fit_sizes(config, counts, device_mib, num_devices, on_gpu)
 
 

@@ -15,10 +15,10 @@ transformers.logging.disable_progress_bar()
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.pipelines.hub import CONFIGS, check_readable, choose_weights, file_names, in_one_line, local_folder
 
 logger = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load(from_pretrained: Callable, source: str, option: str, valid: str, **kwargs) -> Any:
