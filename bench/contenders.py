@@ -187,7 +187,10 @@ class Ours(Contender):
         if unknown := set(changes) - set(self.CHANGES):
             raise ValueError(f"{', '.join(unknown)}: valid changes are {', '.join(self.CHANGES)}")
         if "plain_norms" in changes:
+            shared = setup.policy.unshare_guidance()  # its patches may lie on those of `fuse`
             unfuse(self.unet)
+            if shared:
+                setup.policy.share_guidance()
         self.engine, self.cache = trainer.make_engine(setup), trainer.make_cache(setup)
         if "contiguous" in changes:
             for parameter in self.unet.parameters():
@@ -220,7 +223,10 @@ class Ours(Contender):
         config = self.config.replace(**options)
         config.check()
         schedule = Schedule.of(
-            Levels.of_steps(self.setup.policy.pipe.scheduler, config.sample.num_steps), "ddim", config.sample.eta, self.device
+            Levels.of_steps(self.setup.policy.pipe.scheduler, config.sample.num_steps),
+            config.sample.sampler,
+            config.sample.eta,
+            self.device,
         )
         self.config, self.setup = config, replace(self.setup, config=config, schedule=schedule)
 

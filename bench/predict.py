@@ -75,7 +75,7 @@ def calibrate(config: Config) -> tuple[Work, Costs]:
         torch.set_num_threads(1)
     setup = trainer.prepare(config)
     work, steps = Work.of(config), min(NUM_STEPS, config.sample.num_steps)
-    short = Schedule.of(Levels.of_steps(setup.policy.pipe.scheduler, steps), "ddim", config.sample.eta, setup.policy.device)
+    short = Schedule.of(Levels.of_steps(setup.policy.pipe.scheduler, steps), config.sample.sampler, config.sample.eta, setup.policy.device)
     setup = replace(setup, config=setup.config.replace(sample__num_steps=steps, train__timestep_fraction=1.0), schedule=short)
     engine = trainer.make_engine(setup)
     rollout, costs = _sampling_costs(setup, min(work.batch_size, work.num_samples))

@@ -4,6 +4,8 @@ import difflib
 import runpy
 import sys
 
+from ddpo_fast.gpus import HERE, parse_devices
+
 COMMANDS = {
     "train": ("ddpo_fast.train", "improves a model, in one process; in several: deepspeed ddpo_fast/train.py"),
     "plan": ("ddpo_fast.train", "says what a training run needs and how long it takes: ddpo-fast plan 8xH200 --config ..."),
@@ -29,8 +31,12 @@ def main() -> None:
         print(f"error: ddpo-fast {name}: {hint}; valid is {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     if name == "plan":
-        devices = rest.pop(0) if rest and not rest[0].startswith("-") else "here"
-        rest.insert(0, f"--plan={devices}")
+        if rest in (["-h"], ["--help"]):
+            print("usage: ddpo-fast plan [DEVICES] [options of train]\n\nDEVICES: 8xH200, L4 and so on; this machine's if left out.\n")
+        named = [argument for argument in rest if parse_devices(argument)] or rest[: bool(rest and not rest[0].startswith("-"))]
+        for argument in named[:1]:
+            rest.remove(argument)
+        rest.insert(0, f"--plan={named[0] if named else HERE}")
     sys.argv[:] = [program, *rest]
     runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
 

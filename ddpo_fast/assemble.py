@@ -81,7 +81,9 @@ def prepare(config: Config, claim: Claim | None = None) -> Setup:
     made_of = _fingerprints(config, policy, prompts) if rank == 0 else {}
     if resumed and rank == 0:
         _say_changes(checkpoint.read_state(resumed), made_of)
-    schedule = Schedule.of(Levels.of_steps(policy.pipe.scheduler, config.sample.num_steps), "ddim", config.sample.eta, device)
+    schedule = Schedule.of(
+        Levels.of_steps(policy.pipe.scheduler, config.sample.num_steps), config.sample.sampler, config.sample.eta, device
+    )
     clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
     noising = Noising.of(Levels.of_training(policy.pipe.scheduler), device) if config.train.regression else None
     if noising is not None and config.rwr.num_timesteps > noising.num_levels:
@@ -133,7 +135,7 @@ def _say_changes(state: dict, now: dict[str, str]) -> None:
 def check_model(config: Config) -> None:
     """Raises ValueError for a model that cannot be trained, or not with so many steps, before its weights are read."""
     model = find_model(config.model.path, config.model.config, config.model.vae, config.model.variant)
-    Schedule.of(Levels.of_steps(model.scheduler, config.sample.num_steps), "ddim", config.sample.eta)
+    Schedule.of(Levels.of_steps(model.scheduler, config.sample.num_steps), config.sample.sampler, config.sample.eta)
     model.check_networks()
 
 

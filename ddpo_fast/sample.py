@@ -4,7 +4,9 @@ ddpo-fast sample RUN_DIR "a prompt" ... [--seed 0 1 2] [--output FOLDER]
 """
 
 import argparse
+import contextlib
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -42,11 +44,14 @@ def before_and_after(weights: Path, config: Config, prompts: list[str], seeds: l
         raise ValueError(f"{weights}: there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint, best/ on evaluation")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ops, sample = kernels.select(config.kernels.backend, device), config.sample
-    attention_backends.require(config.attention.backend, device)
-    config, policy = load_policy(config, 0, 1, device, ops)
+    if reason := attention_backends.fault(config.attention.backend, device):  # config.yaml has what another machine chose
+        print(f"attention.backend={config.attention.backend}: {reason}; auto takes its place", file=sys.stderr)
+        config = config.replace(attention__backend="auto")
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is the pictures' path alone
+        config, policy = load_policy(config, 0, 1, device, ops)
     share_guidance(config, policy)
     policy.attach(policy.unet)
-    schedule = Schedule.of(Levels.of_steps(policy.pipe.scheduler, sample.num_steps), "ddim", sample.eta, device)
+    schedule = Schedule.of(Levels.of_steps(policy.pipe.scheduler, sample.num_steps), sample.sampler, sample.eta, device)
     ids = EVAL_SAMPLE_ID + torch.tensor(seeds, device=device)
     pictures = []
     with tqdm(total=2 * len(prompts) * sample.num_steps, unit="step", leave=False, dynamic_ncols=True) as bar:

@@ -110,6 +110,8 @@ def check_values(coefficients: Tensor, *, steps: Tensor, rows: Tensor | None = N
         raise ValueError(f"coefficients: a step's s is {float(std.min())}, so it has no log-prob to train on; valid is s > 0")
     if not std.ge(0).all():
         raise ValueError(f"coefficients: a step's s is {float(std.min())}; valid is s >= 0")
+    if (coefficients[steps, 3] * (std == 0)).any():
+        raise ValueError("coefficients: a step with s = 0 has a logarithm of s; valid is 0 in its place")
 
 
 def _check_floats(dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from runs import Ranks
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ddpo_fast.config import options as config
+from ddpo_fast.config import options
 from ddpo_fast.records import report, run_directory
 
 SD_BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -65,7 +65,7 @@ def quick():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_directory, "write_report", lambda folder: None)
-        patch.setattr(config, "_parser", functools.cache(config._parser))
+        patch.setattr(options, "_parser", functools.cache(options._parser))
         gc.collect()
         gc.freeze()
         yield

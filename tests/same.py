@@ -4,6 +4,8 @@ REF is installed into a folder of its own. Both commits make the same runs at th
 except times, memory and rates is compared, and every weight. The exit code is 1 where something differs.
 """
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -56,10 +58,9 @@ def as_known(argv: list[str], parse: Callable[[list[str]], object]) -> list[str]
     for argument in argv:
         option, value = argument.removeprefix("--").split("=", 1)
         if option in RENAMED:
-            try:
+            with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
                 parse([argument])
-            except SystemExit:
-                option = RENAMED[option]
+            option = RENAMED[option] if "no such option" in said.getvalue() else option
         known.append(f"--{option}={value}")
     return known
 

@@ -15,7 +15,7 @@ from ranks import sgd
 from runs import BY_PROMPT
 from test_train import options, relative_error, rewards_file, run, untimed, weights  # noqa: F401
 
-from ddpo_fast import assemble as preparation
+from ddpo_fast import assemble
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import CacheConfig, parse
 from ddpo_fast.kernels.reference import normal_noise
@@ -317,7 +317,7 @@ def test_group_advantages_without_bad_rewards_and_over_the_standard_deviation_of
 
 def test_a_run_with_group_advantages(options, monkeypatch):  # noqa: F811
     """The update gets each group's rewards less their mean, over their standard deviation; the checkpoint remembers none."""
-    seen, update, batches, open_reward = [], trainer.update, [], preparation.open_reward
+    seen, update, batches, open_reward = [], trainer.update, [], assemble.open_reward
 
     def noting(setup, engine, rollout, advantages, *rest):
         seen.append(advantages)
@@ -328,7 +328,7 @@ def test_a_run_with_group_advantages(options, monkeypatch):  # noqa: F811
         return lambda images, prompts, metadata: batches.append((prompts, reward(images, prompts))) or batches[-1][1]
 
     monkeypatch.setattr(trainer, "update", noting)
-    monkeypatch.setattr(preparation, "open_reward", recording)
+    monkeypatch.setattr(assemble, "open_reward", recording)
     folder = run(options(baseline__name="group", prompts__samples_per_prompt=4, eval__every=9, sample__num_steps=3))
     _, *iterations, _ = batches  # between the evaluations
     assert len(iterations) == len(seen) == 2

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from test_train import options, rewards_file, run, untimed, weights  # noqa: F401
 
-from ddpo_fast import assemble as preparation
+from ddpo_fast import assemble
 from ddpo_fast.config.options import parse
 from ddpo_fast.networks import attention_backends
 from ddpo_fast.networks.attention_backends import (
@@ -119,10 +119,10 @@ def test_a_wrong_result_is_not_used(monkeypatch):
 def test_what_needs_a_gpu_is_an_error_before_the_model_is_loaded(options, backend, monkeypatch):  # noqa: F811
     """Whether its package is installed or not."""
     config = parse(options(attention__backend=backend, model__path="hub/unread"))
-    monkeypatch.setattr(preparation, "check_model", lambda *model: None)
+    monkeypatch.setattr(assemble, "check_model", lambda *model: None)
     line = f"attention.backend={backend}: it cannot run here: it needs a GPU, and this run is on a CPU; valid is auto or sdpa"
     with pytest.raises(ValueError, match=f"^{line}$"):
-        preparation.prepare(config)
+        assemble.prepare(config)
 
 
 def test_what_a_cpu_runs_is_not_refused():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddpo_fast import assemble as preparation
+from ddpo_fast import assemble
 from ddpo_fast import train as trainer
 from ddpo_fast.config import options as config_module
 from ddpo_fast.config.options import Config, parse, parse_or_exit
@@ -128,6 +128,8 @@ BAD = [  # arguments, what the line must say
     ("--run.dir {finished}", "a directory that holds no run yet; to continue the one in it, add --resume"),
     ("--run.dir {empty} --resume", "valid is the directory of a run with a checkpoint"),
     ("--resume", "run.dir=None: valid is the directory of a run with a checkpoint"),
+    ("--sample.sampler euler", "sample.sampler=euler: valid is one of ddim"),
+    ("--sample.eta 1.5", "sample.eta=1.5: valid is 0 < eta <= 1; at 0 DDIM is deterministic"),
     ("--reward.name beauty", "reward.name=beauty: valid is one of aesthetic"),
     ("--reward.name aesthetic", "reward.kwargs.weights=None: valid is the file sac+logos+ava1-l14-linearMSE.pth"),
     ("--reward.name /nowhere.py:f", "reward.name=/nowhere.py:f: there is no file /nowhere.py"),
@@ -268,7 +270,7 @@ def paths(tmp_path_factory, tiny_model) -> Iterator[dict[str, Path]]:
 
 @pytest.mark.parametrize("arguments, message", BAD)
 def test_bad_options_are_one_line_and_exit_2(arguments, message, paths, capsys, monkeypatch):
-    monkeypatch.setattr(preparation, "Policy", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(assemble, "Policy", lambda *a: pytest.fail("the model was loaded"))
     model = [] if "--model.path" in arguments else ["--model.path", str(paths["tiny"])]
     with pytest.raises(SystemExit) as exit_:
         trainer.main([*model, *arguments.format(**paths).split()])

@@ -13,8 +13,7 @@ from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 from test_launch import options as launch_options  # noqa: F401
 from test_train import options, rewards_file, weights  # noqa: F401
 
-from ddpo_fast import assemble as preparation
-from ddpo_fast import files
+from ddpo_fast import assemble, files
 from ddpo_fast import train as trainer
 from ddpo_fast.claim import Claim
 from ddpo_fast.records import run_directory
@@ -118,7 +117,7 @@ def test_best_weights_that_were_deleted_are_said(options, disk, tmp_path, monkey
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_directory_where_a_run_is_going_on_is_refused_before_a_model_is_loaded(options, tmp_path, capsys, monkeypatch, resume):  # noqa: F811
-    monkeypatch.setattr(preparation, "Policy", None)
+    monkeypatch.setattr(assemble, "Policy", None)
     monkeypatch.setattr("ddpo_fast.config.options._check_resumed", lambda _: None)
     monkeypatch.setattr("ddpo_fast.config.rules._has_checkpoint", lambda _: resume)
     with Claim() as claim:
@@ -141,7 +140,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(options, capsys, monkeyp
 
 def test_two_runs_of_one_second_have_two_directories(options, monkeypatch, tmp_path, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(preparation.time, "strftime", lambda *_: "20260101-000000")
+    monkeypatch.setattr(assemble.time, "strftime", lambda *_: "20260101-000000")
     argv = [option for option in options(**SMALL, run__keep_best="false") if not option.startswith("--run.dir")]
     (Path("runs") / "rewards.py-redness-20260101-000000").mkdir(parents=True)
     trainer.main(argv)

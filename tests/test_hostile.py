@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import bomb, copy, finished, pretend  # noqa: F401
 
-from ddpo_fast import assemble as preparation
+from ddpo_fast import assemble
 from ddpo_fast import train as trainer
 
 UNET, TEXT, VAE = "unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"
@@ -134,7 +134,7 @@ def test_a_state_that_cannot_be_is_damage(copy, state):  # noqa: F811
 
 @pytest.mark.parametrize("name", ["../../../x.py:f", "x/../../..:f", "http://127.0.0.1:1/..", "http://127.0.0.1:1/" + "x" * 300])
 def test_a_rewards_name_keeps_the_run_inside_of_runs(tiny_model, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(preparation, "open_reward", lambda *args: None)
+    monkeypatch.setattr(assemble, "open_reward", lambda *args: None)
     monkeypatch.chdir(tmp_path)
     run_dir = trainer.prepare(trainer.parse_or_exit([f"--model.path={tiny_model}", f"--reward.name={name}"])).run_dir
     assert run_dir.parent == tmp_path / "runs" and ".." not in run_dir.parts

@@ -115,6 +115,12 @@ def test_imports_go_down(file):
             assert FLOOR[there.split(".")[1]] < FLOOR.get(here, len(FLOORS)), f"{module} imports {there}"
 
 
+@pytest.mark.parametrize("package", sorted(INTERFACES))
+def test_an_interface_imports_nothing_of_ours(package):
+    file = ROOT / package.replace(".", "/") / "__init__.py"
+    assert not [name for name in imports(file) if name.startswith("ddpo_fast")]
+
+
 def test_installed_packages_are_not_imported_by_the_name_of_the_folder():
     assert importers(("kernels",), PACKAGE + KERNELS) == set()  # Hugging Face's package; ours is ddpo_fast.kernels
 

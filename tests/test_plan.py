@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import predict
-from ddpo_fast import assemble as preparation
+from ddpo_fast import assemble
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import OptimizerConfig, parse
 from ddpo_fast.distributed.optimizer import make_optimizer
@@ -547,7 +547,7 @@ def test_plan_on_the_command_line(argument, plan):
 
 @pytest.fixture
 def nothing_starts(monkeypatch, tmp_path):
-    for module, name in ((trainer, "prepare"), (preparation, "init_distributed"), (preparation, "Policy")):
+    for module, name in ((trainer, "prepare"), (assemble, "init_distributed"), (assemble, "Policy")):
         monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     monkeypatch.chdir(tmp_path)
     yield

@@ -22,7 +22,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from ddpo_fast import assemble as preparation
+from ddpo_fast import assemble
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import Config, parse
 from ddpo_fast.planning import plan
@@ -198,7 +198,7 @@ def test_headers_say_what_the_plan_does(name, counted, weights_gib):
 
 
 def test_a_plan_needs_neither_the_model_nor_a_run_directory(counted, monkeypatch, tmp_path, capsys):
-    for module, name in ((trainer, "prepare"), (preparation, "init_distributed"), (preparation, "Policy")):
+    for module, name in ((trainer, "prepare"), (assemble, "init_distributed"), (assemble, "Policy")):
         monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     monkeypatch.chdir(tmp_path)
     trainer.main(command("sd15_compressibility", "--plan=2xH200"))

@@ -88,6 +88,16 @@ def test_the_same_command_writes_the_same_files(finished):
     assert one == other and len(one) == 5
 
 
+def test_an_attention_of_another_machine_is_chosen_anew(finished, capsys):
+    """config.yaml has what the machine chose that trained; the path of the pictures stays alone on standard output."""
+    sample.before_and_after(finished, sample.read_config(finished, ["--attention.backend=xformers"]), ["a"], [0])
+    captured = capsys.readouterr()
+    assert (
+        captured.out == ""
+        and "attention.backend=xformers: it needs a GPU, and this run is on a CPU; auto takes its place\n" in captured.err
+    )
+
+
 def test_mistakes_are_one_line(finished, capsys, tmp_path):
     folder = finished
     (tmp_path / "early").mkdir()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_merged_lora import LAYERS, layer_rounding, make_unet, random_lora, structure, with_lora
 from torch import nn
 
-from ddpo_fast import assemble as preparation
+from ddpo_fast import assemble
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import parse
 from ddpo_fast.distributed.engine import Engine
@@ -304,7 +304,7 @@ def test_the_update_calls_no_unet_and_evaluation_has_no_graph(options, monkeypat
             calls.append((stage[-1], torch.is_grad_enabled()))
             return super().predict_noise(*args)
 
-    monkeypatch.setattr(preparation, "Policy", Counting)
+    monkeypatch.setattr(assemble, "Policy", Counting)
     for function in (update_by_scores, evaluate):
         monkeypatch.setattr(trainer, function.__name__, entering(function.__name__)(function))
     run(options(run__iterations=1, sample__batch_size=4, eval__every=1, model__share_guidance="false", **SCORES))
@@ -319,7 +319,7 @@ def test_only_steps_that_are_trained_on_have_a_graph(options, monkeypatch):
             rows.append((torch.is_grad_enabled(), len(unet_input)))
             return super().predict_noise(unet_input, *args)
 
-    monkeypatch.setattr(preparation, "Policy", Counting)
+    monkeypatch.setattr(assemble, "Policy", Counting)
     _, metrics = run(options(run__iterations=1, train__timestep_fraction=0.4, model__share_guidance="false", **SCORES))
     assert metrics[1]["transitions"] == 8 * 2
     assert sum(size for recorded, size in rows if recorded) == 2 * 8 * 2
@@ -400,7 +400,7 @@ def test_half_precision_has_the_gradient_of_fp32(options, tmp_path, monkeypatch,
 
 def test_fused_kernels_train_as_the_reference_does(options, tmp_path, monkeypatch):
     """The loss's, that is; the UNet's blocks are slow in Triton's interpreter."""
-    monkeypatch.setattr(preparation, "fuse", lambda unet, ops: None)
+    monkeypatch.setattr(assemble, "fuse", lambda unet, ops: None)
     model = make_pipeline(tmp_path / "m", channels=(8, 8), latent_size=4, groups=2)
     short = dict(
         model__path=model, sample__num_steps=2, sample__num_samples=4, sample__batch_size=4, train__timestep_fraction=0.5, **SCORES

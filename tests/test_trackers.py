@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from test_train import options, rewards_file, run  # noqa: F401
 
-from ddpo_fast import assemble as preparation
+from ddpo_fast import assemble
 from ddpo_fast import train as trainer
 from ddpo_fast.claim import Claim
 from ddpo_fast.records.metrics import MetricsWriter, read_metrics, tracker_fault
@@ -98,7 +98,7 @@ def test_default_is_tensorboard_and_imports_no_other(options, stand_ins):  # noq
 
 def test_one_that_is_not_installed_is_one_line_before_a_model_is_loaded(options, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr("ddpo_fast.records.metrics.find_spec", lambda name: None if name == "wandb" else "there")
-    monkeypatch.setattr(preparation, "Policy", None)
+    monkeypatch.setattr(assemble, "Policy", None)
     with pytest.raises(SystemExit, match="2"):
         trainer.main(options(run__trackers='["tensorboard","wandb"]'))
     assert capsys.readouterr().err == "error: run.trackers=['tensorboard', 'wandb']: wandb is not installed; pip install wandb\n"
@@ -149,7 +149,7 @@ def test_a_full_disk_is_no_fault_of_the_tracker(stand_ins, tmp_path, caplog, mon
 
 def test_who_is_not_known_to_wandb_is_told_so_before_a_model_is_loaded(options, stand_ins, monkeypatch, capsys):  # noqa: F811
     stand_ins["wandb"].broken = {"login": "No API key configured.\nUse `wandb login`."}
-    monkeypatch.setattr(preparation, "Policy", None)
+    monkeypatch.setattr(assemble, "Policy", None)
     with pytest.raises(SystemExit, match="2"):
         trainer.main(options(run__trackers='["wandb"]'))
     assert capsys.readouterr().err == (
@@ -164,7 +164,7 @@ def test_who_is_not_known_to_wandb_is_told_so_before_a_model_is_loaded(options, 
 @pytest.mark.parametrize("value", ["true", "1", "ON"])
 def test_another_librarys_switch_is_named(options, stand_ins, monkeypatch, capsys, value):  # noqa: F811
     monkeypatch.setenv("WANDB_DISABLED", value)
-    monkeypatch.setattr(preparation, "Policy", None)
+    monkeypatch.setattr(assemble, "Policy", None)
     with pytest.raises(SystemExit, match="2"):
         trainer.main(options(run__trackers='["wandb"]'))
     error = capsys.readouterr().err

@@ -20,7 +20,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpo_fast import assemble as preparation
+from ddpo_fast import assemble
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import parse
 from ddpo_fast.distributed.engine import Engine
@@ -608,7 +608,7 @@ def test_a_reward_may_change_its_pictures(options, tmp_path):
 def test_fused_kernels_train_as_the_reference_does(options, tmp_path, monkeypatch, algorithm, guidance_scale, fused_blocks):
     """On either backend. The UNet's blocks are slow in Triton's interpreter: once is enough, and one iteration, whose end is evaluated."""
     if not fused_blocks:
-        monkeypatch.setattr(preparation, "fuse", lambda unet, ops: None)
+        monkeypatch.setattr(assemble, "fuse", lambda unet, ops: None)
     model = make_pipeline(tmp_path / "m", channels=(8, 8), latent_size=4, groups=2)  # larger groups: gradients that rounding leaves alone
     short = dict(
         train__algorithm=algorithm, train__num_minibatches=1, train__timestep_fraction=0.5, sample__guidance_scale=guidance_scale,
@@ -661,7 +661,7 @@ class CountOps(TorchDispatchMode):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_number_of_operations_around_the_unet(options, monkeypatch, guidance_scale, dtype):
     """At most 3 a denoising step and 6 a micro-batch, none of which waits for the device. (Unfused: 51 and 104.)"""
-    monkeypatch.setattr(preparation, "fuse", lambda unet, ops: None)  # the UNet is not what is counted
+    monkeypatch.setattr(assemble, "fuse", lambda unet, ops: None)  # the UNet is not what is counted
 
     def operations(num_steps, micro_batch):
         setup = trainer.prepare(

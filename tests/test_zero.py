@@ -19,7 +19,7 @@ import torch
 from runs import BY_PROMPT, ENVIRONMENT, LIMIT_S, ROOT, deepspeed, ports, printed, write_job
 from safetensors.torch import load_file
 
-from ddpo_fast import assemble as preparation
+from ddpo_fast import assemble
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import parse
 from ddpo_fast.distributed import deepspeed_options
@@ -243,7 +243,7 @@ def test_half_precision_at_stage_3_has_fp32_masters_and_skips_what_is_not_finite
     ],
 )
 def test_contradictions_are_one_line_before_a_model_loads(tiny_model, tmp_path, capsys, monkeypatch, user, message):
-    monkeypatch.setattr(preparation, "Policy", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(assemble, "Policy", lambda *a: pytest.fail("the model was loaded"))
     (tmp_path / "ds.json").write_text(user if isinstance(user, str) else json.dumps(user))
     with pytest.raises(SystemExit, match="2"):
         trainer.main([f"--model.path={tiny_model}", f"--deepspeed.config={tmp_path / 'ds.json'}", "--zero.stage=2"])

@@ -30,7 +30,7 @@ class ModelConfig:
     """The model to improve."""
 
     path: str = str(Path(__file__).resolve().parents[1] / "embedded" / "model")
-    """Folder in diffusers format, or hub id, of a Stable Diffusion 1.x, 2.x or XL pipeline (epsilon or v-prediction); or a single
+    """Folder in diffusers format, or hub id, of a Stable Diffusion 1.x, 2.x or XL pipeline (epsilon, v- or sample prediction); or a single
     .safetensors file, with model.config; see docs/models.md. Default: the small model that ships with the package."""
     config: Optional[str] = None
     """With a single file as model.path: folder in diffusers format, or hub id, of a pipeline of the same layout, for its configs and its
@@ -139,12 +139,14 @@ class SampleConfig:
     decode_batch: int = 16
     """Pictures that the VAE decodes together: 0.4 GB each at 512x512 in fp16."""
     num_steps: int = 10
-    """DDIM steps S."""
+    """Denoising steps S."""
+    sampler: str = "ddim"
+    """How a picture is denoised: ddim, stochastic DDIM."""
     guidance_scale: float = 3.0
     """Classifier-free guidance w in uncond + w (cond - uncond), in sampling and in training; 1 turns it off and halves
     the work."""
     eta: float = 1.0
-    """DDIM noise, 0 < eta <= 1. At 0 sampling is deterministic and has no policy gradient."""
+    """How much of a step's noise is drawn anew, 0 < eta <= 1. At 0 DDIM is deterministic and has no policy gradient."""
 
 
 @dataclass(frozen=True)
@@ -383,7 +385,7 @@ class Config:
             except (OSError, ValueError):  # a path that is too long, or has a null byte in it
                 good = False
             if not good:
-                raise ValueError(f"{option}={value}: valid is {valid}")
+                raise ValueError(f"{option}={value}: valid is {valid(self) if callable(valid) else valid}")
         load_prompts(self.prompts.name, self.prompts.file, self.prompts.limit, self.prompts.list)  # whose file may be at fault
 
     @property

@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from ddpo_fast import samplers
 from ddpo_fast.gpus import GPUS, parse_devices
 from ddpo_fast.places import is_hub_id, is_lora, lora_file
 
@@ -106,10 +107,11 @@ RULES = [
     ("prompts.limit", _positive[1], lambda v, c: v is None or _positive[0](v, c)),
     ("prompts.samples_per_prompt", "a divisor of sample.num_samples", lambda v, c: c.sample.num_samples % v == 0),
     ("sample.guidance_scale", "a finite number >= 1; 1 is no guidance", _number(1)),
+    ("sample.sampler", f"one of {', '.join(samplers.CHOICES)}", lambda v, c: v in samplers.CHOICES),
     (
         "sample.eta",
-        "0 < eta <= 1; at 0 DDIM is deterministic: a step has no density, so there is no policy gradient",
-        _number(0, 1, open_low=True),
+        lambda c: samplers.find(c.sample.sampler).VALID_ETA,
+        lambda v, c: samplers.find(c.sample.sampler).takes(v),
     ),
     ("sample.num_samples", "a multiple of train.num_minibatches", lambda v, c: v % c.train.num_minibatches == 0),
     (

@@ -85,7 +85,10 @@ def fuse(unet: nn.Module, ops) -> dict[str, int]:
 
 
 def unfuse(unet: nn.Module) -> None:
-    """Undoes `fuse`: classes, attributes and SiLU objects are the original ones again. A UNet that is not fused stays as it is."""
+    """Undoes `fuse`: classes, attributes and SiLU objects are the original ones again. A UNet that is not fused stays as it is.
+
+    Raises ValueError if something else has changed a fused module since.
+    """
     for module in list(unet.modules()):
         for kind in (FusedGroupNorm, FusedGEGLU):
             unpatch(module, kind)

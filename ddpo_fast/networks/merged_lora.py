@@ -169,7 +169,10 @@ def merge(unet: nn.Module) -> list[nn.Module]:
 
 
 def unmerge(unet: nn.Module) -> None:
-    """Undoes `merge`: classes and attributes are peft's again. A UNet that is not merged stays as it is."""
+    """Undoes `merge`: classes and attributes are peft's again. A UNet that is not merged stays as it is.
+
+    Raises ValueError if something else has changed a merged layer since.
+    """
     for module in unet.modules():
         for kind in _MERGED.values():
             if is_patched(module, kind):

@@ -317,7 +317,7 @@ def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
     """The counts of a config's model. Raises ValueError naming the option at fault."""
     model = config.model
     arch = architecture(model.path, model.vae, model.config, model.variant)
-    Schedule.of(Levels.of_steps(ddim_scheduler(arch["scheduler"]), config.sample.num_steps), "ddim", config.sample.eta)
+    Schedule.of(Levels.of_steps(ddim_scheduler(arch["scheduler"]), config.sample.num_steps), config.sample.sampler, config.sample.eta)
     counts = count_model(
         arch,
         dtype,

@@ -209,7 +209,10 @@ def score(unet: nn.Module) -> list[nn.Module]:
 
 
 def unscore(unet: nn.Module) -> None:
-    """Undoes `score`: classes and attributes are the former ones again. A UNet that is not scored stays as it is."""
+    """Undoes `score`: classes and attributes are the former ones again. A UNet that is not scored stays as it is.
+
+    Raises ValueError if something else has changed a scored layer since.
+    """
     for module in unet.modules():
         for kind in _SCORED.values():
             unpatch(module, kind)
