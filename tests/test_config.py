@@ -129,7 +129,6 @@ BAD = [  # arguments, what the line must say
     ("--run.dir {empty} --resume", "valid is the directory of a run with a checkpoint"),
     ("--resume", "run.dir=None: valid is the directory of a run with a checkpoint"),
     ("--sample.sampler euler", "sample.sampler=euler: valid is one of ddim"),
-    ("--sample.eta 1.5", "sample.eta=1.5: valid is 0 < eta <= 1; at 0 DDIM is deterministic"),
     ("--reward.name beauty", "reward.name=beauty: valid is one of aesthetic"),
     ("--reward.name aesthetic", "reward.kwargs.weights=None: valid is the file sac+logos+ava1-l14-linearMSE.pth"),
     ("--reward.name /nowhere.py:f", "reward.name=/nowhere.py:f: there is no file /nowhere.py"),
