@@ -309,7 +309,7 @@ def takes(annotation, value) -> bool:
 
 def is_bad(option: str, text: str) -> bool:
     """Whether YAML is wrong for an option: of another type, no number that a computer has, or one that the rules call too small."""
-    value, texts = VALUES[text], [valid for name, valid, _ in config_module.RULES if name == option]
+    value, texts = VALUES[text], [said(Config()) if callable(said) else said for name, said, _ in config_module.RULES if name == option]
     if value is None and text != "null" or not takes(OPTIONS[option], value):
         return True
     numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, float | int)]
