@@ -150,11 +150,8 @@ def train(setup: Setup, stop: StopRequest) -> None:
             if iteration > 0:
                 try:
                     row |= improve(setup, engine, cache, baseline, timer, iteration)
-                except BadRewards:  # nothing has been updated: the state is still that after the iteration before
-                    saved = setup.checkpoint is not None and setup.checkpoint.name == str(state["iteration"])
-                    lost = any_rank("the checkpoint" in setup.claim.unwritten)
-                    if (state["iteration"] % config.run.checkpoint_every or lost) and not saved:
-                        save(setup, engine, baseline, state)
+                except BadRewards:
+                    _save_unless_saved(setup, engine, baseline, state)
                     if rank == 0:
                         writer.close()
                     raise
@@ -164,14 +161,7 @@ def train(setup: Setup, stop: StopRequest) -> None:
         state["iteration"] = iteration
         state["bad_rewards"] += row["bad_rewards"] or 0
         state["device_hours"] += timer.seconds["total"] * setup.world_size / 3600
-        row |= {
-            "iteration": iteration,
-            "samples": iteration * config.sample.num_samples,
-            "bad_rewards": state["bad_rewards"],
-            "device_hours": state["device_hours"],
-            "peak_memory_mib": peak_memory_mib(setup.policy.device),
-            **{f"time_{stage}_s": timer.seconds.get(stage, 0.0) for stage in ("sample", "reward", "train", "eval", "total")},
-        }
+        row |= _totals(setup, state, timer)
         if rank == 0:
             writer.write(row)
             tqdm.write(line(row))
@@ -194,6 +184,26 @@ def train(setup: Setup, stop: StopRequest) -> None:
     if not stopped:
         publish(setup, engine, last)
     conclude(setup, state, writer, stopped)
+
+
+def _save_unless_saved(setup: Setup, engine: Engine, baseline: PromptBaseline, state: dict) -> None:
+    """Saves the state of the iteration before a failed one, in which nothing was updated, if that iteration left no checkpoint."""
+    saved = setup.checkpoint is not None and setup.checkpoint.name == str(state["iteration"])
+    lost = any_rank("the checkpoint" in setup.claim.unwritten)
+    if (state["iteration"] % setup.config.run.checkpoint_every or lost) and not saved:
+        save(setup, engine, baseline, state)
+
+
+def _totals(setup: Setup, state: dict, timer: StageTimer) -> dict[str, float]:
+    """The run so far, and where the iteration's time went."""
+    return {
+        "iteration": state["iteration"],
+        "samples": state["iteration"] * setup.config.sample.num_samples,
+        "bad_rewards": state["bad_rewards"],
+        "device_hours": state["device_hours"],
+        "peak_memory_mib": peak_memory_mib(setup.policy.device),
+        **{f"time_{stage}_s": timer.seconds.get(stage, 0.0) for stage in ("sample", "reward", "train", "eval", "total")},
+    }
 
 
 def improve(setup: Setup, engine: Engine, cache: Cache, baseline: PromptBaseline, timer: StageTimer, iteration: int) -> dict[str, float]:

@@ -280,6 +280,92 @@ class ModelCounts:
         return sum(map(math.prod, self.trained_shapes))
 
 
+class _Networks:
+    """A pipeline's networks without weights, trained and computing as `count_model` says, called as a policy calls them."""
+
+    def __init__(self, arch: dict[str, dict], dtype: torch.dtype, lora, on_gpu: bool, merged: bool):
+        with torch.device("meta"):
+            self.unet, self.vae = (kind.from_config(arch[part]) for part, kind in NETWORKS.items())
+            encoders = {part: text_encoder(part, arch[part]) for part in TEXT_ENCODERS if part in arch}
+        unet, self.parts, self.dtype = self.unet, {"unet": self.unet, "vae": self.vae} | encoders, dtype
+        is_sdxl = unet.config.addition_embed_type == "text_time"
+        upcast = is_sdxl and self.vae.config.force_upcast and dtype == torch.float16
+        self.vae_dtype = torch.float32 if upcast else dtype  # as `open_pipeline` has it
+        for network in self.parts.values():
+            nn.Module.to(network, self.vae_dtype if network is self.vae else dtype).requires_grad_(False).eval()
+        set_trainable(unet, lora.scope, lora.targets, lora.rank, lora.alpha)
+        self.copies = _merge(unet) if merged else []
+        self.pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim if is_sdxl else 0
+        num_tokens = encoders["text_encoder"].config.max_position_embeddings if "text_encoder" in encoders else 77
+        size = unet.config.sample_size
+        self.embed_shape = num_tokens, unet.config.cross_attention_dim
+        self.latent_shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        self.autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        self.norms = _CudaNorms() if on_gpu and dtype != torch.float32 else nullcontext()
+        self.guidance = nullcontext()
+
+    def fake(self, fused: bool, shared: bool, checkpointing: bool) -> None:
+        """Gives the networks fake weights and the UNet gradients, which are accounted for apart; fuses and shares what is wanted."""
+        for network in (self.unet, self.vae):
+            network._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+        for parameter in self.trained():
+            parameter.grad = torch.empty_like(parameter)
+        if fused:
+            saving = [lambda x, *rest, op=op: _SavesInput.apply(op, x, *rest) for op in (reference.group_norm_silu, reference.geglu)]
+            fuse(self.unet, Ops("counted", reference.ddim_step, reference.ppo_loss, *saving))
+        if shared:  # all calls are of both branches
+            self.guidance = SharedGuidance(self.unet, partial(self.forward, 2))
+        if checkpointing:
+            checkpoint_gradients(self.unet, self._run_again)
+
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+
+    def forward(self, num_rows: int) -> Tensor:
+        empty = partial(torch.empty, num_rows, dtype=self.dtype)
+        added = {"text_embeds": empty(self.pooled), "time_ids": empty(6)} if self.pooled else None
+        x, timesteps, embeds = empty(*self.latent_shape), torch.empty(num_rows, dtype=torch.int64), empty(*self.embed_shape)
+        with self.autocast, self.norms, self.guidance:
+            return self.unet(x, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+    @contextmanager
+    def _run_again(self) -> Iterator[None]:
+        with self.norms, self.guidance:
+            yield
+
+    def decode(self, num_rows: int) -> Tensor:
+        images = self.vae.decode(torch.empty(num_rows, *self.latent_shape, dtype=self.vae_dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _backward(result: list[Tensor]) -> None:
+    result.pop().float().square().mean().backward()
+
+
+def _count_calls(networks: _Networks) -> dict[str, object]:
+    """What the networks' calls cost: some of the fields of `ModelCounts`."""
+    with torch.no_grad():
+        forward, _ = count(networks.forward)
+        decode, image_bytes = count(networks.decode)
+    update, saved_row_bytes = count(networks.forward, _backward)
+    found = {"forward": forward, "decode": decode, "image_bytes": int(image_bytes), "update": update, "saved_row_bytes": saved_row_bytes}
+    split = SplitUNet(networks.unet, networks.forward)
+    if not split.wanted:
+        return found | {"prefix_flop": 0.0, "kept_row_bytes": 0, "cached_update": update}
+    kept: dict[int, list[Tensor]] = {}
+
+    def prefix(num_rows: int) -> None:
+        kept[num_rows] = split.run_prefix(partial(networks.forward, num_rows))
+
+    def replay(num_rows: int) -> None:
+        with split.replaying(kept[num_rows]):
+            _backward([networks.forward(num_rows)])
+
+    prefix_flop = count(prefix)[0].row_flop
+    kept_row_bytes = sum(stored_bytes(tensor[:1]) for tensor in kept[ROWS[0]])
+    return found | {"prefix_flop": prefix_flop, "kept_row_bytes": kept_row_bytes, "cached_update": count(replay)[0]}
+
+
 def count_model(
     arch: dict[str, dict],
     dtype: torch.dtype,
@@ -297,93 +383,20 @@ def count_model(
     weights. shared: the branches of guidance share what precedes the first cross-attention. checkpointing: the UNet's blocks are run
     again in backward. Raises as `set_trainable` does.
     """
-    with torch.device("meta"):
-        unet, vae = (kind.from_config(arch[part]) for part, kind in NETWORKS.items())
-        parts = {"unet": unet, "vae": vae} | {part: text_encoder(part, arch[part]) for part in TEXT_ENCODERS if part in arch}
-    is_sdxl = unet.config.addition_embed_type == "text_time"
-    vae_dtype = torch.float32 if is_sdxl and vae.config.force_upcast and dtype == torch.float16 else dtype  # as `open_pipeline` has it
-    for network in parts.values():
-        nn.Module.to(network, vae_dtype if network is vae else dtype).requires_grad_(False).eval()
-    set_trainable(unet, lora.scope, lora.targets, lora.rank, lora.alpha)
-    copies = _merge(unet) if merged else []
-    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim if is_sdxl else 0
-    num_tokens = parts["text_encoder"].config.max_position_embeddings if "text_encoder" in parts else 77
-    embed_shape, size = (num_tokens, unet.config.cross_attention_dim), unet.config.sample_size
-    latent_shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    norms = _CudaNorms() if on_gpu and dtype != torch.float32 else nullcontext()
-
-    guidance = nullcontext()
-
-    def forward(num_rows: int) -> Tensor:
-        x, embeds = torch.empty(num_rows, *latent_shape, dtype=dtype), torch.empty(num_rows, *embed_shape, dtype=dtype)
-        added = None
-        if is_sdxl:
-            added = {"text_embeds": torch.empty(num_rows, pooled, dtype=dtype), "time_ids": torch.empty(num_rows, 6, dtype=dtype)}
-        timesteps = torch.empty(num_rows, dtype=torch.int64)
-        with autocast, norms, guidance:
-            return unet(x, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
-
-    @contextmanager
-    def run_again() -> Iterator[None]:
-        with norms, guidance:
-            yield
-
-    def decode(num_rows: int) -> Tensor:
-        images = vae.decode(torch.empty(num_rows, *latent_shape, dtype=vae_dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
-
+    networks = _Networks(arch, dtype, lora, on_gpu, merged)
     with FakeTensorMode():
-        for network in (unet, vae):
-            network._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
-        trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)  # gradients are accounted for apart
-        if fused:
-            saving = [lambda x, *rest, op=op: _SavesInput.apply(op, x, *rest) for op in (reference.group_norm_silu, reference.geglu)]
-            fuse(unet, Ops("counted", reference.ddim_step, reference.ppo_loss, *saving))
-        if shared:  # all calls are of both branches
-            guidance = SharedGuidance(unet, partial(forward, 2))
-        if checkpointing:
-            checkpoint_gradients(unet, run_again)
-        with torch.no_grad():
-            counted, _ = count(forward)
-            decoded, image_bytes = count(decode)
-
-        def backward(result: list[Tensor]) -> None:
-            result.pop().float().square().mean().backward()
-
-        update, saved_row_bytes = count(forward, backward)
-        split, cached_update, prefix_flop, kept_row_bytes = SplitUNet(unet, forward), update, 0.0, 0
-        if split.wanted:
-            kept: dict[int, list[Tensor]] = {}
-
-            def prefix(num_rows: int) -> None:
-                kept[num_rows] = split.run_prefix(partial(forward, num_rows))
-
-            def replay(num_rows: int) -> None:
-                with split.replaying(kept[num_rows]):
-                    backward([forward(num_rows)])
-
-            prefix_flop = count(prefix)[0].row_flop
-            kept_row_bytes = sum(stored_bytes(tensor[:1]) for tensor in kept[ROWS[0]])
-            cached_update, _ = count(replay)
-    unet_bytes = sum(p.nbytes for p in unet.parameters())
-    live = unet_bytes * LIVE_ELEMENTS / sum(p.numel() for p in unet.parameters())
-    persistent = sum(p.nbytes for p in unet.parameters() if p.numel() <= PERSISTENT_ELEMENTS)
+        networks.fake(fused, shared, checkpointing)
+        calls = _count_calls(networks)
+    weights = list(networks.unet.parameters())
+    unet_bytes = sum(p.nbytes for p in weights)
+    live = unet_bytes * LIVE_ELEMENTS / sum(p.numel() for p in weights)
+    persistent = sum(p.nbytes for p in weights if p.numel() <= PERSISTENT_ELEMENTS)
+    frozen = {name: sum(p.nbytes for p in part.parameters() if not p.requires_grad) for name, part in networks.parts.items()}
     return ModelCounts(
-        weight_bytes={name: sum(p.nbytes for p in part.parameters() if not p.requires_grad) for name, part in parts.items()}
-        | {"merged": sum(layer.merged_weight.nbytes for layer in copies)},
-        trained_shapes=tuple(tuple(parameter.shape) for parameter in trained),
+        weight_bytes=frozen | {"merged": sum(layer.merged_weight.nbytes for layer in networks.copies)},
+        trained_shapes=tuple(tuple(parameter.shape) for parameter in networks.trained()),
         gathered_bytes=min(unet_bytes, live + persistent),
-        num_latents=math.prod(latent_shape),
-        embed_bytes=(math.prod(embed_shape) + pooled) * dtype.itemsize,
-        forward=counted,
-        update=update,
-        image_bytes=int(image_bytes),
-        saved_row_bytes=saved_row_bytes,
-        decode=decoded,
-        prefix_flop=prefix_flop,
-        kept_row_bytes=kept_row_bytes,
-        cached_update=cached_update,
+        num_latents=math.prod(networks.latent_shape),
+        embed_bytes=(math.prod(networks.embed_shape) + networks.pooled) * dtype.itemsize,
+        **calls,
     )
