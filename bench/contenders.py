@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
@@ -27,10 +28,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from bench.textbook import TextbookLoop, Trajectories
+from ddpo_fast import assemble
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import parse
 from ddpo_fast.memory import free_mib
-from ddpo_fast.networks.fused_unet import unfuse
 from ddpo_fast.planning.counts import flop_counter
 from ddpo_fast.planning.plan import Work, count_run, memory_mib, phases_mib, with_cache
 from ddpo_fast.prompts import draw_prompts
@@ -182,15 +183,12 @@ class Ours(Contender):
     """plain_norms: GroupNorm and GEGLU not fused; contiguous: not channels_last."""
 
     def __init__(self, argv: list[str], changes: tuple[str, ...] = ()):
-        super().__init__(argv)
+        plain = patch.object(assemble, "fuse", lambda *_: {}) if "plain_norms" in changes else nullcontext()
+        with plain:
+            super().__init__(argv)
         setup = self.setup
         if unknown := set(changes) - set(self.CHANGES):
             raise ValueError(f"{', '.join(unknown)}: valid changes are {', '.join(self.CHANGES)}")
-        if "plain_norms" in changes:
-            shared = setup.policy.unshare_guidance()  # its patches may lie on those of `fuse`
-            unfuse(self.unet)
-            if shared:
-                setup.policy.share_guidance()
         self.engine, self.cache = trainer.make_engine(setup), trainer.make_cache(setup)
         if "contiguous" in changes:
             for parameter in self.unet.parameters():

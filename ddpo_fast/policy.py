@@ -100,13 +100,6 @@ class Policy:
         """
         self.guidance = SharedGuidance(self.unet, partial(self.example_call, 2))
 
-    def unshare_guidance(self) -> bool:
-        """Undoes `share_guidance`; whether there was something to undo."""
-        if shared := isinstance(self.guidance, SharedGuidance):
-            self.guidance.undo()
-            self.guidance = nullcontext()
-        return shared
-
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
 

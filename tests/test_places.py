@@ -15,7 +15,7 @@ from ddpo_fast.config.options import parse
 from ddpo_fast.places import PLACES, located, located_kwargs, may_be_same, typed_path
 from ddpo_fast.records.metrics import read_metrics
 
-NO_PLACES = {"lora.scope", "model.variant", "run.plan"}
+NO_PLACES = {"lora.scope", "model.variant", "run.plan", "sample.sampler"}
 """The other options that are any text."""
 
 MOVING = """
