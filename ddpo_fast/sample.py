@@ -26,12 +26,24 @@ from ddpo_fast.terminal import steady_streams
 
 
 def read_config(run_dir: Path, options: list[str]) -> Config:
-    """The config of a run with some of it changed by `options`, as on the trainer's command line. Raises ValueError."""
+    """The config of a run with some of it changed by `options`, as on the trainer's command line. Raises ValueError.
+
+    An attention that the run's machine chose, and that cannot run on this one, gives way to auto.
+    """
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ValueError(f"RUN_DIR={run_dir}: there is no config.yaml in it; valid is the directory of a run")
     unused = ["--run.dir=null", "--prompts.name=simple_animals", "--prompts.file=null", "--prompts.list=null"]  # which may be gone
-    return parse([f"--config={path}", *unused, *options])
+    config = parse([f"--config={path}", *unused, *options])
+    asked = any(option.startswith("--attention.backend=") for option in options)
+    if not asked and (reason := attention_backends.fault(config.attention.backend, _device())):  # it is what another machine chose
+        print(f"attention.backend={config.attention.backend}: {reason}; auto takes its place", file=sys.stderr)
+        config = config.replace(attention__backend="auto")
+    return config
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def before_and_after(weights: Path, config: Config, prompts: list[str], seeds: list[int]) -> tuple[Tensor, Tensor]:
@@ -42,11 +54,9 @@ def before_and_after(weights: Path, config: Config, prompts: list[str], seeds: l
     """
     if not any((weights / name).is_dir() for name in ("lora", "unet")):
         raise ValueError(f"{weights}: there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint, best/ on evaluation")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     ops, sample = kernels.select(config.kernels.backend, device), config.sample
-    if reason := attention_backends.fault(config.attention.backend, device):  # config.yaml has what another machine chose
-        print(f"attention.backend={config.attention.backend}: {reason}; auto takes its place", file=sys.stderr)
-        config = config.replace(attention__backend="auto")
+    attention_backends.require(config.attention.backend, device)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is the pictures' path alone
         config, policy = load_policy(config, 0, 1, device, ops)
     share_guidance(config, policy)

@@ -154,6 +154,7 @@ def train(setup: Setup, stop: StopRequest) -> None:
                     _save_unless_saved(setup, engine, baseline, state)
                     if rank == 0:
                         writer.close()
+                    any_rank(False)  # a launcher ends all ranks once one has ended: none does before rank 0 has closed its records
                     raise
             if iteration % config.eval.every == 0 or iteration == last:
                 with timer("eval"):

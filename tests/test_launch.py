@@ -85,9 +85,12 @@ def test_a_reward_that_fails_on_one_of_two_ranks(options, ranks, tmp_path):
     (tmp_path / "failing.py").write_text(f"calls = 0\n{failing}        os._exit(1)\n    return images.mean((1, 2, 3))\n")
     extra = (f"--reward.name={tmp_path / 'failing.py'}:f", "--reward.isolate=true", "--eval.every=10", "--run.iterations=3")
     argv = options("run", *extra, "--reward.max_bad_fraction=0.4", "--run.checkpoint_every=10")
-    done = deepspeed(2, "ddpo_fast/train.py", argv)
+    slow = "import runpy, time\nfrom ddpo_fast.records.metrics import MetricsWriter\nclose = MetricsWriter.close\n"
+    slow += "MetricsWriter.close = lambda writer: (time.sleep(3), close(writer))\n"  # as wandb's may be: the other rank must wait for it
+    (tmp_path / "slow.py").write_text(f'{slow}runpy.run_path({str(ROOT / "ddpo_fast/train.py")!r}, run_name="__main__")\n')
+    done = deepspeed(2, tmp_path / "slow.py", argv)
     text = done.stdout + done.stderr
-    assert done.returncode == 1 and "Traceback" not in text
+    assert done.returncode == 1 and "Traceback" not in text and "SIGTERM" not in text, text
     assert text.count("error: iteration 2: 4 of 8 samples got no finite reward, and reward.max_bad_fraction=0.4") == 1
     assert "WARNING: the reward's process ended with status 1; its 4 samples are left out" in text
     codes, text = ranks.run([f"--run.dir={tmp_path / 'run'}", "--resume"])

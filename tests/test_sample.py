@@ -88,14 +88,19 @@ def test_the_same_command_writes_the_same_files(finished):
     assert one == other and len(one) == 5
 
 
-def test_an_attention_of_another_machine_is_chosen_anew(finished, capsys):
-    """config.yaml has what the machine chose that trained; the path of the pictures stays alone on standard output."""
-    sample.before_and_after(finished, sample.read_config(finished, ["--attention.backend=xformers"]), ["a"], [0])
+def test_an_attention_of_another_machine_is_chosen_anew(finished, tmp_path, capsys):
+    """config.yaml has what the machine chose that trained. The path of the pictures stays alone on standard output."""
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    text = (folder / "config.yaml").read_text()
+    assert "backend: sdpa" in text
+    (folder / "config.yaml").write_text(text.replace("backend: sdpa", "backend: xformers"))
+    sample.before_and_after(folder, sample.read_config(folder, []), ["a"], [0])
     captured = capsys.readouterr()
-    assert (
-        captured.out == ""
-        and "attention.backend=xformers: it needs a GPU, and this run is on a CPU; auto takes its place\n" in captured.err
-    )
+    said = "attention.backend=xformers: it needs a GPU, and this run is on a CPU; auto takes its place\n"
+    assert captured.out == "" and said in captured.err
+    with pytest.raises(SystemExit, match="2"):  # asked for by name it is an error
+        sample.main([str(folder), "a", "--attention.backend=xformers"])
+    assert capsys.readouterr().err.startswith("error: attention.backend=xformers: it cannot run here")
 
 
 def test_mistakes_are_one_line(finished, capsys, tmp_path):

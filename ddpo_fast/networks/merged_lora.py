@@ -10,7 +10,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ddpo_fast.networks.patch import is_patched, patch, unpatch
+from ddpo_fast.networks.patch import patch, unpatch
 
 ADAPTER = "default"
 """The name that `unet.add_adapter` gives an adapter."""
@@ -175,8 +175,7 @@ def unmerge(unet: nn.Module) -> None:
     """
     for module in unet.modules():
         for kind in _MERGED.values():
-            if is_patched(module, kind):
-                unpatch(module, kind)
+            if unpatch(module, kind):
                 del module.merged_weight
 
 

@@ -14,7 +14,6 @@ import torch
 from ddpo_fast import dtypes
 from ddpo_fast.distributed.deepspeed_options import BUCKET_ELEMENTS
 from ddpo_fast.distributed.optimizer import state_bytes
-from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.gpus import GPUS, HERE, parse_devices
 from ddpo_fast.memory import free_mib, num_kept_prompts
 from ddpo_fast.networks.lora import merges
@@ -290,7 +289,7 @@ def make_plan(config) -> Plan:
     if config.run.plan == HERE:
         num_devices = int(os.environ.get("WORLD_SIZE", "1"))
     on_gpu = name != HERE or torch.cuda.is_available()
-    dtype = DTYPES[dtypes.chosen(config.model.dtype, on_gpu)]
+    dtype = dtypes.DTYPES[dtypes.chosen(config.model.dtype, on_gpu)]
     Work.of(config).share(num_devices)
     counts = count_run(config, dtype, on_gpu)
     device = find_device(name, dtype, num_devices)
@@ -365,7 +364,7 @@ def resolve_sizes(config, device_mib: float, num_devices: int, on_gpu: bool):
     """
     if all(config[".".join(option)] != "auto" for option in AUTO_SIZES):
         return config
-    counts = count_run(config, DTYPES[dtypes.chosen(config.model.dtype, on_gpu)], on_gpu)
+    counts = count_run(config, dtypes.DTYPES[dtypes.chosen(config.model.dtype, on_gpu)], on_gpu)
     return fit_sizes(config, counts, device_mib, num_devices, on_gpu)
 
 
