@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 from itertools import combinations
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import BIN, ENVIRONMENT, LIMIT_S
 from test_train import options, rewards_file, run  # noqa: F401
 
 from ddpo_fast import sample
@@ -78,6 +80,14 @@ def test_command_line_writes_pictures_that_its_seeds_fix(finished, capsys):
     alone, *among = (pixels(folder / "alone" / "000_b_c_seed7_before.png"), *(pixels(samples / f"{name}_before.png") for name in names))
     assert abs(alone - among[3]).max() <= one_level(folder)
     assert all(abs(one - other).max() > 4 for one, other in combinations(among, 2))
+
+
+def test_in_a_process_of_its_own(finished):
+    """Where no run has been before, whose group of processes would still be there."""
+    command = [BIN / "ddpo-fast", "sample", finished, "a", "--output", finished / "apart"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{finished / 'apart' / 'grid.png'}\n"
 
 
 def test_the_same_command_writes_the_same_files(finished):

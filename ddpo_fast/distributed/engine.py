@@ -85,7 +85,9 @@ def _meet() -> tuple[dist.Store, int, int]:
 
 
 def broadcast(value):
-    """Rank 0's picklable value, on every rank."""
+    """Rank 0's picklable value, on every rank; the value itself in a process that has joined no group."""
+    if not dist.is_initialized():
+        return value
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
