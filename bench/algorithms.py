@@ -32,24 +32,24 @@ HELDOUT = (
     "apple banana car bus house guitar umbrella clock book cup chair tree"
 ).split()
 """12 animals and 12 things that the model can draw, and the scorer knows, and no recipe trains on."""
-RWR = "--train.learning_rate=1e-4 --rwr.inverse_temperature=8"
+RWR = "--train.learning_rate=1e-4 --algorithm.inverse_temperature=8"
 """At 4e-4 and above the denoising loss on own samples washes every picture out, whatever the reward. 8 is for rewards that differ by about
 0.4 (kB, or probability) within a prompt, as the paper's 0.2 is for some 20 kB."""
 ALGORITHMS = {
     "DDPO_IS": "--train.algorithm=ddpo_is",
     "DDPO_SF": "--train.algorithm=ddpo_sf --train.num_minibatches=1",
     "RWR": f"--train.algorithm=rwr {RWR}",
-    "RWR_sparse": f"--train.algorithm=rwr_sparse {RWR}",
+    "RWR_sparse": "--train.algorithm=rwr_sparse --train.learning_rate=1e-4",
 }
 """Options of each algorithm, with every recipe; DDPO's learning rate is the recipe's."""
 ABLATIONS = {
     "compressibility": {
-        "RWR at DDPO's rate": "--train.algorithm=rwr --rwr.inverse_temperature=8",
-        "the same with equal weights": "--train.algorithm=rwr --rwr.inverse_temperature=1e-9",
+        "RWR at DDPO's rate": "--train.algorithm=rwr --algorithm.inverse_temperature=8",
+        "the same with equal weights": "--train.algorithm=rwr --algorithm.inverse_temperature=1e-9",
     },
     "incompressibility": {
         "RWR, one round": f"--train.algorithm=rwr {RWR} --run.iterations=1 --sample.num_samples=336 --train.num_minibatches=28",
-        "RWR, no guidance in training": f"--train.algorithm=rwr {RWR} --rwr.guidance_scale=1",
+        "RWR, no guidance in training": f"--train.algorithm=rwr {RWR} --algorithm.guidance_scale=1",
     },
 }
 """What moves RWR: the rate, with the reward and without; sampling anew between the updates; guidance in the loss."""

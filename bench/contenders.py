@@ -7,6 +7,7 @@ rate, dtype and thread count are the same. A contender is timed by stage, each s
 """
 
 import atexit
+import copy
 import json
 import math
 import os
@@ -30,15 +31,22 @@ from torch import Tensor, nn
 from bench.textbook import TextbookLoop, Trajectories
 from ddpo_fast import assemble
 from ddpo_fast import train as trainer
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.options import Config, parse
+from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.memory import free_mib
 from ddpo_fast.planning.counts import flop_counter
-from ddpo_fast.planning.plan import Work, count_run, memory_mib, phases_mib, with_cache
+from ddpo_fast.planning.plan import count_run, memory_mib, phases_mib, with_cache
+from ddpo_fast.planning.work import Work
+from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import draw_prompts
-from ddpo_fast.records.metrics import StageTimer
-from ddpo_fast.rollout import Rollout
-from ddpo_fast.schedule import Levels, Schedule
-from ddpo_fast.updates.advantages import make_baseline
+from ddpo_fast.run import Task
+from ddpo_fast.schedule import Denoising
+from ddpo_fast.timing import StageTimer
+from ddpo_fast.updates.activation_cache import NO_CACHE
+from ddpo_fast.updates.credit import Advantages
+from ddpo_fast.updates.objectives import scaled_clip_range
+from ddpo_fast.updates.replay import Replay
+from ddpo_fast.updates.transitions import Rollout
 
 STAGES = ("encode", "denoise", "decode", "reward", "update", "optimizer")
 """Of an iteration. A contender's remaining time, the total less these, is its bookkeeping."""
@@ -109,11 +117,11 @@ def peak_memory(device: torch.device) -> float:
 class Contender:
     """One way to run the work of a command line. `trainable` gives the UNet's trained parameters by name."""
 
-    def __init__(self, argv: list[str]):
-        self.setup = trainer.prepare(parse(argv))
-        self.config, self.device = self.setup.config, self.setup.policy.device
+    def __init__(self, config: Config, policy: Policy, task: Task, ranks: Ranks):
+        self.config, self.policy, self.task, self.ranks = config, policy, task, ranks
+        self.device, self.unet = policy.device, policy.unet
+        self.clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
         self.iteration = 0
-        self.unet = self.setup.policy.unet
         self.start = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -142,7 +150,7 @@ class Contender:
         """This iteration's; the same for every contender."""
         config = self.config
         return draw_prompts(
-            self.setup.prompts, config.sample.num_samples, config.prompts.samples_per_prompt, config.run.seed, self.iteration
+            self.task.prompts, config.sample.num_samples, config.prompts.samples_per_prompt, config.run.seed, self.iteration
         ).texts
 
     @contextmanager
@@ -185,24 +193,21 @@ class Ours(Contender):
     def __init__(self, argv: list[str], changes: tuple[str, ...] = ()):
         plain = patch.object(assemble, "fuse", lambda *_: {}) if "plain_norms" in changes else nullcontext()
         with plain:
-            super().__init__(argv)
-        setup = self.setup
+            self.run = assemble.assemble(parse(argv))
+        super().__init__(self.run.config, self.run.policy, self.run.task, self.run.ranks)
         if unknown := set(changes) - set(self.CHANGES):
             raise ValueError(f"{', '.join(unknown)}: valid changes are {', '.join(self.CHANGES)}")
-        self.engine, self.cache = trainer.make_engine(setup), trainer.make_cache(setup)
         if "contiguous" in changes:
             for parameter in self.unet.parameters():
                 parameter.data = parameter.data.contiguous()
-        baseline = self.config.baseline
-        self.baseline = make_baseline(baseline.name, baseline.buffer_size, baseline.min_count, baseline.std)
         self.stages = Stages(self.device)
-        self.stages.wrap(setup.policy, "encode_prompts", "encode")
-        self.stages.wrap(setup.policy, "decode_latents", "decode")
-        self.stages.wrap(self.engine, "step", "optimizer")
+        self.stages.wrap(self.policy, "encode_prompts", "encode")
+        self.stages.wrap(self.policy, "decode_latents", "decode")
+        self.stages.wrap(self.run.engine, "step", "optimizer")
 
     def work(self) -> dict:
-        row = trainer.improve(self.setup, self.engine, self.cache, self.baseline, self.stages, self.iteration)
-        limit = self.setup.clip_range * (0.1 if self.setup.policy.dtype == torch.float32 else 1.0)
+        row = trainer.improve(self.run, self.stages, self.iteration)
+        limit = self.clip_range * (0.1 if self.policy.dtype == torch.float32 else 1.0)
         if not row["ratio_error"] <= limit:
             raise RuntimeError(
                 f"ratio_error={row['ratio_error']:.3g}, {limit:.3g} is tolerated: rollout and update do not agree, so no time is reported"
@@ -212,35 +217,42 @@ class Ours(Contender):
     def planned_memory(self) -> dict[str, float]:
         """planned_mib: what --plan says the peak of these iterations is."""
         config, on_gpu = self.config, self.device.type == "cuda"
-        counts, world_size = count_run(config, self.setup.policy.dtype, on_gpu), self.setup.world_size
-        work = with_cache(Work.of(config), config.cache, counts, free_mib(self.device, world_size), world_size, on_gpu)
+        counts, world_size = count_run(config, self.policy.dtype, on_gpu), self.ranks.world_size
+        work = with_cache(Work.of(config), config, counts, free_mib(self.device, world_size), world_size, on_gpu)
         return {"planned_mib": max(phases_mib(memory_mib(counts, work, world_size)).values())}
 
     def resize(self, **options) -> None:
         """Changes the amount of work: `section__key=value` of a config, of the sections sample and train."""
         config = self.config.replace(**options)
         config.check()
-        schedule = Schedule.of(
-            Levels.of_steps(self.setup.policy.pipe.scheduler, config.sample.num_steps),
-            config.sample.sampler,
-            config.sample.eta,
-            self.device,
-        )
-        self.config, self.setup = config, replace(self.setup, config=config, schedule=schedule)
+        denoising = Denoising.of(config.sample, self.policy.pipe.scheduler, self.device)
+        self.config, self.run = config, replace(self.run, config=config, denoising=denoising)
+        self.run.gradients.micro_batch = config.train.micro_batch
 
     def loss_gradient(self, data: dict) -> dict[str, Tensor]:
         one_update = self.config.replace(
             train__num_minibatches=1, train__inner_epochs=1, train__timestep_fraction=1.0, sample__num_samples=len(data["latents"])
         )
-        setup = replace(self.setup, config=one_update, clip_range=UNCLIPPED)
-        embeds, pooled = setup.policy.encode_prompts(data["prompts"]), setup.policy.pool_prompts(data["prompts"])
-        gradient = {}
-        engine = SimpleNamespace(loss_scale=self.engine.loss_scale, dtype=self.engine.dtype, backward=self.engine.backward)
+        embeds, pooled = self.policy.encode_prompts(data["prompts"]), self.policy.pool_prompts(data["prompts"])
+        gradient, own = {}, self.run.engine
+        engine = SimpleNamespace(loss_scale=own.loss_scale, adapts_scale=own.adapts_scale, backward=own.backward)
         engine.forget_gradient = lambda: None
         engine.step = lambda: gradient.update(self.collect()) or 0.0
-        good = torch.ones(len(embeds), dtype=torch.bool, device=self.device)
-        trainer.update(setup, engine, Rollout(embeds, pooled, data["latents"], data["log_probs"], good), data["advantages"], 1)
+        objective = copy.copy(self.run.objective)
+        objective.clip_range = UNCLIPPED
+        gradients = Replay(self.policy, engine, objective, NO_CACHE, self.run.room, self.config.train.micro_batch)
+        run = replace(self.run, config=one_update, objective=objective, gradients=gradients, engine=engine)
+        ids, good = torch.arange(len(embeds), device=self.device), torch.ones(len(embeds), dtype=torch.bool, device=self.device)
+        rollout = Rollout(embeds, pooled, ids, data["latents"], data["log_probs"], good, run.schedule(1), 0)
+        trainer.update(run, run.updates(1), rollout, data["advantages"], 1)
         return gradient
+
+
+def plain_parts(argv: list[str]) -> tuple[Config, Policy, Task, Ranks]:
+    """What a contender is made of, without an engine; see PLAIN."""
+    start = assemble.begin(parse([*argv, *PLAIN]))
+    config, policy = assemble.load_policy(start.config, start.model, start.ranks, start.device, start.ops)
+    return config, policy, start.task, start.ranks
 
 
 def refuse(argv: list[str], **valid) -> None:
@@ -257,9 +269,9 @@ class Textbook(Contender):
 
     def __init__(self, argv: list[str]):
         refuse(argv, train__algorithm="ddpo_is", optimizer__name="adamw", sample__eta=1.0, train__timestep_fraction=1.0)
-        refuse(argv, train__kl_coefficient=0.0)
-        super().__init__([*argv, *PLAIN])
-        config, policy = self.config, self.setup.policy
+        refuse(argv, train__kl_coefficient=0.0, sample__sampler="ddim", sample__window=None)
+        super().__init__(*plain_parts(argv))
+        config, policy = self.config, self.policy
         self.loop = TextbookLoop(policy.pipe, config.sample.num_steps, config.sample.guidance_scale)
         self.parameters = policy.trainable_parameters()
         options = config.optimizer
@@ -267,8 +279,7 @@ class Textbook(Contender):
             self.parameters, config.train.learning_rate, tuple(options.betas), options.eps, options.weight_decay
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=policy.dtype == torch.float16)
-        baseline = config.baseline
-        self.baseline = make_baseline(baseline.name, baseline.buffer_size, baseline.min_count, baseline.std)
+        self.credit = Advantages.of_options(config.baseline, config.train.advantage_clip)
         self.generator = torch.Generator(self.device).manual_seed(config.run.seed)
         self.uncond_embeds = self.loop.encode([""])
         self.stages = Stages(self.device)
@@ -284,11 +295,10 @@ class Textbook(Contender):
                 with self.stages("decode"):
                     images = self.loop.decode(data[-1].next_latents[:, -1])
             with self.stages("reward"):
-                rewards.append(self.setup.reward(images, batch))
+                rewards.append(self.task.reward(images, batch))
         joined = (torch.cat([getattr(part, name) for part in data]) for name in ("latents", "next_latents", "log_probs", "prompt_embeds"))
         data, rewards = Trajectories(self.loop.timesteps, *joined), torch.cat(rewards)
-        limit = config.train.advantage_clip
-        advantages = self.baseline.update(prompts, rewards).clamp(-limit, limit).float().to(self.device)
+        advantages = self.credit.of(prompts, rewards).float().to(self.device)
         with self.stages("train"):
             ratios = self.update(data, advantages)
         return {
@@ -305,7 +315,7 @@ class Textbook(Contender):
             order = torch.randperm(len(advantages), generator=self.generator, device=self.device)
             for minibatch in order.chunk(options.num_minibatches):
                 ratios = self.loop.backward(
-                    data, minibatch, options.micro_batch, advantages, self.uncond_embeds, self.setup.clip_range, self.scaler.scale
+                    data, minibatch, options.micro_batch, advantages, self.uncond_embeds, self.clip_range, self.scaler.scale
                 )
                 first = ratios if first is None else first
                 with self.stages("optimizer"):
@@ -318,7 +328,7 @@ class Textbook(Contender):
 
     def trajectories(self, file: Path) -> None:
         """Saves trajectories of `perturbed` parameters with made-up advantages: what every contender's gradient is compared on."""
-        prompts = self.setup.prompts.texts[:2]
+        prompts = self.task.prompts.texts[:2]
         with self.perturbed():
             data = self.loop.rollout(self.loop.encode(prompts), self.uncond_embeds, torch.Generator(self.device).manual_seed(1))
         latents = torch.cat([data.latents, data.next_latents[:, -1:]], 1)
@@ -341,12 +351,12 @@ class TRL(Contender):
 
     def __init__(self, argv: list[str]):
         refuse(argv, train__algorithm="ddpo_is", optimizer__name="adamw", baseline__std="prompt", baseline__name="history")
-        refuse(argv, train__kl_coefficient=0.0)
-        super().__init__([*argv, *PLAIN])
+        refuse(argv, train__kl_coefficient=0.0, sample__sampler="ddim", sample__window=None)
+        super().__init__(*plain_parts(argv))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
-        config, policy = self.config, self.setup.policy
+        config, policy = self.config, self.policy
         if policy.full:
             raise ValueError("lora.scope=none: the comparison with TRL is of LoRA")
         lora: LoraConfig = policy.unet.peft_config["default"]
@@ -373,17 +383,17 @@ class TRL(Contender):
             train_adam_beta1=config.optimizer.betas[0], train_adam_beta2=config.optimizer.betas[1],
             train_adam_weight_decay=config.optimizer.weight_decay, train_adam_epsilon=config.optimizer.eps,
             train_max_grad_norm=config.train.max_grad_norm, train_adv_clip_max=config.train.advantage_clip,
-            train_clip_range=self.setup.clip_range, train_cfg=config.sample.guidance_scale != 1,
+            train_clip_range=self.clip_range, train_cfg=config.sample.guidance_scale != 1,
             train_timestep_fraction=config.train.timestep_fraction, per_prompt_stat_tracking=True,
             per_prompt_stat_tracking_buffer_size=config.baseline.buffer_size,
             per_prompt_stat_tracking_min_count=config.baseline.min_count, save_freq=1 << 30,
         )  # fmt: skip
-        if self.setup.world_size == 1:  # as a user of one process has it: no wrapper that synchronises gradients
+        if self.ranks.world_size == 1:  # as a user of one process has it: no wrapper that synchronises gradients
             torch.distributed.destroy_process_group()
             atexit.unregister(torch.distributed.destroy_process_group)
             os.environ.pop("LOCAL_RANK", None)
         PartialState(cpu=self.device.type == "cpu")  # TRL logs before it has made its own
-        self.setup = replace(self.setup, policy=None)  # TRL loads the model itself
+        self.policy = None  # TRL loads the model itself
         pipeline = Pipeline(config.model.path, use_lora=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -404,7 +414,7 @@ class TRL(Contender):
             self.trl._generate_samples(1, sample_batch)
 
     def reward(self, images: Tensor, prompts: tuple[str], metadata: tuple) -> tuple[Tensor, dict]:
-        rewards = self.setup.reward(images.float(), list(prompts))
+        rewards = self.task.reward(images.float(), list(prompts))
         self.rewards.append(rewards)
         return rewards, {}
 
@@ -438,7 +448,7 @@ class TRL(Contender):
                 latents[:, step], t.expand(len(latents)), latents[:, step + 1], data["log_probs"][:, step], data["advantages"], embeds
             )
             (scale * loss / len(timesteps)).backward()
-        trl.config.train_clip_range = self.setup.clip_range
+        trl.config.train_clip_range = self.clip_range
         return {name: value / scale for name, value in self.collect().items()}
 
 

@@ -27,17 +27,25 @@ from torch import Tensor
 from bench import ROOT
 from bench.harness import RANK_VARIABLES, free_port
 from ddpo_fast import train as trainer
-from ddpo_fast.config.options import Config, parse_or_exit, user_error
-from ddpo_fast.distributed.engine import Engine
+from ddpo_fast.assemble import assemble
+from ddpo_fast.config.options import Config, parse_or_exit
 from ddpo_fast.files import write_text
 from ddpo_fast.gpus import GPUS
-from ddpo_fast.planning.plan import Costs, Work, iteration_terms, scaling, scaling_text
+from ddpo_fast.planning.plan import Costs, iteration_terms, scaling, scaling_text
+from ddpo_fast.planning.work import Work
 from ddpo_fast.records import checkpoint
-from ddpo_fast.records.metrics import StageTimer, read_metrics
+from ddpo_fast.records.metrics import read_metrics
 from ddpo_fast.records.report import write_report
-from ddpo_fast.rollout import Rollout, generate
-from ddpo_fast.schedule import Levels, Schedule
+from ddpo_fast.records.run_directory import METRICS
+from ddpo_fast.rollout import generate
+from ddpo_fast.run import Run
+from ddpo_fast.schedule import Denoising
 from ddpo_fast.scoring.scorer import score_or_nan
+from ddpo_fast.terminal import user_error
+from ddpo_fast.timing import StageTimer
+from ddpo_fast.updates.activation_cache import NO_CACHE
+from ddpo_fast.updates.replay import Replay
+from ddpo_fast.updates.transitions import Rollout
 
 NUM_STEPS = 4
 """Denoising steps of a calibration: enough that drawing the first noise hardly counts."""
@@ -70,19 +78,21 @@ def fit(design: list[list[float]], seconds: list[float]) -> list[float]:
 
 
 def calibrate(config: Config) -> tuple[Work, Costs]:
-    """Measures one rank's costs in this process, on a CPU with one thread. Raises ValueError as `prepare` does."""
+    """Measures one rank's costs in this process, on a CPU with one thread. Raises ValueError as `assemble` does."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    setup = trainer.prepare(config)
+    run = assemble(config)
+    config, policy = run.config, run.policy
     work, steps = Work.of(config), min(NUM_STEPS, config.sample.num_steps)
-    short = Schedule.of(Levels.of_steps(setup.policy.pipe.scheduler, steps), config.sample.sampler, config.sample.eta, setup.policy.device)
-    setup = replace(setup, config=setup.config.replace(sample__num_steps=steps, train__timestep_fraction=1.0), schedule=short)
-    engine = trainer.make_engine(setup)
-    rollout, costs = _sampling_costs(setup, min(work.batch_size, work.num_samples))
-    costs |= _update_costs(setup, engine, rollout, min(work.micro_batch, work.num_samples // work.num_minibatches * work.trained_steps))
-    gradient_bytes = 4 * sum(parameter.numel() for parameter in engine.parameters)
+    short = config.replace(sample__num_steps=steps, sample__window=None, train__timestep_fraction=1.0)
+    gradients = Replay(policy, run.engine, run.objective, NO_CACHE, run.room, config.train.micro_batch)
+    denoising = Denoising.of(short.sample, policy.pipe.scheduler, policy.device)
+    run = replace(run, config=short, denoising=denoising, gradients=gradients)
+    rollout, costs = _sampling_costs(run, min(work.batch_size, work.num_samples))
+    costs |= _update_costs(run, rollout, min(work.micro_batch, work.num_samples // work.num_minibatches * work.trained_steps))
+    gradient_bytes = 4 * sum(parameter.numel() for parameter in run.engine.parameters)
     bandwidth, latency_s = measure_link(gradient_bytes)
-    serial_s = _serial_seconds(setup, engine) / config.run.checkpoint_every
+    serial_s = _serial_seconds(run) / config.run.checkpoint_every
     return work, Costs(**costs, gradient_bytes=gradient_bytes, bandwidth=bandwidth, latency_s=latency_s, serial_s=serial_s)
 
 
@@ -96,30 +106,31 @@ def _seconds(device: torch.device, call: Callable[[], object]) -> float:
     return min(times[1:])
 
 
-def _sampling_costs(setup: trainer.Setup, largest: int) -> tuple[Rollout, dict[str, float]]:
-    config, policy, steps = setup.config, setup.policy, setup.schedule.num_steps
-    rows, design, seconds = Work.of(config).rows, [], []
+def _sampling_costs(run: Run, largest: int) -> tuple[Rollout, dict[str, float]]:
+    config, policy, schedule = run.config, run.policy, run.schedule(1)
+    steps, rows, design, seconds = schedule.num_steps, Work.of(config).rows, [], []
     for size in sorted({largest, max(1, largest // 2), max(1, largest // 8)}):
-        prompts = setup.prompts[[i % len(setup.prompts) for i in range(size)]].texts
+        prompts = run.task.prompts[[i % len(run.task.prompts) for i in range(size)]].texts
         policy.encode_prompts(prompts)  # a run does it once
         ids = torch.arange(size, device=policy.device)
+        run.gradients.begin_batch(slice(size))
 
         def sample() -> tuple[Rollout, Tensor]:
-            return generate(policy, setup.schedule, setup.ops, ids, prompts, config.run.seed, config.sample.guidance_scale)  # noqa: B023
+            return generate(policy, run.ops, schedule, config.run.seed, ids, prompts, run.gradients)  # noqa: B023
 
         rollout, images = sample()
         decode_s = _seconds(policy.device, lambda: policy.decode_latents(rollout.latents[:, -1]))  # noqa: B023
         design.append([steps, steps * rows * size])
         seconds.append(_seconds(policy.device, sample) - decode_s)
-    reward_s = _seconds(policy.device, lambda: score_or_nan(setup.reward, images, prompts))
+    reward_s = _seconds(policy.device, lambda: score_or_nan(run.task.reward, images, prompts))
     call_s, row_s = fit(design, seconds)
     costs = {"sample_call_s": call_s, "sample_row_s": row_s, "decode_image_s": decode_s / size, "reward_image_s": reward_s / size}
     return rollout, costs
 
 
-def _update_costs(setup: trainer.Setup, engine: Engine, rollout: Rollout, largest: int) -> dict[str, float]:
-    steps, rows, design, seconds = setup.schedule.num_steps, Work.of(setup.config).rows, [], []
-    most = math.ceil(largest / steps)
+def _update_costs(run: Run, rollout: Rollout, largest: int) -> dict[str, float]:
+    work, design, seconds = Work.of(run.config), [], []
+    steps, rows, most = work.trained_steps, work.trained_rows, math.ceil(largest / work.trained_steps)
     for samples, micro_batch, epochs in (
         (most, largest, 1),
         (most, max(1, largest // 2), 1),
@@ -127,33 +138,32 @@ def _update_costs(setup: trainer.Setup, engine: Engine, rollout: Rollout, larges
         (max(1, most // 4), largest, 1),
         (max(1, most // 8), largest, 3),
     ):
-        options = setup.config.replace(
-            sample__num_samples=samples, train__micro_batch=micro_batch, train__inner_epochs=epochs, train__num_minibatches=1
-        )
-        pick = torch.arange(samples, device=setup.policy.device) % len(rollout.latents)
-        columns = (getattr(rollout, name) for name in Rollout.__dataclass_fields__)
-        part = Rollout(*(None if column is None else column[pick] for column in columns))
-        advantages = torch.ones(samples, device=setup.policy.device)
-        call = lambda: trainer.update(replace(setup, config=options), engine, part, advantages, 1)  # noqa: B023, E731
+        options = run.config.replace(sample__num_samples=samples, train__inner_epochs=epochs, train__num_minibatches=1)
+        pick = torch.arange(samples, device=run.policy.device) % len(rollout.latents)
+        part = replace(rollout, **{name: column[pick] for name, column in vars(rollout).items() if isinstance(column, Tensor)})
+        advantages = torch.ones(samples, device=run.policy.device)
+        varied = replace(run, config=options)
+        run.gradients.micro_batch = micro_batch
+        call = lambda: trainer.update(varied, varied.updates(1), part, advantages, 1)  # noqa: B023, E731
         design.append([epochs * math.ceil(samples * steps / micro_batch), epochs * samples * steps * rows, epochs])
-        seconds.append(_seconds(setup.policy.device, call))
+        seconds.append(_seconds(run.policy.device, call))
     return dict(zip(("update_call_s", "update_row_s", "optimizer_s"), fit(design, seconds)))
 
 
-def _serial_seconds(setup: trainer.Setup, engine: Engine) -> float:
+def _serial_seconds(run: Run) -> float:
     """A checkpoint, the exported weights and the report of two iterations."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder)
-        write_text(run_dir / "config.yaml", setup.config.to_yaml())
-        rows = [dict.fromkeys(trainer.METRICS, 1.0) | {"iteration": iteration} for iteration in range(2)]
+        write_text(run_dir / "config.yaml", run.config.to_yaml())
+        rows = [dict.fromkeys(METRICS, 1.0) | {"iteration": iteration} for iteration in range(2)]
         write_text(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
         def save() -> None:
-            checkpoint.save(run_dir, time.monotonic_ns(), engine, {}, 0, setup.config.run.keep_checkpoints)
-            setup.policy.export(run_dir)
+            checkpoint.save(run_dir, time.monotonic_ns(), run.engine, {}, 0, run.config.run.keep_checkpoints)
+            run.policy.export(run_dir)
             write_report(run_dir)
 
-        return _seconds(setup.policy.device, save)
+        return _seconds(run.policy.device, save)
 
 
 def measure_link(num_bytes: int) -> tuple[float, float]:

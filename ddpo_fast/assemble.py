@@ -1,51 +1,107 @@
-"""From a config to what a run is made of: options checked, cheapest first, then the model, engine and cache."""
+"""From a config to the parts of a run: options are checked, cheapest first, then the model is loaded, and the engine started."""
 
 import logging
 import math
 import re
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from ddpo_fast import dtypes, kernels
+from ddpo_fast.algorithms import Regression
 from ddpo_fast.claim import Claim
+from ddpo_fast.config.conflicts import possible
 from ddpo_fast.config.options import Config
 from ddpo_fast.distributed import deepspeed_options
 from ddpo_fast.distributed.engine import Engine, all_gather, broadcast, init_distributed
 from ddpo_fast.distributed.optimizer import check_optimizer, make_optimizer
+from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.kernels import Ops
 from ddpo_fast.memory import Room, free_mib, local_ranks
 from ddpo_fast.networks import attention_backends
 from ddpo_fast.networks.fused_unet import fuse
 from ddpo_fast.networks.initial_lora import start_from
-from ddpo_fast.networks.lora import merges
-from ddpo_fast.pipelines.folders import find_model
+from ddpo_fast.networks.scored_lora import score
+from ddpo_fast.pipelines.folders import Model, find_model
 from ddpo_fast.planning.plan import resolve_sizes
+from ddpo_fast.planning.work import Work, merges_lora, shares_guidance
 from ddpo_fast.policy import Policy
-from ddpo_fast.prompts import Prompts, evaluation_sets, load_prompts
+from ddpo_fast.prompts import EvaluationSet, Prompts, evaluation_sets, load_prompts
 from ddpo_fast.records import checkpoint, fingerprints
 from ddpo_fast.records.metrics import check_installed, tracker_fault
-from ddpo_fast.run import Setup
-from ddpo_fast.schedule import Levels, Noising, Schedule
+from ddpo_fast.run import Directory, Run, Task
+from ddpo_fast.schedule import Denoising, Levels, Noising
 from ddpo_fast.scoring.isolated import START_TIMEOUT_S
 from ddpo_fast.scoring.scorer import open_reward
 from ddpo_fast.updates import activation_cache
-from ddpo_fast.updates.activation_cache import NO_CACHE, ActivationCache, Cache
-from ddpo_fast.updates.losses import scaled_clip_range
-from ddpo_fast.updates.score_accumulation import ScoreAccumulator
+from ddpo_fast.updates.credit import Advantages, Weights
+from ddpo_fast.updates.gradients import Gradients
+from ddpo_fast.updates.objectives import Objective, OnNoised, OnTrajectory
+from ddpo_fast.updates.replay import Replay
+from ddpo_fast.updates.score_accumulation import ScoreAccumulation
 
 logger = logging.getLogger("ddpo_fast")
 
 
-def prepare(config: Config, claim: Claim | None = None) -> Setup:
-    """Checks what parsing could not, cheapest first, then loads the model. Raises ValueError naming the option at fault.
+@dataclass(frozen=True)
+class Start:
+    """What is known before the model's weights are read: where most wrong options are found."""
+
+    config: Config
+    """With the run's directory, its dtype and its sizes chosen."""
+    model: Model
+    task: Task
+    deepspeed: dict
+    """The user's own DeepSpeed options."""
+    ranks: Ranks
+    device: torch.device
+    ops: Ops
+    directory: Directory
+
+
+def assemble(config: Config, claim: Claim | None = None) -> Run:
+    """The parts of a config's run. Raises ValueError naming the option at fault.
 
     claim: what takes the run's directory, before anything heavy is loaded; None for who wants the parts and no run.
     """
+    start = begin(config, claim)
+    config, policy = load_policy(start.config, start.model, start.ranks, start.device, start.ops)
+    made_of = _fingerprints(config, policy, start.task.prompts) if start.ranks.is_first else {}
+    if config.run.resume and start.ranks.is_first:
+        _say_changes(checkpoint.read_state(start.directory.resumed), made_of)
+    objective = _objective(config, policy, start.ops)
+    layers = score(policy.unet) if config.train.estimator == "score_accumulation" else []
+    share_guidance(config, policy)
+    split = activation_cache.split(config.cache.mode, policy) if possible("cache", config) else None
+    room = Room(retry=config.zero.stage < 3)
+    engine = _engine(config, policy, start.deepspeed)
+    policy.attach(policy.unet if layers else engine.module, partitioned=config.zero.stage == 3)  # score accumulation has its own backward
+    if config.model.compile:
+        (split or policy.unet).compile()
+    gradients: Gradients
+    if layers:
+        gradients = ScoreAccumulation(layers, engine, objective)
+    else:
+        cache = activation_cache.open_cache(split, policy, Work.of(config).rows, config.cache)
+        gradients = Replay(policy, engine, objective, cache, room, config.train.micro_batch)
+    scheduler = policy.pipe.scheduler
+    denoising, evaluating = (Denoising.of(config.sample, scheduler, start.device, evaluation) for evaluation in (None, config.eval))
+    return Run(
+        config, start.ranks, start.directory, start.task, policy, denoising, evaluating, start.ops, objective, gradients, engine, room,
+        made_of,
+    )  # fmt: skip
+
+
+def begin(config: Config, claim: Claim | None = None) -> Start:
+    """Checks what parsing could not, cheapest first, and joins the ranks. Raises ValueError naming the option at fault."""
     started_in = Path.cwd()
-    check_model(config)
+    model = find(config)
+    for evaluation in (None, config.eval):
+        Denoising.of(config.sample, model.scheduler, evaluation=evaluation)
+    model.check_networks()
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
     evaluations = evaluation_sets(config.eval, prompts)
     check_optimizer(config.optimizer.name)
@@ -56,49 +112,37 @@ def prepare(config: Config, claim: Claim | None = None) -> Setup:
         deepspeed = deepspeed_options.read(config.deepspeed.config, ours)
     num_calls = config.sample.num_samples if config.sample.batch_size == "auto" else config.sample.num_samples // config.sample.batch_size
     call_s = config.reward.timeout_s + config.reward.isolate * max(START_TIMEOUT_S, config.reward.timeout_s)
-    rank, world_size, device = init_distributed(timeout_s=1800 + call_s * (1 + num_calls))
-    if fault := broadcast(tracker_fault(config.run.trackers) if rank == 0 else None):
+    ranks, device = init_distributed(timeout_s=1800 + call_s * (1 + num_calls))
+    if fault := broadcast(tracker_fault(config.run.trackers) if ranks.is_first else None):
         raise ValueError(fault)
     ops = kernels.select(config.kernels.backend, device)
     attention_backends.require(config.attention.backend, device)
-    lacking = without_metadata(config, prompts, evaluations)
-    for option, multiple in (("sample.num_samples", world_size * config.train.num_minibatches), ("eval.num_samples", world_size)):
-        if config[option] % multiple:
-            raise ValueError(f"{option}={config[option]}: valid is a multiple of {multiple} with {world_size} ranks")
-    config = config.replace(run__dir=_claim_directory(config, started_in, claim if rank == 0 else None))
+    lacking = _without_metadata(config, prompts, evaluations)
+    Work.of(config).share(ranks.world_size)
+    if config.eval.num_samples % ranks.world_size:
+        raise ValueError(
+            f"eval.num_samples={config.eval.num_samples}: valid is a multiple of {ranks.world_size} with {ranks.world_size} ranks"
+        )
+    config = config.replace(run__dir=_claim_directory(config, started_in, claim if ranks.is_first else None))
     reward = open_reward(config.reward.name, config.reward.kwargs, config.reward.timeout_s, config.reward.isolate, lacking)
-    resumed = checkpoint.find(Path(config.run.dir), rank) if config.run.resume else None
-    if resumed and (config.zero.stage == 3 or config.zero.stage > 0 and config.optimizer.name != "adamw"):
-        before = checkpoint.read_state(resumed)["world_size"]
-        if world_size != before:
-            raise ValueError(
-                f"zero.stage={config.zero.stage}: the optimizer's state is sharded over {before} ranks; --resume wants as many"
-            )
+    resumed = _checkpoint(config, ranks) if config.run.resume else None
     config = config.replace(model__dtype=dtypes.chosen(config.model.dtype, device.type == "cuda"))
     free = all_gather(torch.tensor([free_mib(device, local_ranks())])).min().item()
-    config = resolve_sizes(config, free, world_size, device.type == "cuda")
-    config, policy = load_policy(config, rank, world_size, device, ops)
-    made_of = _fingerprints(config, policy, prompts) if rank == 0 else {}
-    if resumed and rank == 0:
-        _say_changes(checkpoint.read_state(resumed), made_of)
-    schedule = Schedule.of(
-        Levels.of_steps(policy.pipe.scheduler, config.sample.num_steps), config.sample.sampler, config.sample.eta, device
-    )
-    clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
-    noising = Noising.of(Levels.of_training(policy.pipe.scheduler), device) if config.train.regression else None
-    if noising is not None and config.rwr.num_timesteps > noising.num_levels:
-        raise ValueError(f"rwr.num_timesteps={config.rwr.num_timesteps}: valid is 1 to {noising.num_levels}, the model's training steps")
-    scores = None
-    if config.train.estimator == "score_accumulation":
-        scores = ScoreAccumulator(policy.unet, ops, config.sample.guidance_scale, clip_range)
-    share_guidance(config, policy)
-    cached = scores is None and noising is None and config.zero.stage < 3
-    split = activation_cache.split(config.cache.mode, policy) if cached else None
-    room = Room(retry=config.zero.stage < 3)
-    return Setup(
-        config, Path(config.run.dir), claim or Claim(), started_in, rank, world_size, prompts, evaluations, reward, policy,
-        schedule, ops, split, clip_range, scores, noising, room, resumed, deepspeed, made_of,
-    )  # fmt: skip
+    config = resolve_sizes(config, free, ranks.world_size, device.type == "cuda")
+    directory = Directory(Path(config.run.dir), claim or Claim(), started_in, resumed)
+    return Start(config, model, Task(prompts, evaluations, reward), deepspeed, ranks, device, ops, directory)
+
+
+def find(config: Config) -> Model:
+    """A config's model, of which the weights have not been read. Raises ValueError for one that cannot be trained."""
+    return find_model(config.model.path, config.model.config, config.model.vae, config.model.variant)
+
+
+def _without_metadata(config: Config, prompts: Prompts, evaluations: list[EvaluationSet]) -> str | None:
+    """An option whose prompts have no metadata, which a reward may need; None if there is none."""
+    if prompts.metadata is None:
+        return next(f"prompts.{key}" for key in ("list", "file", "name") if config[f"prompts.{key}"] is not None)
+    return next((chosen.kind.option for chosen in evaluations if chosen.prompts.metadata is None), None)
 
 
 def _claim_directory(config: Config, started_in: Path, claim: Claim | None) -> str:
@@ -116,6 +160,79 @@ def _claim_directory(config: Config, started_in: Path, claim: Claim | None) -> s
     return folder
 
 
+def _checkpoint(config: Config, ranks: Ranks) -> Path:
+    """What a run continues from. Raises ValueError where there is nothing that can be used, or not on so many ranks."""
+    found = checkpoint.find(Path(config.run.dir), ranks.rank)
+    before = checkpoint.read_state(found)["world_size"]
+    sharded = config.zero.stage == 3 or config.zero.stage > 0 and config.optimizer.name != "adamw"
+    if sharded and ranks.world_size != before:
+        raise ValueError(f"zero.stage={config.zero.stage}: the optimizer's state is sharded over {before} ranks; --resume wants as many")
+    return found
+
+
+def load_policy(config: Config, model: Model, ranks: Ranks, device: torch.device, ops: Ops) -> tuple[Config, Policy]:
+    """The model as a run computes with it: LoRA, attention, fused operations; and the config with the attention chosen."""
+    torch.manual_seed(config.run.seed)  # LoRA's initial weights
+    lora = config.lora
+    policy = Policy(model, config.model.dtype, device, lora)
+    if lora.init is not None and not config.run.resume:
+        started = start_from(policy.pipe, lora.init, lora.scope)
+        if ranks.is_first:
+            print(started, flush=True)
+    policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
+    for note in policy.notes if ranks.is_first else ():
+        print(note, flush=True)
+    work = Work.of(config)
+    num_rows = min(32, work.micro_batch, work.update_transitions(ranks.world_size)) * work.trained_rows
+    call = partial(policy.example_call, 2)
+    choice = attention_backends.resolve(config.attention.backend, policy.unet, call, num_rows, policy.dtype, device)
+    backend, measured = broadcast(choice)  # times differ from rank to rank
+    attention_backends.set_attention(policy.unet, backend)
+    if measured and ranks.is_first:
+        print(measured, flush=True)
+    config = config.replace(attention__backend=backend)
+    if ops.backend == "triton":
+        fuse(policy.unet, ops)
+    if merges_lora(config, policy.dtype):
+        policy.merge_lora()
+    if config.train.gradient_checkpointing:
+        policy.checkpoint_gradients()
+    return config, policy
+
+
+def share_guidance(config: Config, policy: Policy) -> None:
+    """Shares what guidance's branches have in common, where every call has two.
+
+    LoRA layers may be among the shared modules, so whatever else changes LoRA layers comes first.
+    """
+    if shares_guidance(config):
+        try:
+            policy.share_guidance()
+        except ValueError as error:
+            raise ValueError(f"model.share_guidance=true: {error}; valid is false") from None
+
+
+def _objective(config: Config, policy: Policy, ops: Ops) -> Objective:
+    """The config's algorithm on this model."""
+    algorithm, train = config.algorithm, config.train
+    if isinstance(algorithm, Regression):
+        noising = Noising.of(Levels.of_training(policy.pipe.scheduler), policy.device)
+        return OnNoised(algorithm, Weights(algorithm), noising, config.training_guidance, config.run.seed)
+    return OnTrajectory(
+        algorithm, Advantages.of_options(config.baseline, train.advantage_clip), ops, config.training_guidance, train.clip_range,
+        math.prod(policy.latent_shape), train.kl_coefficient,
+    )  # fmt: skip
+
+
+def _engine(config: Config, policy: Policy, deepspeed: dict) -> Engine:
+    zero, train = config.zero, config.train
+    optimizer = make_optimizer(config.optimizer, policy.trainable_parameters(), train.learning_rate, on_host=zero.offload != "none")
+    return Engine(
+        policy.unet, optimizer, zero_stage=zero.stage, offload=zero.offload, options=deepspeed, max_grad_norm=train.max_grad_norm,
+        dtype=policy.dtype,
+    )  # fmt: skip
+
+
 def _fingerprints(config: Config, policy: Policy, prompts: Prompts) -> dict[str, str]:
     """A hash of each thing that a run is made of, by the option and what of it."""
     option = next((name for name in ("list", "file") if config[f"prompts.{name}"] is not None), "name")
@@ -130,88 +247,3 @@ def _say_changes(state: dict, now: dict[str, str]) -> None:
     """Warns, in a line each, of what the run is made of and was not up to the checkpoint that has this `state`."""
     for what in fingerprints.changes(now, state.get("fingerprints", {})):
         logger.warning("%s: it has changed since iteration %d; the run goes on with what is there now", what, state["iteration"])
-
-
-def check_model(config: Config) -> None:
-    """Raises ValueError for a model that cannot be trained, or not with so many steps, before its weights are read."""
-    model = find_model(config.model.path, config.model.config, config.model.vae, config.model.variant)
-    Schedule.of(Levels.of_steps(model.scheduler, config.sample.num_steps), config.sample.sampler, config.sample.eta)
-    model.check_networks()
-
-
-def without_metadata(config: Config, prompts: Prompts, evaluations: dict[str, Prompts]) -> str | None:
-    """An option whose prompts have no metadata, which a reward may need; None if there is none."""
-    if prompts.metadata is None:
-        return next(f"prompts.{key}" for key in ("list", "file", "name") if config[f"prompts.{key}"] is not None)
-    lacking = [name for name, chosen in evaluations.items() if chosen.metadata is None]
-    return {"eval": "eval.prompts", "heldout": "eval.heldout"}[lacking[0]] if lacking else None
-
-
-def load_policy(config: Config, rank: int, world_size: int, device: torch.device, ops: Ops) -> tuple[Config, Policy]:
-    """The model as a run computes with it: LoRA, attention, fused operations; and the config with the attention chosen."""
-    torch.manual_seed(config.run.seed)  # LoRA's initial weights
-    lora, model = config.lora, config.model
-    policy = Policy(
-        model.path, model.dtype, device, lora.scope, lora.targets, lora.rank, lora.alpha, model.vae, model.config, model.variant
-    )  # fmt: skip
-    if lora.init is not None and not config.run.resume:
-        started = start_from(policy.pipe, lora.init, lora.scope)
-        if rank == 0:
-            print(started, flush=True)
-    policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
-    for note in policy.notes if rank == 0 else ():
-        print(note, flush=True)
-    steps = config.rwr.num_timesteps if config.train.regression else config.sample.num_steps
-    transitions = config.sample.num_samples // world_size // config.train.num_minibatches * steps
-    num_rows = min(32, config.train.micro_batch, transitions) * (1 if config.training_guidance == 1 else 2)
-    call = partial(policy.example_call, 2)
-    choice = attention_backends.resolve(config.attention.backend, policy.unet, call, num_rows, policy.dtype, device)
-    backend, measured = broadcast(choice)  # times differ from rank to rank
-    attention_backends.set_attention(policy.unet, backend)
-    if measured and rank == 0:
-        print(measured, flush=True)
-    config = config.replace(attention__backend=backend)
-    if ops.backend == "triton":
-        fuse(policy.unet, ops)
-    if merges(lora.forward, lora.scope, policy.dtype, config.zero.stage):
-        policy.merge_lora()
-    if config.train.gradient_checkpointing:
-        policy.checkpoint_gradients()
-    return config, policy
-
-
-def share_guidance(config: Config, policy: Policy) -> None:
-    """Shares what guidance's branches have in common, where sampling and update both have two.
-
-    LoRA layers may be among the shared modules, so whatever else changes LoRA layers comes first.
-    """
-    if config.model.share_guidance and config.sample.guidance_scale != 1 and config.training_guidance != 1:
-        try:
-            policy.share_guidance()
-        except ValueError as error:
-            raise ValueError(f"model.share_guidance=true: {error}; valid is false") from None
-
-
-def make_engine(setup: Setup) -> Engine:
-    """The engine of a run's optimizer, through which the policy's UNet runs from now on."""
-    config, policy, zero = setup.config, setup.policy, setup.config.zero
-    optimizer = make_optimizer(config.optimizer, policy.trainable_parameters(), config.train.learning_rate, on_host=zero.offload != "none")
-    engine = Engine(
-        policy.unet, optimizer, zero_stage=zero.stage, offload=zero.offload, options=setup.deepspeed,
-        max_grad_norm=config.train.max_grad_norm, dtype=policy.dtype,
-    )  # fmt: skip
-    # backward in sampling is none of the engine's
-    policy.attach(engine.module if setup.scores is None else policy.unet, partitioned=zero.stage == 3)
-    if config.model.compile:
-        (setup.split or policy.unet).compile()
-    return engine
-
-
-def make_cache(setup: Setup) -> Cache:
-    """The run's activation cache; one that never holds anything if the UNet is not split."""
-    if setup.split is None:
-        return NO_CACHE
-    config, policy = setup.config, setup.policy
-    num_rows = 1 if config.sample.guidance_scale == 1 else 2
-    device_mib, host_mib = activation_cache.budgets_mib(config.cache.device_mib, config.cache.host_mib, policy.device)
-    return ActivationCache(setup.split, policy.example_call, num_rows, policy.device, device_mib, host_mib)

@@ -7,6 +7,8 @@ import os
 import re
 import secrets
 import socket
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -14,9 +16,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ddpo_fast.terminal import user_error
+
 logger = logging.getLogger("ddpo_fast")
 
 LOCK_FILE = ".lock"
+_one_run = threading.Lock()
+"""Held by the run that is going on in this process."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 """What flock says where the file system has no locks."""
 
@@ -155,6 +161,22 @@ class Claim:
             _held.discard(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = None
+
+
+@contextmanager
+def only_run() -> Iterator[Claim]:
+    """The claim of the only run of this process, which ends as a user's mistake where one is going on in another thread."""
+    if not _one_run.acquire(blocking=False):
+        user_error("a run is going on in this process, in another thread; valid is one after the other, or a process for each")
+    try:
+        with Claim() as claim:
+            yield claim
+    except SystemExit as end:
+        if isinstance(end.code, str) and threading.current_thread() is not threading.main_thread():
+            print(end.code, file=sys.stderr, flush=True)  # Python says nothing of a thread that ends so
+        raise
+    finally:
+        _one_run.release()
 
 
 def _reason(error: Exception) -> str:

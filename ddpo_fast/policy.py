@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ddpo_fast.config.options import LoraConfig
 from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.files import new_folder
 from ddpo_fast.memory import num_kept_prompts
@@ -18,7 +19,7 @@ from ddpo_fast.networks.gradient_checkpointing import checkpoint_gradients
 from ddpo_fast.networks.lora import set_trainable
 from ddpo_fast.networks.merged_lora import merge
 from ddpo_fast.networks.shared_guidance import SharedGuidance
-from ddpo_fast.pipelines.folders import StableDiffusionXLPipeline, find_model, open_pipeline
+from ddpo_fast.pipelines.folders import Model, StableDiffusionXLPipeline, open_pipeline
 
 
 class Policy:
@@ -33,21 +34,8 @@ class Policy:
     offload_text_encoder = False
     """Whether the text encoders are on the device only while they are needed."""
 
-    def __init__(
-        self,
-        path: str,
-        dtype: str,
-        device: torch.device,
-        scope: str,
-        targets: list[str],
-        rank: int,
-        alpha: float,
-        vae: str | None = None,
-        config: str | None = None,
-        variant: str | None = None,
-    ):
+    def __init__(self, model: Model, dtype: str, device: torch.device, lora: LoraConfig):
         self.device, self.dtype = device, DTYPES[dtype]
-        model = find_model(path, config, vae, variant)
         self.pipe, self.notes = open_pipeline(model, self.dtype), model.notes
         self.variant = next((weights.variant for weights in model.weights.values() if weights.variant is not None), None)
         self.is_sdxl = isinstance(self.pipe, StableDiffusionXLPipeline)
@@ -57,8 +45,8 @@ class Policy:
         for module in (self.pipe.vae, *self.text_encoders, self.pipe.unet):
             module.requires_grad_(False).eval()
         self.unet, self.forward = self.pipe.unet, self.pipe.unet
-        self.full = scope == "none"
-        set_trainable(self.unet, scope, targets, rank, alpha)
+        self.full = lora.scope == "none"
+        set_trainable(self.unet, lora.scope, lora.targets, lora.rank, lora.alpha)
         self.merged_layers: list[nn.Module] = []
         self.guidance: AbstractContextManager = nullcontext()
         size = self.unet.config.sample_size
@@ -147,9 +135,20 @@ class Policy:
         with self.guidance, torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16)):
             return self.forward(unet_input, timesteps, encoder_hidden_states=prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
 
+    def texts_with_empty(self, prompt_embeds: Tensor, pooled_embeds: Tensor | None) -> list[Tensor]:
+        """What the UNet is given of the empty prompt and, after it, of each sample's: embeddings and, of SDXL, pooled ones."""
+        texts = [torch.cat([self.uncond_embeds, prompt_embeds])]
+        if pooled_embeds is not None:
+            texts.append(torch.cat([self.uncond_pooled_embeds, pooled_embeds]))
+        return texts
+
     @torch.no_grad()
-    def predict_reference_noise(self, *inputs: Tensor) -> Tensor:
-        """`predict_noise` of the bare model, without a gradient: LoRA is switched off, merged or not, also what lora.init put there."""
+    def predict_under(self, anchor: str, *inputs: Tensor) -> Tensor:
+        """`predict_noise` under other weights, without a gradient.
+
+        "reference": the bare model. LoRA is switched off, merged or not, also what lora.init put there.
+        """
+        assert anchor == "reference", anchor
         self.unet.disable_adapters()
         try:
             return self.predict_noise(*inputs)
@@ -179,6 +178,11 @@ class Policy:
             latents = latents * std + mean
         parts = latents.split(self.decode_batch)
         return torch.cat([(vae.decode(part, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1) for part in parts])
+
+    @property
+    def exported_as(self) -> str:
+        """The folder that `export` writes."""
+        return "unet" if self.full else "lora"
 
     def export(self, folder: Path) -> None:
         """Writes <folder>/lora for `pipe.load_lora_weights`, or, fully fine-tuned, <folder>/unet for `UNet2DConditionModel`."""

@@ -114,18 +114,59 @@ def evaluation_prompts(prompts: str | list[str] | Prompts, count: int) -> Prompt
     return prompts[[i % len(prompts) for i in range(count)]]
 
 
-def evaluation_sets(options, prompts: Prompts) -> dict[str, Prompts]:
-    """The prompts of each picture of the fixed evaluation sets that `options`, config.eval, asks for: `eval` and, with heldout, `heldout`.
+@dataclass(frozen=True)
+class Evaluation:
+    """A kind of fixed evaluation set."""
+
+    name: str
+    """Of its metrics, <name>_reward_mean and so on."""
+    option: str
+    """What says its prompts."""
+    pictures: str
+    """Its grids are images/<pictures>_<iteration>.png."""
+    words: str
+    """What it is called in sentences."""
+    title: str
+    """What it is called in plots and tables."""
+    heading: str
+    """What its pictures are called on a page."""
+    first_id: int
+    """Its samples are numbered from here, training samples from 0: their noise never meets."""
+
+
+EVALUATIONS = {
+    evaluation.name: evaluation
+    for evaluation in (
+        Evaluation(
+            "eval", "eval.prompts", "iteration", "the fixed evaluation set", "fixed evaluation", "Same prompts, same noise", 1 << 48
+        ),
+        Evaluation("heldout", "eval.heldout", "heldout", "held-out prompts", "held-out evaluation", "Held-out prompts", 1 << 49),
+    )
+}
+"""In the order of their weight: the last that a run has decides which weights are the best."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The prompts of each picture of a fixed evaluation set."""
+
+    kind: Evaluation
+    prompts: Prompts
+
+
+def evaluation_sets(options, prompts: Prompts) -> list[EvaluationSet]:
+    """The fixed evaluation sets that `options`, config.eval, asks for: `eval` and, with eval.heldout, `heldout`.
 
     Raises ValueError for a held-out one that is among those trained on.
     """
-    evaluations = {"eval": evaluation_prompts(options.prompts or prompts, options.num_samples)}
+    evaluations = [EvaluationSet(EVALUATIONS["eval"], evaluation_prompts(options.prompts or prompts, options.num_samples))]
     if options.heldout is not None:
-        evaluations["heldout"] = evaluation_prompts(options.heldout, options.num_samples)
-        if seen := sorted(set(evaluations["heldout"].texts).intersection(prompts.texts)):
+        heldout = evaluation_prompts(options.heldout, options.num_samples)
+        if seen := sorted(set(heldout.texts).intersection(prompts.texts)):
             raise ValueError(
                 f"eval.heldout={options.heldout}: {seen[0]!r} is a training prompt; valid are prompts that are not trained on, or null"
             )
+        evaluations.append(EvaluationSet(EVALUATIONS["heldout"], heldout))
     return evaluations
 
 

@@ -1,91 +1,114 @@
-"""Sampling under the current policy.
+"""Sampling under the current policy: a batch is denoised, and scored while the next one is.
 
-Shape letters: B samples of this rank, S denoising steps, (C, H, W) one sample's latents, L tokens, E and P embedding widths.
+Shape letters: B samples of a batch, M of this rank, S denoising steps, G network rows of a sample (2 with guidance), *shape one sample's
+latents.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ddpo_fast.kernels import Ops
 from ddpo_fast.policy import Policy
+from ddpo_fast.prompts import Prompts
+from ddpo_fast.run import Run
 from ddpo_fast.schedule import Schedule
-from ddpo_fast.updates.score_accumulation import ScoreAccumulator
-
-EVAL_SAMPLE_ID = 1 << 48
-"""Evaluation samples are numbered from here, training samples from 0: their noise never meets."""
-HELDOUT_SAMPLE_ID = 1 << 49
-"""And samples of held-out prompts from here."""
-
-
-@dataclass
-class Rollout:
-    """Trajectories of B samples. Transition (i, k) is latents[i, k] -> latents[i, k + 1]: each latent is stored once."""
-
-    prompt_embeds: Tensor
-    """(B, L, E) in the compute dtype."""
-    pooled_embeds: Tensor | None
-    """(B, P) in the compute dtype, of SDXL; None for SD 1.x and 2.x."""
-    latents: Tensor
-    """(B, S + 1, C, H, W) fp32."""
-    log_probs: Tensor
-    """(B, S) fp32, mean log-density of each transition under the policy that made it."""
-    good: Tensor
-    """(B,) bool. A sample that is not finite (an overflow in fp16, say) is not: its trajectory is zeros, so that it cannot spoil the
-    gradient of the others."""
-
-    @classmethod
-    def cat(cls, parts: list["Rollout"]) -> "Rollout":
-        columns = ([getattr(part, name) for part in parts] for name in cls.__dataclass_fields__)
-        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
+from ddpo_fast.scoring.scorer import Scorer
+from ddpo_fast.timing import StageTimer
+from ddpo_fast.updates.gradients import NO_GRADIENTS, Gradients, NoGradients
+from ddpo_fast.updates.transitions import Rollout
 
 
 @torch.no_grad()
 def generate(
     policy: Policy,
-    schedule: Schedule,
     ops: Ops,
+    schedule: Schedule,
+    seed: int,
     sample_ids: Tensor,
     prompts: list[str],
-    seed: int,
-    guidance_scale: float,
+    gradients: Gradients | NoGradients = NO_GRADIENTS,
     progress: Callable[[int], object] = lambda n: None,
-    filling: Callable[[int], AbstractContextManager] = lambda k: nullcontext(),
-    scores: ScoreAccumulator | None = None,
 ) -> tuple[Rollout, Tensor]:
     """Denoises one batch of samples. Returns its Rollout and the final latents decoded: images (B, 3, H, W) fp32 in [0, 1] where good.
 
-    sample_ids: (B,) int64, which with `seed` fix all noise. `progress(n)` is called with B after every step. The UNet of step k is
-    called inside of `filling(k)`. `scores`, whose batch these samples are, takes the gradient of every step as it is made.
+    sample_ids: (B,) int64, which with `seed` fix all noise. gradients, whose batch these samples are, calls the network and says which
+    latents are kept. `progress(n)` is called with B after every step.
     """
     prompt_embeds, pooled_embeds = policy.encode_prompts(prompts), policy.pool_prompts(prompts)
     texts = [prompt_embeds] if pooled_embeds is None else [prompt_embeds, pooled_embeds]
-    latents, log_probs = [schedule.initial_latents(policy.latent_shape, seed, sample_ids)], []
-    unet_input = latents[0].to(policy.dtype)
-    if guidance_scale != 1:
-        unet_input = unet_input.repeat(2, 1, 1, 1)
+    x_t = schedule.initial_latents(policy.latent_shape, seed, sample_ids)
+    unet_input = x_t.to(policy.dtype)
+    if schedule.num_branches == 2:
+        unet_input = unet_input.repeat(2, *[1] * (x_t.dim() - 1))
         uncond = policy.uncond_embeds, policy.uncond_pooled_embeds
         texts = [torch.cat([empty.expand_as(text), text]) for empty, text in zip(uncond, texts)]
     timesteps = schedule.timesteps[:, None].expand(-1, len(unet_input)).unbind()
     every_step = torch.arange(schedule.num_steps, device=policy.device)[:, None].repeat(1, len(prompts)).unbind()
+    first, end = (schedule.trained[0], schedule.trained[-1] + 1) if gradients.keeps == "trajectory" else (schedule.num_steps, 0)
+    kept, log_probs = [], []
     for k, (steps, t) in enumerate(zip(every_step, timesteps)):
-        with filling(k):
-            if scores is None:
-                noise_pred = policy.predict_noise(unet_input, t, *texts)
-            else:
-                noise_pred = scores.predict_noise(policy.predict_noise, k, unet_input, t, *texts)
-        next_latents, log_prob, unet_input = ops.ddim_step(
-            noise_pred, latents[-1], schedule.coefficients, steps, seed, sample_ids, guidance_scale, policy.dtype
+        inputs = unet_input, t, *texts
+        noise_pred = gradients.predict(k, lambda rows: policy.predict_noise(*(tensor[rows] for tensor in inputs)))  # noqa: B023
+        next_x, log_prob, unet_input = ops.ddim_step(
+            noise_pred, x_t, schedule.coefficients, steps, seed, sample_ids, schedule.guidance_scale, policy.dtype
         )
-        if scores is not None:
-            scores.backward(k, latents[-1], next_latents, log_prob, schedule.coefficients[k : k + 1])
-        latents.append(next_latents)
-        log_probs.append(log_prob)
+        gradients.stepped(k, x_t, next_x, log_prob)
+        if first <= k < end:
+            kept.append(x_t)
+            log_probs.append(log_prob)
+        x_t = next_x
+        if k + 1 == end or gradients.keeps == "final" and k + 1 == schedule.num_steps:
+            kept.append(x_t)
         progress(len(prompts))
-    latents, log_probs, images = torch.stack(latents, 1), torch.stack(log_probs, 1), policy.decode_latents(latents[-1])
-    good = images.flatten(1).isfinite().all(1) & latents.flatten(1).isfinite().all(1)
+    images = policy.decode_latents(x_t)
+    latents = torch.stack(kept, 1) if kept else x_t[:, None][:, :0]
+    log_probs = torch.stack(log_probs, 1) if log_probs else latents.new_empty(len(latents), 0)
+    good = images.flatten(1).isfinite().all(1) & x_t.flatten(1).isfinite().all(1) & latents.flatten(1).isfinite().all(1)
     latents[~good], log_probs[~good] = 0.0, 0.0
-    return Rollout(prompt_embeds, pooled_embeds, latents, log_probs, good), images
+    return Rollout(prompt_embeds, pooled_embeds, sample_ids, latents, log_probs, good, schedule, int(first)), images
+
+
+def collect(
+    run: Run,
+    schedule: Schedule,
+    first_id: int,
+    prompts: Prompts,
+    timer: StageTimer,
+    stage: str,
+    gradients: Gradients | NoGradients = NO_GRADIENTS,
+) -> tuple[Rollout, Tensor, Tensor]:
+    """Samples of `prompts`, numbered from `first_id`, and their rewards.
+
+    A batch is scored while the next one is denoised; the timer's "reward" is what the loop waited for that.
+    Returns the Rollout, rewards (M,) fp64 and images (M, 3, H, W) uint8, the latter two on the CPU. A sample that is not good gets no
+    reward.
+    """
+    policy, seed = run.policy, run.config.run.seed
+    rollouts, pictures, scorer, start = [], [], Scorer(run.task.reward), 0
+    total = len(prompts) * schedule.num_steps
+    with tqdm(total=total, desc=f"  {stage}", unit="step", leave=False, disable=not run.ranks.is_first, dynamic_ncols=True) as bar:
+
+        def denoise(size: int) -> tuple[Rollout, Tensor]:
+            batch = prompts.texts[start : start + size]
+            ids = torch.arange(first_id + start, first_id + start + len(batch), device=policy.device)
+            gradients.begin_batch(slice(start, start + len(batch)))
+            return generate(policy, run.ops, schedule, seed, ids, batch, gradients, bar.update)
+
+        while start < len(prompts):
+            with timer("sample"):
+                size = min(run.config.sample.batch_size, len(prompts) - start)
+                rollout, images = run.room.attempt("sample.batch_size", size, denoise)
+                gradients.drop(~rollout.good)
+                rollouts.append(rollout)
+                pictures.append((images.nan_to_num() * 255).round().to("cpu", torch.uint8))
+            with timer("reward"):
+                batch = prompts[start : start + len(images)]
+                scorer.add(images, batch.texts, batch.metadata)
+            start += len(images)
+    rollout = Rollout.cat(rollouts)
+    with timer("reward"):
+        rewards = scorer.rewards().masked_fill(~rollout.good.cpu(), torch.nan)
+    return rollout, rewards, torch.cat(pictures)

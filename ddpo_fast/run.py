@@ -3,55 +3,95 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ddpo_fast.claim import Claim
 from ddpo_fast.config.options import Config
+from ddpo_fast.distributed.engine import Engine
+from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.kernels import Ops
 from ddpo_fast.memory import Room
-from ddpo_fast.networks.split_unet import SplitUNet
+from ddpo_fast.planning.work import Work
 from ddpo_fast.policy import Policy
-from ddpo_fast.prompts import Prompts
-from ddpo_fast.schedule import Noising, Schedule
+from ddpo_fast.prompts import EvaluationSet, Prompts, draw_prompts
+from ddpo_fast.schedule import Denoising, Schedule
 from ddpo_fast.scoring.scorer import Reward
-from ddpo_fast.updates.score_accumulation import ScoreAccumulator
+from ddpo_fast.updates.gradients import Gradients
+from ddpo_fast.updates.objectives import Objective
+from ddpo_fast.updates.transitions import Update, updates
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a run is made of once the options have been found good."""
+class Directory:
+    """Where a run leaves its record."""
 
-    config: Config
-    run_dir: Path
+    path: Path
     claim: Claim
-    """To run_dir, where the run has one."""
+    """To the directory, where the run has one."""
     started_in: Path
     """The working directory as the run began, before a reward's code could change it."""
-    rank: int
-    world_size: int
-    prompts: Prompts
-    evaluations: dict[str, Prompts]
-    """The prompts of each picture of the fixed evaluation sets: `eval` and, with eval.heldout, `heldout`."""
-    reward: Reward
-    policy: Policy
-    schedule: Schedule
-    ops: Ops
-    split: SplitUNet | None
-    """Where the activation cache takes up the UNet; None without one."""
-    clip_range: float
-    """`train.clip_range` scaled to this model's latents."""
-    scores: ScoreAccumulator | None
-    """What takes the gradient during sampling; None where `update` does."""
-    noising: Noising | None
-    """What reward-weighted regression trains on; None for the policy gradient."""
-    room: Room
-    """What has been found to fit into memory."""
-    checkpoint: Path | None
-    """What to continue from; None for a new run."""
-    deepspeed: dict
-    """The user's own DeepSpeed options."""
-    fingerprints: dict[str, str]
-    """Of what the run is made of, on rank 0."""
+    resumed: Path | None = None
+    """The checkpoint that the run continues from; None for a new run."""
 
     def shown(self, place: str | Path) -> str:
         """A path as it can be typed where the run was started; what is none stays as it is."""
         path = Path(place)
         return str(path.relative_to(self.started_in)) if path.is_relative_to(self.started_in) else str(place)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be drawn, and how good a picture is."""
+
+    prompts: Prompts
+    evaluations: list[EvaluationSet]
+    """The last decides which weights are the best."""
+    reward: Reward
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run, once the options have been found good."""
+
+    config: Config
+    ranks: Ranks
+    directory: Directory
+    task: Task
+    policy: Policy
+    denoising: Denoising
+    """How samples are made to train on."""
+    evaluating: Denoising
+    """How evaluation pictures are made."""
+    ops: Ops
+    objective: Objective
+    gradients: Gradients
+    engine: Engine
+    room: Room
+    """What has been found to fit into memory."""
+    fingerprints: dict[str, str]
+    """Of what the run is made of, on rank 0."""
+
+    def schedule(self, iteration: int) -> Schedule:
+        """The denoising steps of an iteration's samples."""
+        return self.denoising.schedule(self.config.run.seed, iteration)
+
+    def draw(self, iteration: int) -> Prompts:
+        """The prompts of all of an iteration's samples, all ranks'."""
+        options = self.config
+        return draw_prompts(
+            self.task.prompts, options.sample.num_samples, options.prompts.samples_per_prompt, options.run.seed, iteration
+        )  # fmt: skip
+
+    @property
+    def mine(self) -> slice:
+        """This rank's part of an iteration's samples."""
+        return self.ranks.block(self.config.sample.num_samples)
+
+    def first_sample_id(self, iteration: int) -> int:
+        """The number of this rank's first sample of an iteration; the others follow."""
+        return (iteration - 1) * self.config.sample.num_samples + self.mine.start
+
+    def updates(self, iteration: int) -> list[Update]:
+        """This rank's part of every update of an iteration."""
+        population: np.ndarray = self.objective.population(self.schedule(iteration))
+        return updates(Work.of(self.config), population, self.ranks, (self.config.run.seed, iteration))

@@ -15,14 +15,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpo_fast import kernels
-from ddpo_fast.assemble import load_policy, share_guidance
-from ddpo_fast.config.options import Config, parse, user_error
+from ddpo_fast.assemble import find, load_policy, share_guidance
+from ddpo_fast.config.options import Config, parse
+from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.networks import attention_backends
 from ddpo_fast.places import typed_path
+from ddpo_fast.prompts import EVALUATIONS
 from ddpo_fast.records.metrics import picture_grid
-from ddpo_fast.rollout import EVAL_SAMPLE_ID, generate
-from ddpo_fast.schedule import Levels, Schedule
-from ddpo_fast.terminal import steady_streams
+from ddpo_fast.rollout import generate
+from ddpo_fast.schedule import Denoising
+from ddpo_fast.terminal import steady_streams, user_error
 
 
 def read_config(run_dir: Path, options: list[str]) -> Config:
@@ -58,21 +60,20 @@ def before_and_after(weights: Path, config: Config, prompts: list[str], seeds: l
     ops, sample = kernels.select(config.kernels.backend, device), config.sample
     attention_backends.require(config.attention.backend, device)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is the pictures' path alone
-        config, policy = load_policy(config, 0, 1, device, ops)
+        config, policy = load_policy(config, find(config), Ranks(), device, ops)
     share_guidance(config, policy)
     policy.attach(policy.unet)
-    schedule = Schedule.of(Levels.of_steps(policy.pipe.scheduler, sample.num_steps), sample.sampler, sample.eta, device)
-    ids = EVAL_SAMPLE_ID + torch.tensor(seeds, device=device)
+    seed = config.run.seed
+    schedule = Denoising.of(sample, policy.pipe.scheduler, device, config.eval).schedule(seed, 1)
+    ids = EVALUATIONS["eval"].first_id + torch.tensor(seeds, device=device)
     pictures = []
-    with tqdm(total=2 * len(prompts) * sample.num_steps, unit="step", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=2 * len(prompts) * schedule.num_steps, unit="step", leave=False, dynamic_ncols=True) as bar:
         for trained in (False, True):
             if trained:
                 policy.load_exported(weights)
             for start in range(0, len(prompts), sample.batch_size):
                 rows = slice(start, start + sample.batch_size)
-                _, images = generate(
-                    policy, schedule, ops, ids[rows], prompts[rows], config.run.seed, sample.guidance_scale, bar.update
-                )  # fmt: skip
+                _, images = generate(policy, ops, schedule, seed, ids[rows], prompts[rows], progress=bar.update)
                 pictures.append((images.nan_to_num() * 255).round().to("cpu", torch.uint8))
     return torch.cat(pictures).chunk(2)
 
@@ -108,8 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         ("model.vae", "Where the VAE is now."),
         ("lora.init", "Where the LoRA is now that the run began from; null: 'before' is the model without it."),
         ("model.dtype", "fp32, fp16 or bf16."),
-        ("sample.num_steps", "DDIM steps."),
-        ("sample.guidance_scale", "Classifier-free guidance."),
+        ("eval.num_steps", "Denoising steps."),
+        ("eval.guidance_scale", "Classifier-free guidance."),
+        ("eval.sampler", "How a picture is denoised."),
         ("sample.batch_size", "Pictures denoised together."),
         ("attention.backend", "What computes attention; auto measures."),
         ("kernels.backend", "auto, triton or reference."),

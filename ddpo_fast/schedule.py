@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
@@ -116,20 +117,33 @@ class Schedule:
     timesteps: Tensor
     """(S,) int64, from noise to picture."""
     coefficients: Tensor
-    """(S, 4) fp32: c_x, c_out, s, log(s sqrt(2 pi)); with clamping (S, 7): and q_x, q_out, a' r."""
+    """(S, 4) fp32: c_x, c_out, s, log(s sqrt(2 pi)), 0 where s is 0; with clamping (S, 7): and q_x, q_out, a' r."""
+    trained: np.ndarray
+    """The steps with s > 0, which have a density: those that a policy gradient trains on. In ascending order."""
+    guidance_scale: float = 1.0
+    """w in o = uncond + w (cond - uncond); 1 is no guidance, and one branch."""
 
     @classmethod
-    def of(cls, levels: Levels, sampler: str, eta: float, device="cpu", dtype=torch.float32) -> "Schedule":
-        """Builds the table, in fp64 and then rounded to `dtype`. Raises ValueError where a step has no density."""
-        chosen = samplers.find(sampler)
+    def of(
+        cls, levels: Levels, sampler: str, eta: float, guidance_scale: float = 1.0, stochastic: slice = slice(None), device="cpu",
+        dtype=torch.float32,
+    ) -> "Schedule":  # fmt: skip
+        """Builds the table, in fp64 and then rounded to `dtype`. Steps that are not `stochastic` are the ODE's: h = b', s = 0.
+
+        Raises ValueError for steps that the sampler does not have.
+        """
+        chosen, num_steps = samplers.find(sampler), len(levels.a)
         if not chosen.takes(eta):
             raise ValueError(f"sample.eta={eta}: valid is {chosen.VALID_ETA}")
-        h, s = chosen.noise(levels, eta)
-        if not (s > 0).all():
-            num_steps, step = len(s), int((~(s > 0)).nonzero()[0])
+        if (stays := (levels.next_a == levels.a).nonzero()).numel():
+            step = int(stays[0])
             raise ValueError(
                 f"sample.num_steps={num_steps}: valid is fewer; step {step} (t={levels.times[step]}) has zero variance, so no density"
             )
+        h, s = chosen.noise(levels, eta)
+        within = torch.zeros(num_steps, dtype=torch.bool)
+        within[stochastic] = True
+        h, s = torch.where(within, h, levels.next_b), torch.where(within, s, 0.0)
         d = levels.a * levels.q - levels.b * levels.p
         q_x, q_out = levels.next_a * levels.q / d, -levels.next_a * levels.b / d
         c_x, c_out = q_x - h * levels.p / d, q_out + h * levels.a / d
@@ -138,10 +152,16 @@ class Schedule:
                 "scheduler_config.json: rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
                 "at zero signal-to-noise epsilon says nothing of the picture"
             )
-        columns = [c_x, c_out, s, s.log() + 0.5 * math.log(2 * math.pi)]
+        columns = [c_x, c_out, s, torch.where(s > 0, s.log() + 0.5 * math.log(2 * math.pi), 0.0)]
         if levels.clip is not None:
             columns += [q_x, q_out, levels.next_a * levels.clip]
-        return cls(levels.times.to(device), torch.stack(columns, 1).to(device, dtype))
+        table = torch.stack(columns, 1).to(device, dtype)
+        return cls(levels.times.to(device), table, np.flatnonzero(s.numpy() > 0), guidance_scale)
+
+    @property
+    def num_branches(self) -> int:
+        """Network rows of a sample, G: 2 with guidance, the unconditional one first."""
+        return 1 if self.guidance_scale == 1 else 2
 
     @property
     def num_steps(self) -> int:
@@ -151,6 +171,59 @@ class Schedule:
         """x_T ~ N(0, I) of each sample: (B, C, H, W) in the table's dtype, a function of (seed, sample id) alone."""
         steps = torch.full_like(sample_ids, INITIAL_STEP)
         return normal_noise(seed, sample_ids, steps, math.prod(shape)).view(-1, *shape).to(self.coefficients.dtype)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Contiguous steps, `size` among the first `among`, which draw noise; they move every so many iterations."""
+
+    size: int
+    among: int
+    every: int = 1
+
+    @classmethod
+    def of(cls, option: Mapping[str, int] | None, num_steps: int) -> "Window":
+        """What the option sample.window asks for; null: all steps."""
+        return cls(**{"size": num_steps, "among": num_steps} | dict(option or {}))
+
+    def steps(self, seed: int, iteration: int) -> slice:
+        """The window of an iteration, 1 or later: a function of (seed, iteration), the same on every rank."""
+        generator = np.random.default_rng((3, seed, (iteration - 1) // self.every))
+        start = int(generator.integers(self.among - self.size + 1))
+        return slice(start, start + self.size)
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How pictures are made: levels of noise, a sampler on them, guidance, and which steps draw noise."""
+
+    levels: Levels
+    sampler: str
+    eta: float
+    guidance_scale: float
+    window: Window
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, options, scheduler, device="cpu", evaluation=None) -> "Denoising":
+        """What `options`, config.sample, ask for, on any diffusers scheduler; with `evaluation`, config.eval, what that asks for instead.
+
+        An evaluation has no window: each of its pictures is to be the same in every iteration. Raises ValueError, see `Schedule.of`.
+        """
+        own = {} if evaluation is None else {name: getattr(evaluation, name) for name in ("sampler", "num_steps", "guidance_scale")}
+        sampler, num_steps, guidance_scale = (
+            getattr(options, name) if own.get(name) is None else own[name] for name in ("sampler", "num_steps", "guidance_scale")
+        )
+        window = Window.of(options.window if evaluation is None else None, num_steps)
+        made = cls(Levels.of_steps(scheduler, num_steps), sampler, options.eta, guidance_scale, window, torch.device(device))
+        made.schedule(0, 1)
+        return made
+
+    def schedule(self, seed: int, iteration: int) -> Schedule:
+        """The steps of an iteration."""
+        stochastic = self.window.steps(seed, iteration)
+        return Schedule.of(self.levels, self.sampler, self.eta, self.guidance_scale, stochastic, self.device, self.dtype)
 
 
 @dataclass(frozen=True)

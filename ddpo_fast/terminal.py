@@ -1,4 +1,4 @@
-"""Standard output and error that no run dies of: of any encoding, closed, with a reader that is gone, on a full disk."""
+"""Standard output and error that no run dies of: of any encoding, closed, without a reader, on a full disk; and a user's mistake there."""
 
 import atexit
 import io
@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 
 class SteadyStream:
@@ -63,3 +63,11 @@ def _end(stream: TextIO) -> None:
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, stream.fileno())
         os.close(devnull)
+
+
+def user_error(error: Exception | str) -> NoReturn:
+    """Ends the program for a user's mistake: one line on standard error, exit code 2."""
+    rank = os.environ.get("RANK", "0")
+    text = " ".join(str(error).splitlines())  # some of it is a file's, or another program's
+    print(f"error{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ddpo_fast.config.options import Config, parse
-from ddpo_fast.schedule import Levels, Schedule
+from ddpo_fast.schedule import Denoising, Schedule
 
 SIGMAS = 5
 BACKWARD = 5
@@ -100,7 +100,7 @@ class Rounding:
     """Largest |log p| of all steps."""
     num_elements: int
     latents: float
-    """Error of the final latents, relative, rms."""
+    """Error of the final latents, of samples or of evaluation pictures, relative, rms."""
     rate: float
     """Of all Adam's updates together: the learning rate times their number."""
 
@@ -145,6 +145,20 @@ def moved(run_dir: Path) -> float:
     return torch.cat([tensor.flatten() for name, tensor in tensors.items() if "lora_B" in name]).norm().item()
 
 
+def _of_steps(schedule: Schedule, delta: float, eps: float) -> tuple[float, float, float]:
+    """Of a schedule the largest eta and the largest |log p| of its steps with a density, 0 without any; the final latents' relative error."""
+    g, table = schedule.guidance_scale, schedule.coefficients.double().abs()
+    a = 1 if g == 1 else abs(g) + abs(g - 1)
+    eta, size, error = 0.0, 1.0, 0.0
+    for c_x, c_out, s in table[:, :3].tolist():
+        next_size = math.hypot(c_x * size, c_out, s)
+        mean = 0.2 * eps * (c_x * size + c_out * a + next_size)
+        error = c_x * error + c_out * a * delta + mean
+        eta = max(eta, (c_out * a * delta + mean) / s if s > 0 else 0.0)
+        size = next_size
+    return eta, max((table[schedule.trained, 3] + 0.5).tolist(), default=0.0), error / size
+
+
 def of(config: Config, dtype: torch.dtype = torch.float32) -> Rounding:
     """What rounding in `dtype` may do to a run with these options. Its model is a folder."""
     folder = Path(config.model.config or config.model.path)
@@ -152,23 +166,18 @@ def of(config: Config, dtype: torch.dtype = torch.float32) -> Rounding:
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
     scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder, subfolder="scheduler"))
-    sample, train = config.sample, config.train
-    table = Schedule.of(Levels.of_steps(scheduler, sample.num_steps), "ddim", sample.eta).coefficients.double()
+    train, seed = config.train, config.run.seed
     accumulated = torch.finfo(torch.float32 if dtype in HALF else dtype).eps
-    delta, g = network_rounding(unet, dtype), sample.guidance_scale
-    a = 1 if g == 1 else abs(g) + abs(g - 1)
-    etas, size, error = [], 1.0, 0.0
-    for c_x, c_out, s in table[:, :3].abs().tolist():
-        next_size = math.hypot(c_x * size, c_out, s)
-        mean = 0.2 * accumulated * (c_x * size + c_out * a + next_size)
-        error = c_x * error + c_out * a * delta + mean
-        etas.append((c_out * a * delta + mean) / s)
-        size = next_size
+    delta, denoising = network_rounding(unet, dtype), Denoising.of(config.sample, scheduler)
+    iterations = range(1, 1 + (config.run.iterations if config.sample.window else 1))
+    schedules = [denoising.schedule(seed, iteration) for iteration in iterations]
+    etas, log_probs, latents = zip(*(_of_steps(schedule, delta, accumulated) for schedule in schedules))
+    evaluated = _of_steps(Denoising.of(config.sample, scheduler, evaluation=config.eval).schedule(seed, 1), delta, accumulated)[2]
     side = unet.config.sample_size
     updates = config.run.iterations * train.num_minibatches * train.inner_epochs
     return Rounding(
         eps=accumulated, network=delta, decoder=network_rounding(vae.decoder, dtype), eta=max(etas),
-        log_prob=(table[:, 3].abs() + 0.5).max().item(), latents=error / size, rate=train.learning_rate * updates,
+        log_prob=max(log_probs), latents=max(*latents, evaluated), rate=train.learning_rate * updates,
         num_elements=unet.config.in_channels * (side**2 if isinstance(side, int) else math.prod(side)),
     )  # fmt: skip
 

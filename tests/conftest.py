@@ -1,8 +1,7 @@
-"""A random tiny Stable Diffusion pipeline in diffusers' folder format, and what would be most of the time of a run as small as that."""
+"""Fixtures of many tests: tiny models, command lines of short runs; and what would be most of the time of a run as small as that."""
 
 import functools
 import gc
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,51 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.register_assert_rewrite("bounds", "runs")
+pytest.register_assert_rewrite("bounds", "runs", "shared")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: without a GPU, kernels run in its interpreter
 
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from runs import Ranks
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from shared import command_line
+from tiny import make_pipeline, make_sdxl
 
-from ddpo_fast.config import options
+from ddpo_fast.config import options as parsing
 from ddpo_fast.records import report, run_directory
-
-SD_BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-
-
-def make_pipeline(
-    folder: Path, *, channels=(16, 32), latent_size=8, latent_channels=4, prediction_type="epsilon", width=16, groups=8
-) -> Path:
-    """Writes a random pipeline that draws pictures twice the latents' size; its vocabulary is the single letters."""
-    torch.manual_seed(0)
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    vocabulary = {t: i for i, t in enumerate(["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)])}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
-    text_config = CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=latent_size, in_channels=latent_channels, out_channels=latent_channels, block_out_channels=channels,
-        layers_per_block=1, cross_attention_dim=width, attention_head_dim=2, norm_num_groups=groups,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=latent_channels, norm_num_groups=4, sample_size=2 * latent_size,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text_config), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,7 +29,7 @@ def quick():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_directory, "write_report", lambda folder: None)
-        patch.setattr(options, "_parser", functools.cache(options._parser))
+        patch.setattr(parsing, "_parser", functools.cache(parsing._parser))
         gc.collect()
         gc.freeze()
         yield
@@ -123,3 +87,81 @@ def ranks(_ranks, tmp_path_factory) -> Ranks:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     return make_pipeline(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory) -> Path:
+    return make_sdxl(tmp_path_factory.mktemp("tiny"))
+
+
+REWARDS = """
+from pathlib import Path
+import torch
+calls = 0
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+def by_place(images, prompts):
+    return torch.arange(len(images))
+def integers(images, prompts):
+    return (1e6 * redness(images, prompts)).round().long()
+def sometimes_bad(images, prompts):
+    global calls
+    calls += 1
+    rewards = redness(images, prompts)
+    if calls == 3:
+        raise RuntimeError("the third call")
+    if calls > 3:
+        rewards[1] = torch.nan
+    return rewards
+def raising(images, prompts):
+    raise KeyError("always")
+def bad_in_iteration_3(images, prompts, while_there_is):
+    global calls
+    calls += 1
+    rewards = redness(images, prompts)
+    if calls == 4 and Path(while_there_is).exists():
+        rewards[:5] = torch.nan
+    return rewards
+def bad_after_start(images, prompts):
+    global calls
+    calls += 1
+    return redness(images, prompts) * (1 if calls == 1 else torch.nan)
+"""
+
+
+@pytest.fixture(scope="session")
+def rewards_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rewards") / "rewards.py"
+    path.write_text(REWARDS)
+    return path
+
+
+@pytest.fixture
+def options(tiny_model, rewards_file, tmp_path):
+    """Command lines of short runs: keyword arguments with __ for the dot."""
+
+    def make(name="run", **changed) -> list[str]:
+        values = {
+            "model.path": tiny_model, "run.dir": tmp_path / name, "reward.name": f"{rewards_file}:redness",
+            "sample.num_samples": 8, "sample.num_steps": 5, "sample.batch_size": 8, "eval.num_samples": 4, "run.iterations": 2,
+            "train.num_minibatches": 2, "train.micro_batch": 16, "lora.rank": 2, "train.learning_rate": 1e-3,
+            "eval.prompts": '["a", "b"]', "prompts.limit": 4,
+            "prompts.samples_per_prompt": 1, "baseline.min_count": 16, "baseline.buffer_size": 16,
+        }  # fmt: skip
+        return command_line(values, changed)
+
+    return make
+
+
+@pytest.fixture
+def launch_options(tiny_model, tmp_path):
+    """Command lines of short runs on ranks: further options as they are typed."""
+
+    def make(name, *extra: str) -> list[str]:
+        return [
+            f"--model.path={tiny_model}", f"--run.dir={tmp_path / name}", "--sample.num_samples=8", "--sample.num_steps=5",
+            "--eval.num_samples=4", "--run.iterations=2", "--train.num_minibatches=2", "--train.micro_batch=16", "--lora.rank=2",
+            "--prompts.limit=4", "--prompts.samples_per_prompt=1", *extra,
+        ]  # fmt: skip
+
+    return make

@@ -29,8 +29,8 @@ ONE_UPDATE = {"train.num_minibatches": 1}
 RUNS: dict[str, list[dict]] = {
     "ddpo_is": [{"train.inner_epochs": 2}],
     "ddpo_sf": [{"train.algorithm": "ddpo_sf", **ONE_UPDATE}],
-    "rwr": [{"train.algorithm": "rwr", "rwr.population": "prompt"}],
-    "rwr_sparse": [{"train.algorithm": "rwr_sparse", "rwr.percentile": 0.5}],
+    "rwr": [{"train.algorithm": "rwr", "algorithm.population": "prompt"}],
+    "rwr_sparse": [{"train.algorithm": "rwr_sparse", "algorithm.percentile": 0.5}],
     "kl": [{"train.kl_coefficient": 0.1}],
     "cache": [{"cache.mode": "on", "lora.scope": "mid_up", "train.inner_epochs": 2}],
     "score_accumulation": [{"train.estimator": "score_accumulation", **ONE_UPDATE}],
@@ -40,7 +40,9 @@ RUNS: dict[str, list[dict]] = {
 }
 """Command lines by a run's name, each one's changes of COMMON; a run that is resumed has several."""
 RANKS = {"zero_2": 2}
-RENAMED: dict[str, str] = {}
+RENAMED = {
+    f"algorithm.{name}": f"rwr.{name}" for name in ("population", "percentile", "inverse_temperature", "guidance_scale", "num_timesteps")
+}
 """An option's name here and its former name, which a commit before the renaming is given."""
 
 
@@ -119,8 +121,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 def compare(ref: str, folder: Path) -> int:
     if subprocess.run(["git", "rev-parse", "--quiet", "--verify", f"{ref}^{{commit}}"], cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
         sys.exit(f"error: REF={ref}: valid is a commit, branch or tag of this repository")
-    from conftest import make_pipeline
-    from test_sdxl import make_sdxl
+    from tiny import make_pipeline, make_sdxl
 
     make_pipeline(folder / "sd")
     make_sdxl(folder / "sdxl")

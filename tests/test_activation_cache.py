@@ -16,28 +16,26 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import make_pipeline
-from test_train import run, untimed, weights
+from shared import CPU, REDNESS, command_line, run, untimed, weights
+from tiny import make_pipeline
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ddpo_fast import memory
+from ddpo_fast import assemble as assembling
+from ddpo_fast import memory, rollout
 from ddpo_fast import train as trainer
+from ddpo_fast.assemble import assemble
 from ddpo_fast.config.options import parse
 from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.kernels import reference
 from ddpo_fast.planning.counts import MIB, flop_counter
 from ddpo_fast.policy import Policy
+from ddpo_fast.prompts import EVALUATIONS
 from ddpo_fast.records.checkpoint import list_checkpoints
 from ddpo_fast.records.metrics import read_metrics
 from ddpo_fast.updates import activation_cache
 from ddpo_fast.updates.activation_cache import DEVICE, HOST, ActivationCache, budgets_mib
-from ddpo_fast.updates.transitions import micro_batches
+from ddpo_fast.updates.transitions import Update, micro_batches
 
-REWARD = """
-def redness(images, prompts):
-    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
-"""
-CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
@@ -50,7 +48,7 @@ def unmeasured(monkeypatch):
 @pytest.fixture
 def options(tiny_model, tmp_path):
     """Command lines of short runs: keyword arguments with __ for the dot. An iteration is 4 samples of 2 steps, 8 transitions."""
-    (tmp_path / "reward.py").write_text(REWARD)
+    (tmp_path / "reward.py").write_text(REDNESS)
 
     def make(name="run", **changed) -> list[str]:
         values = {
@@ -61,8 +59,7 @@ def options(tiny_model, tmp_path):
             "train.learning_rate": 1e-3, "prompts.limit": 4, "prompts.samples_per_prompt": 1,
             "baseline.min_count": 8, "baseline.buffer_size": 8, "cache.mode": "on",
         }  # fmt: skip
-        values |= {key.replace("__", "."): value for key, value in changed.items()}
-        return [f"--{key}={value}" for key, value in values.items()]
+        return command_line(values, changed)
 
     return make
 
@@ -70,8 +67,8 @@ def options(tiny_model, tmp_path):
 @pytest.fixture
 def made(monkeypatch) -> list:
     """The caches of the runs so far."""
-    caches, make_cache = [], trainer.make_cache
-    monkeypatch.setattr(trainer, "make_cache", lambda setup: caches.append(make_cache(setup)) or caches[-1])
+    caches, open_cache = [], activation_cache.open_cache
+    monkeypatch.setattr(activation_cache, "open_cache", lambda *args: caches.append(open_cache(*args)) or caches[-1])
     return caches
 
 
@@ -117,10 +114,10 @@ def compute_row_by_row(module) -> None:
 @pytest.fixture
 def row_by_row(monkeypatch):
     """Every stage before the first trained one, and the embedding of time that they are given."""
-    make_engine = trainer.make_engine
+    make_engine = assembling._engine
 
-    def make(setup):
-        engine, unet = make_engine(setup), setup.policy.unet
+    def make(config, policy, deepspeed):
+        engine, unet = make_engine(config, policy, deepspeed), policy.unet
         compute_row_by_row(unet.time_embedding)
         for stage in (unet.conv_in, *unet.down_blocks, unet.mid_block, *unet.up_blocks):
             if any(parameter.requires_grad for parameter in stage.parameters()):
@@ -128,7 +125,7 @@ def row_by_row(monkeypatch):
             compute_row_by_row(stage)
         return engine
 
-    monkeypatch.setattr(trainer, "make_engine", make)
+    monkeypatch.setattr(assembling, "_engine", make)
 
 
 RUNS = [  # slots on the device; the others are on the host
@@ -213,14 +210,15 @@ def test_only_what_is_trained_on_has_a_slot_and_the_most_used_have(options, made
     """Half of 4 steps, drawn anew every epoch: in the second iteration, too, whose transitions are others."""
     update, checked = trainer.update, []
 
-    def checking(setup, engine, rollout, advantages, iteration, cache):
-        uses = Counter(pair for _, _, (rows, steps) in trainer.updates(setup, iteration) for pair in zip(rows.tolist(), steps.tolist()))
+    def checking(run, updates, rollout, credit, iteration):
+        cache = run.gradients.cache
+        uses = Counter(pair for one in run.updates(iteration) for pair in zip(one.rows.tolist(), one.steps.tolist()))
         held = {pair for pair in np.ndindex(cache.slots.shape) if cache.slots[pair] >= 0}
         numbers = [cache.slots[pair] for pair in held]
         assert held <= set(uses) and len(held) == min(len(uses), math.floor(budgets[0]) + math.floor(budgets[1])) == len(set(numbers))
         assert min(uses[pair] for pair in held) >= max((uses[pair] for pair in set(uses) - held), default=0)
         assert max(numbers) < sum(cache.num_slots)
-        row = update(setup, engine, rollout, advantages, iteration, cache)
+        row = update(run, updates, rollout, credit, iteration)
         assert cache.reads == sum(uses.values()) == row["transitions"] == 16
         assert cache.hits == sum(uses[pair] for pair in held)
         checked.append((len(uses), cache.hits / cache.reads))
@@ -243,7 +241,9 @@ def test_an_update_from_the_cache_does_not_call_the_prefix(options, monkeypatch,
     """Four inner epochs on 8 transitions in micro-batches of 8; a rollout calls every stage twice."""
     counts, phases = Counter(), ["start"]
 
-    def count(name, phase, function):
+    def count(module, name, phase):
+        function = getattr(module, name)
+
         def counted(*args):
             phases.append(phase)
             try:
@@ -251,18 +251,18 @@ def test_an_update_from_the_cache_does_not_call_the_prefix(options, monkeypatch,
             finally:
                 phases.pop()
 
-        monkeypatch.setattr(trainer, name, counted)
+        monkeypatch.setattr(module, name, counted)
 
-    count("update", "update", trainer.update)
-    count("generate", "rollout", trainer.generate)
-    make_engine = trainer.make_engine
+    count(trainer, "update", "update")
+    count(rollout, "generate", "rollout")
+    make_engine = assembling._engine
 
-    def hooked(setup):
+    def hooked(config, policy, deepspeed):
         for name in ("conv_in", "down_blocks.0", "down_blocks.1", "mid_block"):
-            setup.policy.unet.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: counts.update([(phases[-1], name)]))
-        return make_engine(setup)
+            policy.unet.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: counts.update([(phases[-1], name)]))
+        return make_engine(config, policy, deepspeed)
 
-    monkeypatch.setattr(trainer, "make_engine", hooked)
+    monkeypatch.setattr(assembling, "_engine", hooked)
     run(options(run__iterations=1, train__num_minibatches=1, train__micro_batch=8, cache__device_mib=slots * SLOT_MIB))
     assert counts["rollout", "conv_in"] == counts["rollout", "mid_block"] == 3 * 2  # the two evaluations' as well
     assert counts["update", "mid_block"] == 4
@@ -276,7 +276,7 @@ def test_a_sample_that_is_not_finite_spoils_no_other(options, made, monkeypatch,
 
     def overflowing(noise_pred, latents, coefficients, steps, seed, sample_ids, *rest):
         next_latents, log_prob, unet_input = ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids, *rest)
-        training[:] = [sample_ids[0] < trainer.EVAL_SAMPLE_ID]
+        training[:] = [sample_ids[0] < EVALUATIONS["eval"].first_id]
         if training[0] and steps[0] == 1:
             next_latents[1], unet_input[1 :: len(latents)] = torch.nan, torch.nan
         return next_latents, log_prob, unet_input
@@ -324,7 +324,7 @@ def test_killed_in_an_inner_epoch_and_resumed_is_the_uninterrupted_run(options, 
 
 
 BAD = [  # options, what the line must say
-    (dict(lora__scope="none"), "cache.mode=on: valid is auto or off, when lora.scope is none"),
+    (dict(lora__scope="none"), "cache.mode=on: valid is auto or off, when lora.scope is none: nothing is frozen"),
     (dict(cache__mode="sometimes"), "cache.mode=sometimes: expected Literal['auto', 'on', 'off']"),
     (dict(cache__device_mib=-1), "cache.device_mib=-1.0: valid is a number of MiB >= 0"),
     (dict(cache__device_mib=".nan"), "cache.device_mib=nan: valid is a number of MiB >= 0"),
@@ -356,10 +356,9 @@ def test_a_unet_that_cannot_be_split_is_one_line(options, capsys, monkeypatch, m
 )
 def test_auto_leaves_out_what_is_not_worth_it(options, mode, scope, splits):
     """With LoRA in every block what is frozen before the first is conv_in, 0.7 % of this UNet."""
-    setup = trainer.prepare(parse(options(cache__mode=mode, lora__scope=scope, model__share_guidance=False)))
-    cache = trainer.make_cache(setup)
-    assert (setup.split is not None) == (cache is not trainer.NO_CACHE) == splits
-    assert not [module for module in setup.policy.unet.modules() if hasattr(module, "split")] or splits
+    made = assemble(parse(options(cache__mode=mode, lora__scope=scope, model__share_guidance=False)))
+    assert (made.gradients.cache is not activation_cache.NO_CACHE) == splits
+    assert bool([module for module in made.policy.unet.modules() if hasattr(module, "split")]) == splits
 
 
 def test_budgets_that_are_not_given_are_half_of_what_is_free(monkeypatch):
@@ -435,7 +434,7 @@ class Slots:
         bytes_of_a_slot = ActivationCache(self.split, example, num_rows, self.device, 0, 0).slot_bytes
         self.cache = ActivationCache(self.split, example, num_rows, self.device, *(n * bytes_of_a_slot / MIB for n in slots))
         every = np.divmod(np.arange(NUM_SAMPLES * NUM_STEPS), NUM_STEPS)
-        self.cache.begin(NUM_SAMPLES, NUM_STEPS, [(0, 0, every)])
+        self.cache.begin(NUM_SAMPLES, NUM_STEPS, [Update(0, 0, *every)])
         self.truth = [
             [tensor.to(device) for tensor in random_bits(num_rows * NUM_SAMPLES, dtype, channels_last, seed=k)] for k in range(NUM_STEPS)
         ]
@@ -458,7 +457,7 @@ class Slots:
 
     def parts(self, size: int) -> list:
         rows, steps = np.divmod(np.random.default_rng(0).permutation(NUM_SAMPLES * NUM_STEPS), NUM_STEPS)
-        return list(micro_batches(rows, steps, size, torch.arange(NUM_STEPS), self.num_rows == 2, self.device))
+        return list(micro_batches(Update(0, 0, rows, steps), size, torch.arange(NUM_STEPS), 0, self.num_rows == 2, self.device))
 
     def read(self, part, next_part=None) -> list[torch.Tensor]:
         expected = self.expected(part)
@@ -519,7 +518,7 @@ def test_memory_never_exceeds_a_budget(slots):
     cache, rng = it.cache, np.random.default_rng(0)
     for count in (15, 4, 9, 15):
         chosen = np.divmod(np.sort(rng.permutation(15)[:count]), NUM_STEPS)
-        cache.begin(NUM_SAMPLES, NUM_STEPS, [(0, 0, chosen), (1, 0, chosen)])
+        cache.begin(NUM_SAMPLES, NUM_STEPS, [Update(0, 0, *chosen), Update(1, 0, *chosen)])
         on_device, on_host = min(count, math.floor(slots[0])), min(count - min(count, math.floor(slots[0])), math.floor(slots[1]))
         assert cache.tiers(count) == [on_device, on_host, count - on_device - on_host]
         numbers = cache.slots[cache.slots >= 0]
@@ -543,7 +542,7 @@ def test_the_plan_says_what_is_held_where(slots, says):
     it = Slots("cpu", slots)
     every = np.divmod(np.arange(15), NUM_STEPS)
     it.cache.prefix_flop = 1e12
-    text = it.cache.plan_text([(epoch, 0, every) for epoch in range(4)], torch.float32)
+    text = it.cache.plan_text([Update(epoch, 0, *every) for epoch in range(4)], torch.float32)
     assert says.format(*it.cache.budgets_mib) in text
     assert text.startswith(f"activation cache of each rank: {it.cache.slot_bytes / MIB:.3g} MiB a transition; ")
     flop = 4 * 2 * min(15, sum(map(math.floor, slots)))  # TFLOP: epochs, rows
@@ -555,7 +554,7 @@ def test_the_plan_knows_that_the_most_used_are_held():
     """Of 15 transitions 5 are read three times, 10 once, and 7 are held."""
     it, every = Slots("cpu", (3, 4)), np.divmod(np.arange(15), NUM_STEPS)
     it.cache.prefix_flop = 1e12
-    text = it.cache.plan_text([(0, 0, every), *2 * [(1, 0, tuple(index[:5] for index in every))]], torch.float32)
+    text = it.cache.plan_text([Update(0, 0, *every), *2 * [Update(1, 0, *(index[:5] for index in every))]], torch.float32)
     assert f"is spared {2 * (5 * 3 + 2)} TFLOP" in text
 
 

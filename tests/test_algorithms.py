@@ -9,24 +9,27 @@ import bounds
 import numpy as np
 import pytest
 import torch
-from conftest import SD_BETAS
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from ranks import sgd
 from runs import BY_PROMPT
-from test_train import options, relative_error, rewards_file, run, untimed, weights  # noqa: F401
+from shared import first_gradient, relative_error, run, untimed, weights
+from tiny import SD_BETAS
 
-from ddpo_fast import assemble
+from ddpo_fast import algorithms
+from ddpo_fast import assemble as assembling
 from ddpo_fast import train as trainer
-from ddpo_fast.config.options import CacheConfig, parse
+from ddpo_fast.assemble import assemble
+from ddpo_fast.config.options import BaselineConfig, parse
+from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.kernels.reference import normal_noise
-from ddpo_fast.planning.plan import Work, iteration_flop, with_cache
+from ddpo_fast.planning.plan import iteration_flop, with_cache
+from ddpo_fast.planning.work import Work
 from ddpo_fast.policy import Policy
-from ddpo_fast.records.metrics import StageTimer, read_metrics
-from ddpo_fast.rollout import Rollout
-from ddpo_fast.schedule import FIRST_NOISE_STEP, Levels, Noising, Schedule
-from ddpo_fast.updates.advantages import PromptBaseline, make_baseline
-from ddpo_fast.updates.losses import kl_loss
-from ddpo_fast.updates.rwr import denoising_loss, reward_weights
+from ddpo_fast.records.metrics import read_metrics
+from ddpo_fast.schedule import FIRST_NOISE_STEP, Levels, Noising
+from ddpo_fast.updates import objectives
+from ddpo_fast.updates.credit import Advantages, PromptBaseline, Weights
+from ddpo_fast.updates.objectives import OnTrajectory, denoising_loss, kl_divergence
 
 
 def changed_weights(run_dir) -> bool:
@@ -36,6 +39,12 @@ def changed_weights(run_dir) -> bool:
 
 
 PROMPTS, REWARDS = ["a", "b", "a", "c", "b", "a"], torch.tensor([1.0, 5.0, 3.0, 2.0, 5.0, 2.0])
+
+
+def reward_weights(prompts, rewards, sparse, beta, percentile, by_prompt) -> torch.Tensor:
+    own = {"percentile": percentile} if sparse else {"inverse_temperature": beta}
+    algorithm = algorithms.find("rwr_sparse" if sparse else "rwr")
+    return Weights(algorithm(population="prompt" if by_prompt else "iteration", **own)).of(prompts, rewards)
 
 
 def softmax(values) -> np.ndarray:
@@ -140,87 +149,59 @@ def test_noise_of_a_sample_is_new_in_every_pass_and_timestep():
     assert torch.equal(draws[3], schedule.noised(zero, torch.tensor([5]), 0, ids, 0)[1])
 
 
-def first_gradient(argv: list[str]) -> tuple[dict, trainer.Setup, list[str], Rollout, torch.Tensor, dict]:
-    """The gradient of the first of a run's updates in fp64, with prompts, rollout and weights (or advantages), and its metrics."""
-    setup = trainer.prepare(parse(argv))
-    policy, config, gradient = setup.policy, setup.config, {}
-    policy.dtype = torch.float64
-    for module in (policy.unet, policy.pipe.text_encoder, policy.pipe.vae):
-        module.to(torch.float64)
-    policy._prompt_embeds.clear()
-    policy.uncond_embeds = policy.encode_prompts([""])
-    torch.manual_seed(1)
-    for parameter in policy.trainable_parameters():  # LoRA starts at B = 0, where half of the gradient is 0
-        torch.nn.init.normal_(parameter, std=0.02)
-    scheduler = policy.pipe.scheduler
-    schedule = Schedule.of(Levels.of_steps(scheduler, config.sample.num_steps), "ddim", config.sample.eta, dtype=torch.float64)
-    noising = setup.noising and Noising.of(Levels.of_training(scheduler), dtype=torch.float64)
-    setup = replace(setup, schedule=schedule, noising=noising)
-
-    def step():
-        if not gradient:
-            gradient.update({n: p.grad.clone() for n, p in policy.unet.named_parameters() if p.grad is not None})
-        policy.unet.zero_grad()
-        return 0.0
-
-    engine = SimpleNamespace(backward=lambda loss, last: loss.backward(), loss_scale=1.0, forget_gradient=lambda: None, step=step)
-    prompts = trainer.draw_prompts(setup.prompts, config.sample.num_samples, 1, config.run.seed, 1)
-    rollout, _, _ = trainer.sample(setup, StageTimer(policy.device), 0, prompts, "sample")
-    sample_weights = torch.linspace(0, 2, config.sample.num_samples, dtype=torch.float64)
-    row = trainer.update(setup, engine, rollout, sample_weights, 1)
-    assert math.isfinite(row["loss"])
-    return gradient, setup, prompts.texts, rollout, sample_weights, row
-
-
 SMALL = dict(sample__num_samples=4, sample__num_steps=2, eval__num_samples=2)
-RWR = dict(train__algorithm="rwr", rwr__num_timesteps=3, train__num_minibatches=1, lora__targets='["attention"]')
+RWR = dict(train__algorithm="rwr", algorithm__num_timesteps=3, train__num_minibatches=1, lora__targets='["attention"]')
 
 
 @pytest.mark.parametrize("sampling_scale, training_scale, used", [(3.0, None, 3.0), (1.0, None, 1.0), (3.0, 1.0, 1.0), (1.0, 2.5, 2.5)])
-def test_gradient_is_that_of_the_denoising_loss(options, sampling_scale, training_scale, used):  # noqa: F811
+def test_gradient_is_that_of_the_denoising_loss(options, sampling_scale, training_scale, used):
     """Against a loop over samples and timesteps, one at a time, with diffusers' own noising and unchanged UNet call."""
     changed = RWR | SMALL | dict(sample__guidance_scale=sampling_scale, train__micro_batch=7)
-    changed |= {} if training_scale is None else {"rwr__guidance_scale": training_scale}
-    gradient, setup, prompts, rollout, sample_weights, row_of_metrics = first_gradient(options(**changed))
-    assert row_of_metrics.keys() == {"transitions", "loss", "grad_norm", "skipped_updates"}
-    pipe, latents = setup.policy.pipe, rollout.latents[:, -1]
-    ((_, _, (rows, timesteps)),) = trainer.updates(setup, 1)
+    changed |= {} if training_scale is None else {"algorithm__guidance_scale": training_scale}
+    first = first_gradient(options(**changed), credit=torch.linspace(0, 2, 4))
+    prompts, rollout, sample_weights = first.prompts, first.rollout, first.credit
+    assert rollout.latents.shape[1] == 1 and first.row.keys() == {"transitions", "loss", "grad_norm", "skipped_updates"}
+    pipe, latents = first.run.policy.pipe, rollout.latents[:, -1]
+    (update,) = first.run.updates(1)
+    rows, timesteps = update.rows, update.steps
     assert len(rows) == 12 and (np.bincount(rows) == 3).all() and 0 <= timesteps.min() and timesteps.max() < 1000
     for row, t in zip(rows.tolist(), timesteps.tolist()):
         embeds, uncond = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in ([prompts[row]], [""]))
         step = torch.tensor([FIRST_NOISE_STEP + t])
-        noise = normal_noise(setup.config.run.seed, torch.tensor([row]), step, latents[0].numel()).view(1, *latents.shape[1:]).double()
+        noise = normal_noise(first.run.config.run.seed, torch.tensor([row]), step, latents[0].numel()).view(1, *latents.shape[1:]).double()
         a = (1 - pipe.scheduler.betas.double()).cumprod(0)[t]
         x_t = a.sqrt() * latents[row] + (1 - a).sqrt() * noise
         cond, free = (pipe.unet(x_t, t, encoder_hidden_states=e).sample for e in (embeds, uncond))
         (sample_weights[row] * (free + used * (cond - free) - noise).square().mean() / len(rows)).backward()
     expected = {n: p.grad for n, p in pipe.unet.named_parameters() if p.grad is not None}
-    assert relative_error(gradient, expected) <= 1e-6
+    assert relative_error(first.gradient, expected) <= 1e-6
 
 
 @pytest.mark.parametrize("micro_batch", [1, 1000])
-def test_rwr_gradient_does_not_depend_on_micro_batch(options, micro_batch):  # noqa: F811
-    expected, setup, *_ = first_gradient(options(**RWR | SMALL, train__micro_batch=7))
-    gradient = first_gradient(options(**RWR | SMALL, train__micro_batch=micro_batch))[0]
-    assert relative_error(gradient, expected) <= bounds.of(setup.config, torch.float64).gradient
+def test_rwr_gradient_does_not_depend_on_micro_batch(options, micro_batch):
+    expected = first_gradient(options(**RWR | SMALL, train__micro_batch=7))
+    gradient = first_gradient(options(**RWR | SMALL, train__micro_batch=micro_batch)).gradient
+    assert relative_error(gradient, expected.gradient) <= bounds.of(expected.run.config, torch.float64).gradient
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_every_rank_trains_on_its_part_of_the_same_transitions_and_noise(options, num_ranks):  # noqa: F811
-    setup = trainer.prepare(parse(options(**RWR | dict(train__num_minibatches=2), train__inner_epochs=2)))
+def test_every_rank_trains_on_its_part_of_the_same_transitions_and_noise(options, num_ranks):
+    made = assemble(parse(options(**RWR | dict(train__num_minibatches=2), train__inner_epochs=2)))
 
     def transitions(rank, world_size):
-        part = replace(setup, rank=rank, world_size=world_size)
-        first = trainer.first_sample_id(part, 3)
-        return [sorted(zip((first + rows).tolist(), steps.tolist())) for _, _, (rows, steps) in trainer.updates(part, 3)]
+        part = replace(made, ranks=Ranks(rank, world_size))
+        first = part.first_sample_id(3)
+        return [sorted(zip((first + update.rows).tolist(), update.steps.tolist())) for update in part.updates(3)]
 
     whole, parts = transitions(0, 1), [transitions(rank, num_ranks) for rank in range(num_ranks)]
     assert [sorted(sum(update, [])) for update in zip(*parts)] == whole and len(whole) == 4
     assert whole[0] != whole[2] and {i for i, _ in whole[0] + whole[1]} == set(range(16, 24))
 
 
-@pytest.mark.parametrize("changed", [dict(), dict(train__algorithm="rwr_sparse", rwr__percentile=0.5, rwr__population="iteration")])
-def test_rwr_runs_and_resumes_bit_for_bit(options, changed):  # noqa: F811
+@pytest.mark.parametrize(
+    "changed", [{}, dict(train__algorithm="rwr_sparse", algorithm__percentile=0.5, algorithm__population="iteration")]
+)
+def test_rwr_runs_and_resumes_bit_for_bit(options, changed):
     argv = RWR | SMALL | dict(train__num_minibatches=2, train__inner_epochs=2) | changed
     whole = run(options("whole", **argv, run__iterations=2))
     rows = read_metrics(whole)
@@ -240,7 +221,7 @@ def test_rwr_runs_and_resumes_bit_for_bit(options, changed):  # noqa: F811
     assert all(torch.equal(tensor, weights(half)[name]) for name, tensor in trained.items())
 
 
-def test_rwr_leaves_bad_rewards_out(options, rewards_file):  # noqa: F811
+def test_rwr_leaves_bad_rewards_out(options, rewards_file):
     argv = RWR | dict(reward__name=f"{rewards_file}:sometimes_bad", sample__batch_size=4, sample__num_steps=2)
     rows = read_metrics(run(options(**argv)))
     assert [row["bad_rewards"] for row in rows] == [0, 4, 6] and all(math.isfinite(row["loss"]) for row in rows[1:])
@@ -249,7 +230,7 @@ def test_rwr_leaves_bad_rewards_out(options, rewards_file):  # noqa: F811
 @pytest.mark.parametrize(
     "stage, extra",
     [
-        (2, ["--train.algorithm=rwr", "--rwr.num_timesteps=2"]),
+        (2, ["--train.algorithm=rwr", "--algorithm.num_timesteps=2"]),
         *(pytest.param(stage, ["--train.kl_coefficient=3", "--train.clip_range=1e3"], marks=pytest.mark.slow) for stage in (0, 1, 2)),
     ],
 )
@@ -281,54 +262,60 @@ def test_two_ranks_have_the_gradient_of_one(tiny_model, ranks, tmp_path, stage, 
 
 
 def test_the_plan_knows_what_is_trained_on():
-    work = Work.of(parse(["--train.algorithm=rwr", "--rwr.num_timesteps=30", "--rwr.guidance_scale=1", "--lora.scope=mid_up"]))
-    assert (work.trained_steps, work.rows, work.trained_rows, work.regression) == (30, 2, 1, True)
+    argv = ["--train.algorithm=rwr", "--algorithm.num_timesteps=30", "--algorithm.guidance_scale=1", "--lora.scope=mid_up"]
+    config = parse(argv)
+    work = Work.of(config)
+    assert (work.trained_steps, work.rows, work.trained_rows, work.regression, work.kept_latents) == (30, 2, 1, True, 1)
     counts = SimpleNamespace(
         prefix_flop=0.5, forward=SimpleNamespace(row_flop=1.0), update=SimpleNamespace(row_flop=3.0), decode=SimpleNamespace(row_flop=0.0)
     )
-    assert with_cache(work, CacheConfig(), counts, 1e9, 1, on_gpu=True).held == (0, 0)
+    assert with_cache(work, config, counts, 1e9, 1, on_gpu=True).held == (0, 0)
     assert iteration_flop(counts, work, 1) == {"sampling": 48 * 2 * 10, "decode": 0, "update": 48 * 30 * 3}
 
 
-def test_more_timesteps_than_the_model_has_are_refused(options):  # noqa: F811
-    with pytest.raises(ValueError, match="rwr.num_timesteps=1001: valid is 1 to 1000, the model's training steps"):
-        trainer.prepare(parse(options(**RWR | dict(rwr__num_timesteps=1001))))
+def test_more_timesteps_than_the_model_has_are_refused(options):
+    with pytest.raises(ValueError, match="algorithm.num_timesteps=1001: valid is 1 to 1000, the model's training steps"):
+        assemble(parse(options(**RWR | dict(algorithm__num_timesteps=1001))))
+
+
+def advantages_of(limit: float = 1e9, **baseline) -> Advantages:
+    return Advantages.of_options(BaselineConfig(**baseline), limit)
 
 
 def test_group_advantages_are_of_the_iteration_alone():
     """Groups may be of different sizes; what came before does not count, and nothing is remembered."""
-    baseline = make_baseline("group", buffer_size=16, min_count=16, std="prompt")
-    baseline.update(["a", "b", "a"], torch.tensor([1000.0, -50.0, 7.0]))
-    found = baseline.update(PROMPTS, REWARDS)
+    baseline = advantages_of(name="group", buffer_size=16, min_count=16, std="prompt")
+    baseline.of(["a", "b", "a"], torch.tensor([1000.0, -50.0, 7.0]))
+    found = baseline.of(PROMPTS, REWARDS)
     expected = np.zeros(6)
     expected[[0, 2, 5]] = np.array([-1.0, 1.0, 0.0]) / (math.sqrt(2 / 3) + 1e-6)  # a: 1, 3, 2; b: 5, 5; c: 2
     np.testing.assert_allclose(found, expected, rtol=1e-14)
     assert baseline.state_dict() == {}
-    history = make_baseline("history", 5, 3, std="batch")
-    assert vars(history) == vars(PromptBaseline(5, 3, "batch"))
+    history = advantages_of(name="history", buffer_size=5, min_count=3, std="batch")
+    assert vars(history.baseline) == vars(PromptBaseline(5, 3, "batch"))
 
 
 def test_group_advantages_without_bad_rewards_and_over_the_standard_deviation_of_all():
     rewards = torch.tensor([1.0, 3.0, torch.nan, 4.0, 4.0, torch.inf, 9.0])
-    found = make_baseline("group", 4, 4, std="batch").update(["a", "a", "a", "b", "b", "b", "c"], rewards)
+    found = advantages_of(name="group", std="batch").of(["a", "a", "a", "b", "b", "b", "c"], rewards)
     expected = np.array([-1, 1, 0, 0, 0, 0, 0]) / (np.std([1.0, 3, 4, 4, 9]) + 1e-6)
     np.testing.assert_allclose(found, expected, rtol=1e-14)
 
 
-def test_a_run_with_group_advantages(options, monkeypatch):  # noqa: F811
+def test_a_run_with_group_advantages(options, monkeypatch):
     """The update gets each group's rewards less their mean, over their standard deviation; the checkpoint remembers none."""
-    seen, update, batches, open_reward = [], trainer.update, [], assemble.open_reward
+    seen, update, batches, open_reward = [], trainer.update, [], assembling.open_reward
 
-    def noting(setup, engine, rollout, advantages, *rest):
+    def noting(run, updates, rollout, advantages, iteration):
         seen.append(advantages)
-        return update(setup, engine, rollout, advantages, *rest)
+        return update(run, updates, rollout, advantages, iteration)
 
     def recording(*args):
         reward = open_reward(*args)
         return lambda images, prompts, metadata: batches.append((prompts, reward(images, prompts))) or batches[-1][1]
 
     monkeypatch.setattr(trainer, "update", noting)
-    monkeypatch.setattr(assemble, "open_reward", recording)
+    monkeypatch.setattr(assembling, "open_reward", recording)
     folder = run(options(baseline__name="group", prompts__samples_per_prompt=4, eval__every=9, sample__num_steps=3))
     _, *iterations, _ = batches  # between the evaluations
     assert len(iterations) == len(seen) == 2
@@ -339,11 +326,15 @@ def test_a_run_with_group_advantages(options, monkeypatch):  # noqa: F811
         np.testing.assert_allclose(advantages, expected, rtol=1e-5)
         assert all(len(group) in (4, 8) for group in groups) and np.std(expected) > 0.9
     state = json.loads((folder / "checkpoints" / "2" / "state.json").read_text())
-    assert state["baseline"] == {} and changed_weights(folder)
+    assert state["credit"] == {} and changed_weights(folder)
 
 
 TABLE = torch.tensor([[1.1, -0.2, 0.4, 0.0], [1.05, -0.1, 0.3, 0.0]], dtype=torch.float64)  # c_x, c_out, s, unused
 CLIPPED = torch.cat([TABLE, torch.tensor([[1.2, -0.9, 0.5], [1.1, -0.4, 0.6]], dtype=torch.float64)], 1)  # q_x, q_out, bound
+
+
+def kl_of(out, reference, latents, rows, steps, table, guidance_scale) -> torch.Tensor:
+    return kl_divergence(out, reference, latents[rows, steps], table, steps, guidance_scale)
 
 
 def transitions_of(num_branches: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -375,19 +366,17 @@ def gaussian(out, latents, row, step, table, guidance_scale) -> torch.distributi
 def test_kl_and_its_gradient_are_those_of_the_distributions(guidance_scale, table):
     noise_pred, reference, latents, rows, steps = transitions_of(1 if guidance_scale == 1 else 2)
     noise_pred.requires_grad_()
-    counted = torch.tensor([True, True, True])
-    loss, divergences = kl_loss(noise_pred, reference, latents, counted, table, rows, steps, guidance_scale, 0.7)
+    divergences = kl_of(noise_pred, reference, latents, rows, steps, table, guidance_scale)
     expected = []
     for i, (row, step) in enumerate(zip(rows.tolist(), steps.tolist())):
         p, q = (gaussian(out, latents, row, step, table, guidance_scale)[i] for out in (noise_pred, reference))
         expected.append(torch.distributions.kl_divergence(p, q).mean())
-    torch.testing.assert_close(divergences, torch.stack(expected).detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(loss, 0.7 * sum(expected), rtol=1e-12, atol=0)
-    gradients = [torch.autograd.grad(value, noise_pred, retain_graph=True)[0] for value in (loss, 0.7 * sum(expected))]
+    torch.testing.assert_close(divergences, torch.stack(expected), rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(value, noise_pred, retain_graph=True)[0] for value in (divergences.sum(), sum(expected))]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
-    assert gradients[0].abs().max() > 0.05 and not divergences.requires_grad
+    assert gradients[0].abs().max() > 0.05
     torch.autograd.gradcheck(
-        lambda out: kl_loss(out, reference, latents, counted, table, rows, steps, guidance_scale, 0.7)[0], noise_pred, eps=1e-7, atol=1e-5
+        lambda out: kl_of(out, reference, latents, rows, steps, table, guidance_scale).sum(), noise_pred, eps=1e-7, atol=1e-5
     )
 
 
@@ -396,16 +385,22 @@ def test_kl_by_hand_and_of_samples_that_do_not_count():
     noise_pred, reference = torch.tensor([3.0, -1.0, 5.0]).view(3, 1, 1, 1), torch.tensor([1.0, 1.0, 9.0]).view(3, 1, 1, 1)
     latents = torch.ones(2, 3, 1, 1, 1)
     counted, rows, steps = torch.tensor([True, False]), torch.tensor([0, 0, 1]), torch.tensor([1, 0, 0])
-    loss, divergences = kl_loss(noise_pred, reference, latents, counted, TABLE.float(), rows, steps, 1.0, 2.0)
+    ops = SimpleNamespace(ppo_loss=lambda *args: (torch.tensor(7.0), torch.full((4, 3), 5.0)))
+    objective = OnTrajectory(algorithms.find("ddpo_is")(), advantages_of(), ops, 1.0, 1e-4, 1, kl_coefficient=0.5)
+    rollout = SimpleNamespace(latents=latents, log_probs=None, coefficients=TABLE.float(), good=counted)
+    part = SimpleNamespace(rows=rows, kept=steps, unet_rows=rows, unet_kept=steps)
+    x, cost = objective.on(rollout, part, 0, torch.ones(2))
+    loss, figures = cost(noise_pred, {"reference": reference}, 4.0)
     expected = torch.tensor([0.2**2 / (2 * 0.3**2), 0.4**2 / (2 * 0.4**2), 0.0])
-    torch.testing.assert_close(divergences, expected)
-    torch.testing.assert_close(loss, 2 * expected.sum())
+    assert torch.equal(x, latents[rows, steps]) and objective.figures[4] == "kl_to_reference" and (figures[:4] == 5).all()
+    torch.testing.assert_close(figures[4], expected)
+    torch.testing.assert_close(loss, 7 + 2 * expected.sum())
 
 
 def test_kl_is_the_mean_log_ratio_of_samples():
     """Monte Carlo: E under the policy of log p - log p_ref, both means over elements, within 5 standard errors."""
     noise_pred, reference, latents, rows, steps = transitions_of(1)
-    _, (divergence, *_) = kl_loss(noise_pred, reference, latents, torch.ones(3, dtype=torch.bool), TABLE, rows, steps, 1.0, 1.0)
+    divergence = kl_of(noise_pred, reference, latents, rows, steps, TABLE, 1.0)[0]
     torch.manual_seed(0)
     p, q = (gaussian(out, latents, 0, 1, TABLE, 1.0)[0] for out in (noise_pred, reference))
     x = p.sample((100_000,))
@@ -414,8 +409,8 @@ def test_kl_is_the_mean_log_ratio_of_samples():
 
 
 @pytest.mark.parametrize("forward", ["merged", "separate"])
-def test_the_reference_is_the_untrained_model(options, tiny_model, forward):  # noqa: F811
-    policy = trainer.prepare(parse(options(lora__forward=forward))).policy
+def test_the_reference_is_the_untrained_model(options, tiny_model, forward):
+    policy = assemble(parse(options(lora__forward=forward))).policy
     untrained = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
     latents, t, embeds = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([481, 481]), policy.encode_prompts(["a", "b"])
     names = {name for name, parameter in policy.unet.named_parameters() if parameter.requires_grad}
@@ -424,23 +419,23 @@ def test_the_reference_is_the_untrained_model(options, tiny_model, forward):  # 
         for parameter in policy.trainable_parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         trained = policy.predict_noise(latents, t, embeds)
-        bounds.assert_same_output(policy.predict_reference_noise(latents, t, embeds), expected, untrained)
+        bounds.assert_same_output(policy.predict_under("reference", latents, t, embeds), expected, untrained)
         assert torch.equal(policy.predict_noise(latents, t, embeds), trained)  # and LoRA is on again
     assert (trained - expected).abs().max() > 1e-2
     assert {name for name, parameter in policy.unet.named_parameters() if parameter.requires_grad} == names
 
 
 @pytest.mark.parametrize("changed", [dict(lora__forward="separate"), dict(train__algorithm="ddpo_sf", sample__guidance_scale=1.0)])
-def test_the_update_adds_the_gradient_of_the_kl(options, changed):  # noqa: F811
+def test_the_update_adds_the_gradient_of_the_kl(options, changed):
     """To that without it; the expected part is autograd's through a plain loop, against the untrained UNet."""
     short = dict(train__num_minibatches=1, lora__targets='["attention"]') | changed
-    plain = first_gradient(options(**short, train__micro_batch=11))[0]
-    gradient, setup, prompts, rollout, _, row = first_gradient(options(**short, train__micro_batch=7, train__kl_coefficient=80.0))
-    config, pipe = setup.config, setup.policy.pipe
+    plain = first_gradient(options(**short, train__micro_batch=11)).gradient
+    first = first_gradient(options(**short, train__micro_batch=7, train__kl_coefficient=80.0))
+    config, pipe, prompts, rollout = first.run.config, first.run.policy.pipe, first.prompts, first.rollout
     untrained = UNet2DConditionModel.from_pretrained(config.model.path, subfolder="unet").double()
     embeds, uncond = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, [""] * len(prompts)))
     scale, alphas, divergences = config.sample.guidance_scale, (1 - pipe.scheduler.betas.double()).cumprod(0), []
-    for step, t in enumerate(setup.schedule.timesteps.tolist()):
+    for step, t in enumerate(rollout.schedule.timesteps.tolist()):
         a_t, a_p = alphas[t], alphas[t - 200] if t >= 200 else alphas[0]
         s = ((1 - a_p) / (1 - a_t) * (1 - a_t / a_p)).sqrt()
         x_t, means = rollout.latents[:, step], []
@@ -452,12 +447,12 @@ def test_the_update_adds_the_gradient_of_the_kl(options, changed):  # noqa: F811
     kl = sum(divergences) / len(divergences)
     (80 * kl).backward()
     expected = {n: p.grad for n, p in pipe.unet.named_parameters() if p.grad is not None}
-    assert relative_error({name: gradient[name] - plain[name] for name in plain}, expected) <= 1e-6
-    assert row["kl_to_reference"] == pytest.approx(kl.item(), rel=1e-6) and kl > 1e-6
+    assert relative_error({name: first.gradient[name] - plain[name] for name in plain}, expected) <= 1e-6
+    assert first.row["kl_to_reference"] == pytest.approx(kl.item(), rel=1e-6) and kl > 1e-6
 
 
 @pytest.mark.parametrize("changed", [dict(), dict(lora__scope="mid_up", cache__mode="on", train__gradient_checkpointing=True)])
-def test_a_run_with_a_kl_penalty(options, changed):  # noqa: F811
+def test_a_run_with_a_kl_penalty(options, changed):
     """Nothing has been left before the first update; a large penalty keeps the policy nearer than none."""
     short = dict(train__num_minibatches=1, train__inner_epochs=2, run__iterations=2, eval__every=9, **SMALL) | changed
     folders = [run(options(str(c), **short, train__kl_coefficient=c)) for c in (1e4, 1e-9)]
@@ -469,7 +464,7 @@ def test_a_run_with_a_kl_penalty(options, changed):  # noqa: F811
     assert (near[2]["cache_hit_fraction"] == 1) == bool(changed)
 
 
-def test_without_a_coefficient_there_is_no_reference(options, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(Policy, "predict_reference_noise", lambda *args: pytest.fail("it was computed"))
-    monkeypatch.setattr(trainer, "kl_loss", lambda *args: pytest.fail("it was computed"))
+def test_without_a_coefficient_there_is_no_reference(options, monkeypatch):
+    monkeypatch.setattr(Policy, "predict_under", lambda *args: pytest.fail("it was computed"))
+    monkeypatch.setattr(objectives, "kl_divergence", lambda *args: pytest.fail("it was computed"))
     assert read_metrics(run(options(run__iterations=1, eval__every=9, **SMALL)))[1]["kl_to_reference"] is None

@@ -3,13 +3,16 @@
 import re
 import sys
 from collections import Counter
+from types import SimpleNamespace
 from unittest import mock
 
 import bounds
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import Attention
-from test_train import options, rewards_file, run, untimed, weights  # noqa: F401
+from shared import policy_of, run, untimed
+from tiny import SD_BETAS
 
 from ddpo_fast import assemble
 from ddpo_fast.config.options import parse
@@ -34,7 +37,7 @@ SHAPES = Counter({(16, 16, 2, 8): 3, (16, 5, 2, 8): 1})
 
 @pytest.fixture
 def policy(tiny_model) -> Policy:
-    return Policy(str(tiny_model), "fp32", CPU, "all", ["attention"], 2, 2.0)
+    return policy_of(tiny_model, targets=["attention"], rank=2, alpha=2.0)
 
 
 def gradients(policy: Policy) -> list[torch.Tensor]:
@@ -116,13 +119,14 @@ def test_a_wrong_result_is_not_used(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["xformers", "flash_attn", "flash_attn_3", "cudnn", "efficient", "flex"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU they can run")
-def test_what_needs_a_gpu_is_an_error_before_the_model_is_loaded(options, backend, monkeypatch):  # noqa: F811
+def test_what_needs_a_gpu_is_an_error_before_the_model_is_loaded(options, backend, monkeypatch):
     """Whether its package is installed or not."""
     config = parse(options(attention__backend=backend, model__path="hub/unread"))
-    monkeypatch.setattr(assemble, "check_model", lambda *model: None)
+    unread = SimpleNamespace(scheduler=DDIMScheduler(**SD_BETAS), check_networks=lambda: None)  # and no weights
+    monkeypatch.setattr(assemble, "find", lambda config: unread)
     line = f"attention.backend={backend}: it cannot run here: it needs a GPU, and this run is on a CPU; valid is auto or sdpa"
     with pytest.raises(ValueError, match=f"^{line}$"):
-        assemble.prepare(config)
+        assemble.assemble(config)
 
 
 def test_what_a_cpu_runs_is_not_refused():
@@ -204,7 +208,7 @@ def test_an_attention_that_does_more_is_refused(policy):
     assert resolve("auto", policy.unet, lambda: policy.example_call(2), 4, torch.float32, torch.device("cuda")) == ("sdpa", "")
 
 
-def test_a_run_uses_it_and_keeps_it(options):  # noqa: F811
+def test_a_run_uses_it_and_keeps_it(options):
     """auto is sdpa on a CPU; config.yaml has what was used, and resuming may not change it."""
     argv = options(run__iterations=1)
     folder = run([*argv, "--attention.backend=math"])

@@ -111,14 +111,14 @@ def test_gate_leaves_the_parameters_as_they_were(argv):
 @pytest.mark.parametrize("factor", [0.98, -1.0])
 def test_wrong_gradient_is_refused(argv, factor):
     ours, textbook = Local("ours", argv), Local("textbook", argv)
-    ours.contender.setup = replace(ours.contender.setup, ops=broken_loss(ours.contender.setup.ops, factor))
+    ours.contender.run.objective.ops = broken_loss(ours.contender.run.ops, factor)
     with pytest.raises(harness.GateError, match="ours: its gradient is off by"):
         harness.gate({"ours": ours}, textbook)
 
 
 def test_wrong_step_is_refused(argv):
     ours = Ours(argv)
-    ours.setup = replace(ours.setup, ops=broken_step(ours.setup.ops))
+    ours.run = replace(ours.run, ops=broken_step(ours.run.ops))
     with pytest.raises(RuntimeError, match="ratio_error"):
         ours.iterate()
 
@@ -129,7 +129,7 @@ def test_benchmark_reports_nothing_of_a_broken_kernel(module, tiny_work, monkeyp
         workers = local_start(stack, contenders)
         for worker in workers.values():
             if worker.name.startswith("ours"):
-                worker.contender.setup = replace(worker.contender.setup, ops=broken_loss(worker.contender.setup.ops, 0.98))
+                worker.contender.run.objective.ops = broken_loss(worker.contender.run.ops, 0.98)
         return workers
 
     monkeypatch.setattr(module, "WORKS", {"embedded": tiny_work})
@@ -233,7 +233,10 @@ def test_broken_attention_is_refused(argv, monkeypatch):
         harness.gate({"math attention": ours}, textbook)
 
 
-@pytest.mark.parametrize("option", ["--optimizer.name=adamw_8bit", "--sample.eta=0.5", "--train.timestep_fraction=0.5"])
+@pytest.mark.parametrize(
+    "option",
+    ["--optimizer.name=adamw_8bit", "--sample.eta=0.5", "--train.timestep_fraction=0.5", "--sample.window={'size': 2}"],
+)
 def test_contender_refuses_what_it_does_not_have(argv, option):
     with pytest.raises(ValueError, match=f"{option[2:]}: this contender has"):
         Textbook([*argv, option])

@@ -14,6 +14,7 @@ from bench import harness, reward, rows
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import parse
 from ddpo_fast.records.metrics import read_metrics
+from ddpo_fast.records.run_directory import Record
 
 REWARDS = "def redness(images, prompts):\n    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))\n"
 
@@ -331,8 +332,8 @@ def test_real_runs_killed_and_continued(bench, monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(reward, "run_process", run)
-    publish = trainer.publish
-    monkeypatch.setattr(trainer, "publish", lambda *args: killed(*args) if len(resumed) == 3 else publish(*args))
+    publish = Record._publish
+    monkeypatch.setattr(Record, "_publish", lambda *args: killed(*args) if len(resumed) == 3 else publish(*args))
     with pytest.raises(KeyboardInterrupt):
         bench(*options)
     assert bench(*options) == 0

@@ -6,18 +6,17 @@ from pathlib import Path
 import bounds
 import pytest
 import torch
-from test_sdxl import make_sdxl
-from test_train import options, rewards_file, run  # noqa: F401
+from shared import policy_of, run
 
 import ddpo_fast.embedded
-from ddpo_fast import train as trainer
+from ddpo_fast.assemble import assemble
 from ddpo_fast.config.options import parse
 from ddpo_fast.policy import Policy
 from ddpo_fast.records.metrics import read_metrics
-from ddpo_fast.updates.losses import scaled_clip_range
+from ddpo_fast.rollout import generate
+from ddpo_fast.updates.objectives import scaled_clip_range
 
 pytestmark = pytest.mark.rounding
-CPU = torch.device("cpu")
 EMBEDDED = Path(ddpo_fast.embedded.__file__).parent / "model"
 
 
@@ -26,8 +25,8 @@ def rms(tensor: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model, tmp_path_factory) -> dict[str, Path]:
-    return {"tiny": tiny_model, "sdxl": make_sdxl(tmp_path_factory.mktemp("sdxl")), "embedded": EMBEDDED}
+def models(tiny_model, sdxl) -> dict[str, Path]:
+    return {"tiny": tiny_model, "sdxl": sdxl, "embedded": EMBEDDED}
 
 
 @pytest.mark.parametrize(
@@ -35,7 +34,7 @@ def models(tiny_model, tmp_path_factory) -> dict[str, Path]:
 )
 def test_a_network_rounds_as_its_layers_say(models, kind, dtype):
     """Against fp64, and rows together against each alone, by steps; from a fiftieth of the bound to the bound."""
-    policy = Policy(str(models[kind]), "fp32", CPU, "none", [], 1, 1.0)
+    policy = policy_of(models[kind], scope="none")
     exact = copy.deepcopy(policy.unet).double()
     bound = bounds.network_rounding(policy.unet, dtype)
     unet = policy.unet.to(dtype)
@@ -68,7 +67,7 @@ def test_a_tenth_of_the_clip_range_is_out_of_bounds(models, kind, num_steps):
 
 
 @pytest.mark.parametrize("size, kept", [("rounding", True), ("mistake", False)])
-def test_an_update_that_computes_something_else_is_seen(options, monkeypatch, size, kept):  # noqa: F811
+def test_an_update_that_computes_something_else_is_seen(options, monkeypatch, size, kept):
     """Outputs of the update off by rounding's size and, the mistake, by a thousandth."""
     argv = options(run__iterations=1)
     delta = {"rounding": bounds.of(parse(argv)).network, "mistake": 1e-3}[size]
@@ -84,13 +83,13 @@ def test_an_update_that_computes_something_else_is_seen(options, monkeypatch, si
     assert (error <= bound) == kept and error > bound / 50
 
 
-def test_pictures_of_other_batches_are_within_their_bound(options):  # noqa: F811
-    setup = trainer.prepare(parse(options()))
-    scale, ids, prompts = setup.config.sample.guidance_scale, torch.arange(4), ["a", "b", "a", "b"]
+def test_pictures_of_other_batches_are_within_their_bound(options):
+    made = assemble(parse(options()))
+    ids, prompts = torch.arange(4), ["a", "b", "a", "b"]
 
     def pictures(rows: slice) -> torch.Tensor:
-        return trainer.generate(setup.policy, setup.schedule, setup.ops, ids[rows], prompts[rows], 0, scale)[1]
+        return generate(made.policy, made.ops, made.schedule(1), 0, ids[rows], prompts[rows])[1]
 
     together, alone = pictures(slice(4)), torch.cat([pictures(slice(row, row + 1)) for row in range(4)])
-    bound = bounds.of(setup.config).picture
+    bound = bounds.of(made.config).picture
     assert (alone - together).abs().max() <= bound < 0.02 * together.std()

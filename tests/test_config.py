@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddpo_fast import assemble
+from ddpo_fast import algorithms, assemble
 from ddpo_fast import train as trainer
 from ddpo_fast.config import options as config_module
 from ddpo_fast.config.options import Config, parse, parse_or_exit
@@ -39,14 +39,19 @@ BAD = [  # arguments, what the line must say
     ("--train.micro_batch 0", "train.micro_batch=0: valid is"),
     ("--train.timestep_fraction 0", "train.timestep_fraction=0.0: valid is 0 < fraction <= 1"),
     ("--train.timestep_fraction 1.1", "train.timestep_fraction=1.1: valid is"),
-    ("--train.algorithm ppo", "train.algorithm=ppo: expected Literal['ddpo_is', 'ddpo_sf', 'rwr', 'rwr_sparse']"),
+    ("--train.algorithm ppo", "train.algorithm=ppo: valid is one of ddpo_is, ddpo_sf, rwr, rwr_sparse"),
     ("--train.algorithm ddpo_sf", "train.algorithm=ddpo_sf: valid is ddpo_is, or exactly one update"),
     ("--train.algorithm ddpo_sf --train.num_minibatches 1 --train.inner_epochs 2", "train.algorithm=ddpo_sf: valid is"),
     ("--train.estimator score_accumulation", "train.estimator=score_accumulation: valid is ppo, or exactly one update an iteration"),
     ("--train.estimator score_accumulation --train.num_minibatches 1 --train.inner_epochs 2", "valid is ppo, or exactly one update"),
     ("--train.estimator score_accumulation --train.num_minibatches 1 --lora.scope none", "valid is ppo, when lora.scope is none"),
-    ("--train.algorithm rwr --train.estimator score_accumulation", "valid is ppo, with train.algorithm=rwr or rwr_sparse"),
-    ("--train.algorithm rwr_sparse --cache.mode on", "cache.mode=on: valid is auto or off, with train.algorithm=rwr or rwr_sparse"),
+    ("--train.algorithm rwr --train.estimator score_accumulation", "valid is ppo, with train.algorithm=rwr: its loss is not one of the steps"),
+    ("--train.algorithm rwr_sparse --cache.mode on", "cache.mode=on: valid is auto or off, with train.algorithm=rwr_sparse: "),
+    ("--cache.mode on --lora.scope none", "cache.mode=on: valid is auto or off, when lora.scope is none: nothing is frozen"),
+    (
+        "--cache.mode on --train.estimator score_accumulation --train.num_minibatches 1",
+        "cache.mode=on: valid is auto or off, with train.estimator=score_accumulation: no transition is visited twice",
+    ),
     ("--train.algorithm rwr --train.timestep_fraction 0.5", "train.timestep_fraction=0.5: valid is 1, with train.algorithm=rwr"),
     ("--train.kl_coefficient=-1", "train.kl_coefficient=-1.0: valid is a finite number >= 0"),
     ("--train.algorithm rwr --train.kl_coefficient 1", "train.kl_coefficient=1.0: valid is 0, with train.algorithm=rwr"),
@@ -57,13 +62,45 @@ BAD = [  # arguments, what the line must say
     ),
     ("--train.kl_coefficient 1 --zero.stage 3", "train.kl_coefficient=1.0: valid is 0, with zero.stage=3"),
     ("--train.kl_coefficient 1 --model.compile true", "train.kl_coefficient=1.0: valid is 0, with model.compile=true"),
-    ("--rwr.inverse_temperature 0", "rwr.inverse_temperature=0.0: valid is a finite number > 0"),
-    ("--rwr.percentile 1", "rwr.percentile=1.0: valid is 0 <= percentile < 1"),
-    ("--rwr.guidance_scale 0.5", "rwr.guidance_scale=0.5: valid is a finite number >= 1 (1 is no guidance), or null"),
-    ("--rwr.num_timesteps 0", "rwr.num_timesteps=0: valid is a whole number >= 1"),
+    ("--train.algorithm rwr --algorithm.inverse_temperature 0", "algorithm.inverse_temperature=0.0: valid is a finite number > 0"),
+    ("--train.algorithm rwr_sparse --algorithm.percentile 1", "algorithm.percentile=1.0: valid is 0 <= percentile < 1"),
+    ("--train.algorithm rwr --algorithm.guidance_scale 0.5", "algorithm.guidance_scale=0.5: valid is a finite number >= 1 (1 is no guidance), or null"),
+    ("--train.algorithm rwr --algorithm.num_timesteps 0", "algorithm.num_timesteps=0: valid is a whole number >= 1"),
+    ("--algorithm.percentile 0.5", "algorithm.percentile: it is an option with train.algorithm=rwr_sparse"),
+    ("--train.algorithm rwr --algorithm.percentile 0.5", "algorithm.percentile: it is an option with train.algorithm=rwr_sparse"),
+    ("--algorithm.inverse_temperature 1", "algorithm.inverse_temperature: it is an option with train.algorithm=rwr"),
+    ("--algorithm.num_timesteps 1", "algorithm.num_timesteps: it is an option with train.algorithm=rwr, rwr_sparse"),
+    ("--train.algorithm rwr --algorithm.temperature 1", "algorithm.temperature: no such option; did you mean algorithm.inverse_temperature"),
+    ("--train.algorithm rwr --train.algorithm ddpo_is --algorithm.num_timesteps 1", "algorithm.num_timesteps: it is an option with"),
+    ("--config {rwr_recipe} --algorithm.percentile 0.5", "algorithm.percentile: it is an option with train.algorithm=rwr_sparse"),
+    ("--config {percentile_recipe}", "algorithm.percentile: it is an option with train.algorithm=rwr_sparse"),
+    ('--train {{"algorithm":"rwr"}} --algorithm.percentile 0.5', "algorithm.percentile: it is an option with train.algorithm=rwr_sparse"),
+    ('--train {{"algorithm":"ppo"}}', "train.algorithm\": Expected a typing.Literal['ddpo_is', 'ddpo_sf', 'rwr', 'rwr_sparse']. Got value: ppo"),
+    ("--rwr.percentile 1", "rwr.percentile: no such option; did you mean algorithm.percentile"),
     ("--train.estimator reinforce", "train.estimator=reinforce: expected Literal['ppo', 'score_accumulation']"),
     ("--sample.eta 0", "there is no policy gradient"),
     ("--sample.eta 1.5", "sample.eta=1.5: valid is 0 < eta <= 1"),
+    ("--sample.sampler euler", "sample.sampler=euler: expected Literal['ddim', 'ode']"),
+    ("--sample.sampler ode", "sample.sampler=ode: valid is a sampler that draws noise, with train.algorithm=ddpo_is: a step without noise"),
+    ("--sample.sampler ode --train.algorithm ddpo_sf --train.num_minibatches 1", "with train.algorithm=ddpo_sf: a step without noise has"),
+    ('--sample.window {{"size":0}}', "sample.window={{'size': 0}}: valid is null, or {{size: N, among: N, every: N}} with 1 <= size <= among <="),
+    ('--sample.window {{"size":11}}', "sample.window={{'size': 11}}: valid is null, or "),
+    ('--sample.window {{"size":2,"among":11}}', "sample.window={{'size': 2, 'among': 11}}: valid is null, or "),
+    ('--sample.window {{"size":3,"among":2}}', "sample.window={{'size': 3, 'among': 2}}: valid is null, or "),
+    ('--sample.window {{"size":3,"every":0}}', "sample.window={{'size': 3, 'every': 0}}: valid is null, or "),
+    ('--sample.window {{"among":3}}', "sample.window={{'among': 3}}: valid is null, or "),
+    ('--sample.window {{"size":3,"steps":5}}', "sample.window={{'size': 3, 'steps': 5}}: valid is null, or "),
+    ('--sample.window {{"size":6}} --sample.num_steps 5', "sample.window={{'size': 6}}: valid is null, or "),
+    ('--sample.window {{"size":1.5}}', "sample.window={{'size': 1.5}}: expected dict[str, int], NoneType"),
+    ("--sample.window 3", "sample.window=3: expected dict[str, int], NoneType"),
+    (
+        '--sample.window {{"size":3}} --train.algorithm rwr',
+        "sample.window={{'size': 3}}: valid is null, with train.algorithm=rwr: it does not train on the steps that sampling makes",
+    ),
+    (
+        '--sample.window {{"size":3}} --train.algorithm rwr --sample.sampler ode',
+        "sample.window={{'size': 3}}: valid is null, with sample.sampler=ode: no step draws noise",
+    ),
     ("--sample.guidance_scale 0.5", "sample.guidance_scale=0.5: valid is a finite number >= 1"),
     ("--sample.num_steps 0", "sample.num_steps=0: valid is"),
     ("--sample.num_samples 0", "sample.num_samples=0: valid is"),
@@ -98,7 +135,7 @@ BAD = [  # arguments, what the line must say
     ("--zero.stage 4", "zero.stage=4: expected Literal[0, 1, 2, 3]"),
     ("--zero.offload optimizer", "zero.offload=optimizer: valid is none, optimizer with zero.stage 1 to 3, or all with zero.stage=3"),
     ("--zero.offload all --zero.stage 2", "zero.offload=all: valid is none, optimizer with zero.stage 1 to 3"),
-    ("--zero.offload all --zero.stage 3 --optimizer.name adamw_8bit", "zero.offload=all: valid is none, unless optimizer.name=adamw"),
+    ("--zero.offload all --zero.stage 3 --optimizer.name adamw_8bit", "zero.offload=all: valid is none, with optimizer.name=adamw_8bit"),
     ("--zero.stage 3 --lora.forward merged", "lora.forward=merged: valid is auto or separate, with zero.stage=3"),
     ("--zero.stage 3 --cache.mode on", "cache.mode=on: valid is auto or off, with zero.stage=3"),
     ("--zero.stage 3 --model.compile true", "model.compile=True: valid is false, with zero.stage=3"),
@@ -110,13 +147,16 @@ BAD = [  # arguments, what the line must say
         "--train.gradient_checkpointing true --train.estimator score_accumulation --train.num_minibatches 1",
         "train.gradient_checkpointing=True: valid is false, with train.estimator=score_accumulation",
     ),
-    ("--train.gradient_checkpointing true --model.compile true", "train.gradient_checkpointing=True: valid is false, with model.compile"),
+    ("--train.gradient_checkpointing true --model.compile true", "train.gradient_checkpointing=True: valid is false, with model.compile=true"),
     ("--deepspeed.config /nowhere.json", "deepspeed.config=/nowhere.json: cannot be read"),
     ("--eval.every 0", "eval.every=0: valid is"),
     ("--prompts.list []", "prompts.list=[]: valid is at least one prompt"),
     ('--prompts.list {{"a":0}}', "prompts.list={{'a': 0.0}}: valid is at least one prompt, a text; a weight is a finite number > 0"),
     ("--prompts.list [a] --prompts.file {some_lines}", "prompts.list=['a']: valid is null, when prompts.file is given"),
     ("--prompts.file {bad_weight}", "line 1 has weight 0.0; valid is a number > 0, a tab, a prompt"),
+    ("--eval.sampler euler", "eval.sampler=euler: expected Literal['ddim', 'ode'], NoneType"),
+    ("--eval.num_steps 0", "eval.num_steps=0: valid is a whole number >= 1 and < 2^63, or null"),
+    ("--eval.guidance_scale 0.5", "eval.guidance_scale=0.5: valid is a finite number >= 1; 1 is no guidance; or null"),
     ("--eval.prompts animals", "eval.prompts=animals: expected Literal['simple_animals', "),
     ("--eval.prompts []", "eval.prompts=[]: valid is a prompt set or a list with at least one prompt"),
     ("--eval.heldout []", "eval.heldout=[]: valid is a prompt set or a list with at least one prompt"),
@@ -128,7 +168,6 @@ BAD = [  # arguments, what the line must say
     ("--run.dir {finished}", "a directory that holds no run yet; to continue the one in it, add --resume"),
     ("--run.dir {empty} --resume", "valid is the directory of a run with a checkpoint"),
     ("--resume", "run.dir=None: valid is the directory of a run with a checkpoint"),
-    ("--sample.sampler euler", "sample.sampler=euler: valid is one of ddim"),
     ("--reward.name beauty", "reward.name=beauty: valid is one of aesthetic"),
     ("--reward.name aesthetic", "reward.kwargs.weights=None: valid is the file sac+logos+ava1-l14-linearMSE.pth"),
     ("--reward.name /nowhere.py:f", "reward.name=/nowhere.py:f: there is no file /nowhere.py"),
@@ -214,6 +253,11 @@ BAD = [  # arguments, what the line must say
     ("--resume --run.dir {unknown_run}", "unknown_run/config.yaml: lora.rnak: no such option; did you mean lora.rank"),
     ("--resume --run.dir {old_run}", "old_run/config.yaml: trainer.rate: no such option; did you mean train."),
     ("--resume --run.dir {former_run}", "change or remove that option in the file, then --resume)"),
+    (
+        "--resume --run.dir {rwr_run}",
+        "rwr_run/config.yaml: rwr.percentile: no such option; did you mean algorithm.percentile? (another version may have written it; "
+        "change or remove that option in the file, then --resume)",
+    ),
     ("--resume --run.dir {wrong_run}", "lora.rank=0: valid is a whole number >= 1"),
     ("--resume --run.dir {other_run} --lora.rank 2", "lora.rank=2: the run in run.dir={other_run} began with 99; --resume keeps it"),
 ]
@@ -235,6 +279,7 @@ def paths(tmp_path_factory, tiny_model) -> Iterator[dict[str, Path]]:
         "list_run": "[1]", "tag_run": "lora: !!python/object/apply:os.system ['false']", "binary_run": BINARY, "laughs_run": LAUGHS,
         "unknown_run": "lora: {rnak: 2}", "wrong_run": "lora: {rank: 0}", "other_run": "lora: {rank: 99}\nmodel: {path: a/b}",
         "old_run": "trainer: {rate: 2}", "former_run": "train: {algorithm: ppo}",
+        "rwr_run": "train: {algorithm: rwr_sparse}\nrwr: {percentile: 0.9}",
     }  # fmt: skip
     files = {
         "file": "", "other_pipeline/model_index.json": json.dumps({"_class_name": "FluxPipeline"}), "broken_pipeline/model_index.json": "{",
@@ -256,7 +301,7 @@ def paths(tmp_path_factory, tiny_model) -> Iterator[dict[str, Path]]:
         "raising_reward.py": "raise ValueError('first\\nsecond')", "empty_reward.py": "",
         **{f"{run}/checkpoints/1/state.json": "{}" for run in ["no_config", *runs]},
         **{f"{run}/config.yaml": content for run, content in runs.items()},
-        "some_lines": "a cat", "bad_weight": "0\ta cat",
+        "rwr_recipe": "train: {algorithm: rwr}", "percentile_recipe": "algorithm: {percentile: 0.5}", "some_lines": "a cat", "bad_weight": "0\ta cat",
     }  # fmt: skip
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
@@ -279,10 +324,13 @@ def test_bad_options_are_one_line_and_exit_2(arguments, message, paths, capsys, 
     assert message.format(**paths) in captured.err
 
 
+SECTIONS = {section.name: section.type for section in dataclasses.fields(Config) if section.name != "algorithm"}
+OWNER = {f"algorithm.{option.name}": name for name in algorithms.CHOICES for option in dataclasses.fields(algorithms.find(name))}
+"""An algorithm that has the option."""
 OPTIONS = {
-    f"{section.name}.{option}": annotation
-    for section in dataclasses.fields(Config)
-    for option, annotation in typing.get_type_hints(section.type).items()
+    f"{section}.{option.name}": typing.get_type_hints(kind)[option.name]
+    for section, kind in [*SECTIONS.items(), *(("algorithm", algorithms.find(name)) for name in algorithms.CHOICES)]
+    for option in dataclasses.fields(kind)
 }
 VALUES = {
     "few": "few", ".nan": math.nan, ".inf": math.inf, "-1": -1, "0": 0, "1.5": 1.5, "true": True,
@@ -291,6 +339,17 @@ VALUES = {
     "1.0e+400": math.inf, "[" * 500: None, "*a": None, "&a [*a]": None, "{a: 1, a: 2}": None, "!!python/name:os.system ": None,
 }  # fmt: skip
 """YAML and what it says; None for what is refused whatever the option, and for null."""
+
+
+def chosen(option: str) -> list[str]:
+    """What a command line needs to have the option."""
+    return [f"--train.algorithm={OWNER[option]}"] if option in OWNER else []
+
+
+def rules(option: str) -> list:
+    """(what is valid in words, or of a config; whether a value is), of an option."""
+    own = algorithms.find(OWNER[option]).RULES if option in OWNER else ()
+    return [rule[1:] for rule in (*config_module.RULES, *((f"algorithm.{rule[0]}", *rule[1:]) for rule in own)) if rule[0] == option]
 
 
 def takes(annotation, value) -> bool:
@@ -309,7 +368,7 @@ def takes(annotation, value) -> bool:
 
 def is_bad(option: str, text: str) -> bool:
     """Whether YAML is wrong for an option: of another type, no number that a computer has, or one that the rules call too small."""
-    value, texts = VALUES[text], [said(Config()) if callable(said) else said for name, said, _ in config_module.RULES if name == option]
+    value, texts = VALUES[text], [said(Config()) if callable(said) else said for said, _ in rules(option)]
     if value is None and text != "null" or not takes(OPTIONS[option], value):
         return True
     numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, float | int)]
@@ -334,7 +393,7 @@ def test_what_no_option_takes_is_one_line_that_names_it(option, text, capsys, tm
     recipe.write_text(f"{section}:\n  {key}: {text}\n")
     in_recipe = text == "null" or takes(OPTIONS[option], "any text")
     with pytest.raises(SystemExit) as exit_:
-        parse_or_exit(["--config", str(recipe)] if in_recipe else [f"--{option}={text}"])
+        parse_or_exit([*chosen(option), *(["--config", str(recipe)] if in_recipe else [f"--{option}={text}"])])
     captured = capsys.readouterr()
     assert exit_.value.code == 2 and captured.out == "" and re.fullmatch(r"error: .*\n", captured.err)
     assert captured.err.startswith((f"error: {option}", f"error: --config {recipe}: not valid YAML: ") if in_recipe else f"error: {option}")
@@ -347,9 +406,10 @@ def test_enough_is_generated_for_every_option():
 def test_what_is_valid_is_not_called_bad():
     """Every default is of its option's type and, said on the command line, the default."""
     for option, annotation in OPTIONS.items():
-        assert takes(annotation, Config()[option]), option
-        default = Config()[option]
-        assert parse([f"--{option}={default if isinstance(default, str) else json.dumps(default)}"]) == Config()
+        config = parse(chosen(option))
+        default = config[option]
+        assert takes(annotation, default), option
+        assert parse([*chosen(option), f"--{option}={default if isinstance(default, str) else json.dumps(default)}"]) == config
 
 
 @pytest.mark.parametrize(
@@ -388,20 +448,62 @@ def test_command_line_beats_recipe_beats_default(tmp_path):
     assert (config.train.learning_rate, config.train.micro_batch, config.train.clip_range) == (1e-5, 5, Config().train.clip_range)
 
 
-def test_print_config_is_a_recipe(capsys, tmp_path):
-    with pytest.raises(SystemExit, match="0"):
-        parse(["--train.learning_rate", "0.5", "--print_config"])
+RWR = algorithms.find("rwr")
+
+
+def test_the_options_are_those_of_the_chosen_algorithm(tmp_path):
+    """However it is chosen; the last choice counts."""
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(capsys.readouterr().out)
-    assert parse(["--config", str(recipe)]) == Config().replace(train__learning_rate=0.5)
+    recipe.write_text("train: {algorithm: rwr}\nalgorithm: {inverse_temperature: 2.0}\n")
+    sparse = algorithms.find("rwr_sparse")(percentile=0.5)
+    cases = [
+        ([], algorithms.find("ddpo_is")()),
+        (["--train.algorithm", "rwr"], RWR()),
+        (["--train.algorithm=rwr"], RWR()),
+        (["--train", "{algorithm: rwr}"], RWR()),
+        (["--train={algorithm: rwr}", "--algorithm.num_timesteps=3"], RWR(num_timesteps=3)),
+        (["--config", str(recipe)], RWR(inverse_temperature=2.0)),
+        ([f"--config={recipe}", "--algorithm.population=iteration"], RWR(inverse_temperature=2.0, population="iteration")),
+        (["--train.algorithm=rwr", "--train.algorithm=rwr_sparse", "--algorithm.percentile=0.5"], sparse),
+        (["--algorithm.percentile=0.5", "--train.algorithm=rwr_sparse"], sparse),
+        (["--train.algorithm=ddpo_sf", "--train.num_minibatches=1"], algorithms.find("ddpo_sf")()),
+    ]
+    for argv, expected in cases:
+        found = parse(argv).algorithm
+        assert type(found) is type(expected) and found == expected, argv
+
+
+@pytest.mark.parametrize("options", ["--sample.sampler=ode", "--eval.sampler=ode --eval.num_steps=20 --eval.guidance_scale=1"])
+def test_the_ode_is_for_evaluation_or_a_regression(options):
+    regression = ["--train.algorithm=rwr"] if options.startswith("--sample") else []
+    config = parse([*options.split(), *regression])
+    assert "ode" in (config.sample.sampler, config.eval.sampler)
+
+
+@pytest.mark.parametrize("window", [{"size": 10}, {"size": 1, "among": 1}, {"size": 3, "among": 5, "every": 7}])
+def test_a_window_as_it_may_be(window):
+    assert parse([f"--sample.window={json.dumps(window)}"]).sample.window == window
+
+
+def test_print_config_is_a_recipe(capsys, tmp_path):
+    for more in ([], ["--train.algorithm=rwr", "--algorithm.num_timesteps=3"], ["--train={algorithm: rwr}", "--eval.sampler=ode"]):
+        argv = ["--train.learning_rate", "0.5", *more]
+        with pytest.raises(SystemExit, match="0"):
+            parse([*argv, "--print_config"])
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text(capsys.readouterr().out)
+        assert parse(["--config", str(recipe)]) == parse(argv) and parse(argv).train.learning_rate == 0.5
 
 
 def test_help_explains_every_option(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        parse(["--help"])
-    text = capsys.readouterr().out
-    for section in dataclasses.fields(Config):
-        for option in dataclasses.fields(section.type):
-            name = re.escape(f"--{section.name}.{option.name}")
-            entry = re.split(rf"{name}[ ,]", text)[1].split("\n  --")[0]  # Python 3.13: a comma before another name
-            assert len(" ".join(entry.split())) > 40, f"{section.name}.{option.name}: {entry}"
+    """Of those of an algorithm, where the command line has chosen it."""
+    texts = {}
+    for name in algorithms.CHOICES:
+        with pytest.raises(SystemExit, match="0"):
+            parse([f"--train.algorithm={name}", "--help"])
+        texts[name] = capsys.readouterr().out
+    for option in OPTIONS:
+        text = texts[OWNER.get(option, Config().train.algorithm)]
+        entry = re.split(rf"{re.escape(f'--{option}')}[ ,]", text)[1].split("\n  --")[0]  # Python 3.13: a comma before another name
+        assert len(" ".join(entry.split())) > 40, f"{option}: {entry}"
+    assert all(("--algorithm.percentile" in text) == (name == "rwr_sparse") for name, text in texts.items())

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 from runs import deepspeed
+from shared import weights
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
-from test_launch import options as launch_options  # noqa: F401
-from test_train import options, rewards_file, weights  # noqa: F401
 
-from ddpo_fast import assemble, files
+from ddpo_fast import assemble as assembling
+from ddpo_fast import files
 from ddpo_fast import train as trainer
-from ddpo_fast.claim import Claim
+from ddpo_fast.claim import Claim, _one_run
 from ddpo_fast.records import run_directory
 from ddpo_fast.records.checkpoint import list_checkpoints
 from ddpo_fast.records.metrics import MetricsWriter, read_metrics
+from ddpo_fast.records.run_directory import Record
 
 SMALL = {"sample__num_samples": 4, "sample__num_steps": 2, "eval__num_samples": 2, "run__iterations": 1, "run__trackers": "[]"}
 
@@ -44,7 +45,7 @@ def disk(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_the_end_says_what_could_not_be_written_and_resume_writes_it(options, disk, reports, tmp_path, capsys, number):  # noqa: F811
+def test_the_end_says_what_could_not_be_written_and_resume_writes_it(options, disk, reports, tmp_path, capsys, number):
     argv, disk["fails"] = options(**SMALL), number
     with pytest.raises(SystemExit) as end:
         trainer.main(argv)
@@ -89,7 +90,7 @@ def test_tensorboards_thread_fails_in_one_line(tmp_path, caplog, capsys, monkeyp
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_a_stop_whose_checkpoint_cannot_be_written_says_so(options, disk, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_stop_whose_checkpoint_cannot_be_written_says_so(options, disk, tmp_path, capsys, monkeypatch):
     disk["fails"] = errno.EIO
     monkeypatch.setattr(trainer.StopRequest, "requested", property(lambda _: disk["begun"]))
     with pytest.raises(SystemExit) as end:
@@ -98,7 +99,7 @@ def test_a_stop_whose_checkpoint_cannot_be_written_says_so(options, disk, tmp_pa
     assert "stopped after" not in capsys.readouterr().out
 
 
-def test_a_directory_that_is_deleted_is_made_again(options, disk, reports, tmp_path):  # noqa: F811
+def test_a_directory_that_is_deleted_is_made_again(options, disk, reports, tmp_path):
     folder = tmp_path / "run"
     disk["then"] = lambda: shutil.rmtree(folder)
     trainer.main(options(**SMALL))
@@ -107,17 +108,17 @@ def test_a_directory_that_is_deleted_is_made_again(options, disk, reports, tmp_p
     assert [path.name for path in list_checkpoints(folder)] == ["1"]
 
 
-def test_best_weights_that_were_deleted_are_said(options, disk, tmp_path, monkeypatch):  # noqa: F811
-    publish = trainer.publish
-    monkeypatch.setattr(trainer, "publish", lambda *args: (publish(*args), shutil.rmtree(tmp_path / "run" / "best", ignore_errors=True)))
+def test_best_weights_that_were_deleted_are_said(options, disk, tmp_path, monkeypatch):
+    publish = Record._publish
+    monkeypatch.setattr(Record, "_publish", lambda *args: (publish(*args), shutil.rmtree(tmp_path / "run" / "best", ignore_errors=True)))
     with pytest.raises(SystemExit) as end:
         trainer.main(options(**SMALL))
     assert end.value.code == "error: iteration 1: the best weights could not be written (deleted)"
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_directory_where_a_run_is_going_on_is_refused_before_a_model_is_loaded(options, tmp_path, capsys, monkeypatch, resume):  # noqa: F811
-    monkeypatch.setattr(assemble, "Policy", None)
+def test_a_directory_where_a_run_is_going_on_is_refused_before_a_model_is_loaded(options, tmp_path, capsys, monkeypatch, resume):
+    monkeypatch.setattr(assembling, "Policy", None)
     monkeypatch.setattr("ddpo_fast.config.options._check_resumed", lambda _: None)
     monkeypatch.setattr("ddpo_fast.config.rules._has_checkpoint", lambda _: resume)
     with Claim() as claim:
@@ -128,7 +129,7 @@ def test_a_directory_where_a_run_is_going_on_is_refused_before_a_model_is_loaded
     assert error.startswith(f"error: run.dir={tmp_path / 'run'}: a run is going on there, that of process") and error.count("\n") == 1
 
 
-def test_a_disk_that_is_full_from_the_start_is_one_line(options, capsys, monkeypatch):  # noqa: F811
+def test_a_disk_that_is_full_from_the_start_is_one_line(options, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -138,19 +139,19 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(options, capsys, monkeyp
     assert "error: run.dir=" in (line := capsys.readouterr().err.splitlines()[-1]) and "cannot be written to" in line
 
 
-def test_two_runs_of_one_second_have_two_directories(options, monkeypatch, tmp_path, capsys):  # noqa: F811
+def test_two_runs_of_one_second_have_two_directories(options, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(assemble.time, "strftime", lambda *_: "20260101-000000")
+    monkeypatch.setattr(assembling.time, "strftime", lambda *_: "20260101-000000")
     argv = [option for option in options(**SMALL, run__keep_best="false") if not option.startswith("--run.dir")]
     (Path("runs") / "rewards.py-redness-20260101-000000").mkdir(parents=True)
     trainer.main(argv)
     assert "weights: runs/rewards.py-redness-20260101-000000-2/lora" in capsys.readouterr().out
 
 
-def test_a_run_in_a_thread_and_only_one_at_a_time(options, tmp_path, caplog, capsys):  # noqa: F811
+def test_a_run_in_a_thread_and_only_one_at_a_time(options, tmp_path, caplog, capsys):
     thread = threading.Thread(target=trainer.main, args=(options(**SMALL),))
     thread.start()
-    while thread.is_alive() and not trainer._one_run.locked():
+    while thread.is_alive() and not _one_run.locked():
         time.sleep(0.01)
     with pytest.raises(SystemExit, match="2"):
         trainer.main(options("other"))
@@ -160,7 +161,7 @@ def test_a_run_in_a_thread_and_only_one_at_a_time(options, tmp_path, caplog, cap
     assert len([record for record in caplog.records if "not in the main thread" in record.message]) == 1
 
 
-def test_no_rank_waits_for_one_that_cannot_write(launch_options, tmp_path):  # noqa: F811
+def test_no_rank_waits_for_one_that_cannot_write(launch_options, tmp_path):
     (tmp_path / "full.py").write_text("""
 import os, resource
 calls = 0
@@ -178,7 +179,7 @@ def redness(images, prompts):
     assert "weights: those of iteration 1 could not be written; those in" in text and "another rank is gone" not in text
 
 
-def test_a_finished_run_without_its_metrics_is_resumed(options, tmp_path, capsys):  # noqa: F811
+def test_a_finished_run_without_its_metrics_is_resumed(options, tmp_path, capsys):
     trainer.main(options(**SMALL))
     folder = tmp_path / "run"
     (folder / "metrics.jsonl").unlink()

@@ -8,15 +8,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from shared import policy_of
 from test_places import MOVING, NAMES, began, moved  # noqa: F401
 
 from ddpo_fast import train as trainer
 from ddpo_fast.pipelines.folders import find_model, open_pipeline
-from ddpo_fast.policy import Policy
 from ddpo_fast.records.checkpoint import list_checkpoints, read_state
 from ddpo_fast.records.fingerprints import _weights, changes, of_model, of_reward
-
-CPU = torch.device("cpu")
 
 
 def of(model: Path) -> dict[str, str]:
@@ -45,7 +43,7 @@ def test_it_is_of_what_is_in_a_place_and_not_of_the_place(model, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, requires_safety_checker=False)
     pipe.save_pretrained(tmp_path / "deeper" / "again", max_shard_size="50KB")  # other files, other configs' order
     assert of(tmp_path / "deeper" / "again") == before
-    policy = Policy(str(model), "fp32", CPU, "all", ["attention"], 2, 2.0)
+    policy = policy_of(model, targets=["attention"], rank=2, alpha=2.0)
     policy.merge_lora()
     assert of_model(policy.pipe, has_own_vae=True) == before  # LoRA is the run's and not the model's
 

@@ -13,6 +13,8 @@ from test_resume import bomb, copy, finished, pretend  # noqa: F401
 
 from ddpo_fast import assemble
 from ddpo_fast import train as trainer
+from ddpo_fast.config.options import parse
+from ddpo_fast.records import checkpoint
 
 UNET, TEXT, VAE = "unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"
 
@@ -112,16 +114,21 @@ def test_tensors_of_another_run_are_refused_by_name(copy, damage, message, capsy
     assert {path: path.stat().st_mtime_ns for path in copy.parent.rglob("*") if path.is_file()} == before
 
 
-WHOLE = '{"iteration": 2, "device_hours": 0, "bad_rewards": 0, "world_size": 1, "baseline": {"cat": [1.5]}}'
+WHOLE = (
+    '{"iteration": 2, "world_size": 1, "fingerprints": {}, "credit": {"cat": [1.5]}, '
+    '"progress": {"iteration": 2, "device_hours": 0, "bad_rewards": 0, "evaluations": {}}}'
+)
 BAD_STATES = [
     "{}",
     '{"iteration": 2}',
-    '{"iteration": 2, "baseline": []}',
+    WHOLE.replace('{"cat": [1.5]}', "[]"),
+    WHOLE.replace('"fingerprints": {}', '"fingerprints": 3'),
+    WHOLE.replace('"world_size": 1, ', ""),
     "[2]",
     '{"iteration": "2"}',
     '{"iteration": NaN}',
     WHOLE.replace("1.5", "NaN"),
-    WHOLE.replace("[1.5]", "3"),
+    WHOLE.replace("1.5", "1e999"),
 ]
 
 
@@ -129,13 +136,36 @@ BAD_STATES = [
 def test_a_state_that_cannot_be_is_damage(copy, state):  # noqa: F811
     (copy / "checkpoints" / "2" / "state.json").write_text(state)
     pretend(copy / "checkpoints" / "2")
-    assert "state.json" in trainer.checkpoint.find_fault(copy / "checkpoints" / "2")
+    assert "state.json" in checkpoint.find_fault(copy / "checkpoints" / "2")
+
+
+PARTS = [
+    ("credit", '[1.5]', "3"),
+    ("credit", '[1.5]', '["x"]'),
+    ("credit", '"credit"', '"other"'),
+    ("progress", '"device_hours": 0', '"device_hours": "x"'),
+    ("progress", '"device_hours": 0, ', ""),
+    ("progress", '"progress"', '"other"'),
+]
+
+
+@pytest.mark.parametrize("part, old, new", PARTS)
+def test_a_part_of_the_state_that_is_another_s_is_refused_by_name(copy, part, old, new, capsys):  # noqa: F811
+    folder = copy / "checkpoints" / "2"
+    assert old in WHOLE
+    (folder / "state.json").write_text(WHOLE.replace(old, new))
+    pretend(folder)
+    assert checkpoint.find_fault(folder) is None
+    with pytest.raises(SystemExit, match="2"):
+        trainer.main([f"--run.dir={copy}", "--resume", "--run.iterations=3"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: run.dir={copy}: checkpoint 2 is not this run's: state.json has another {part}: ")
 
 
 @pytest.mark.parametrize("name", ["../../../x.py:f", "x/../../..:f", "http://127.0.0.1:1/..", "http://127.0.0.1:1/" + "x" * 300])
 def test_a_rewards_name_keeps_the_run_inside_of_runs(tiny_model, tmp_path, monkeypatch, name):
     monkeypatch.setattr(assemble, "open_reward", lambda *args: None)
     monkeypatch.chdir(tmp_path)
-    run_dir = trainer.prepare(trainer.parse_or_exit([f"--model.path={tiny_model}", f"--reward.name={name}"])).run_dir
+    run_dir = assemble.assemble(parse([f"--model.path={tiny_model}", f"--reward.name={name}"])).directory.path
     assert run_dir.parent == tmp_path / "runs" and ".." not in run_dir.parts
     run_dir.mkdir(parents=True)  # no part of it is too long

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from test_train import options, rewards_file, run  # noqa: F401
+from shared import policy_of, run
 
 from ddpo_fast import sample
 from ddpo_fast import train as trainer
@@ -20,12 +20,11 @@ from ddpo_fast.policy import Policy
 from ddpo_fast.records import kohya
 from ddpo_fast.records.metrics import read_metrics
 
-CPU, EVERYTHING = torch.device("cpu"), ["attention", "feed_forward", "convolution", "projection"]
 MID_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
-def make_policy(model: Path, scope="all", targets=EVERYTHING, rank=4, alpha=3.0) -> Policy:
-    return Policy(str(model), "fp32", CPU, scope, targets, rank, alpha)
+def make_policy(model: Path, **lora) -> Policy:
+    return policy_of(model, **{"rank": 4, "alpha": 3.0} | lora)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +183,7 @@ def test_mistakes_before_anything_is_loaded(exported, tiny_model, tmp_path):
         (["--lora.init=nowhere.safetensors"], "lora.init=.*nowhere.safetensors: valid is the directory of a run, a folder with"),
         ([f"--lora.init={tiny_model}"], "lora.init=.*: valid is the directory of a run"),
         ([f"--lora.init={tmp_path}/damaged.safetensors"], "lora.init=.*: valid is the directory of a run"),
-        ([f"--lora.init={folder}", "--lora.scope=none"], "lora.init=.*: valid is null, when lora.scope is none"),
+        ([f"--lora.init={folder}", "--lora.scope=none"], "lora.init=.*: valid is null, when lora.scope is none: there is no LoRA to start"),
         (
             [f"--model.path={folder}"],
             "model.path=.*: valid is a whole model; this is a LoRA: lora.init starts from it, beside the model.path",
@@ -196,7 +195,7 @@ def test_mistakes_before_anything_is_loaded(exported, tiny_model, tmp_path):
             parse(argv)
 
 
-def test_a_run_starts_where_the_fused_model_does_and_resumes_without_the_file(exported, pipe, options, tmp_path):  # noqa: F811
+def test_a_run_starts_where_the_fused_model_does_and_resumes_without_the_file(exported, pipe, options, tmp_path):
     folder, _ = exported
     init = Path(shutil.copy(folder / "kohya.safetensors", tmp_path / "init.safetensors"))
     pipe.load_lora_weights(tmp_path, weight_name="init.safetensors")

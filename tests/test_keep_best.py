@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import options, run, weights  # noqa: F401
+from shared import run, weights
 
 from ddpo_fast import sample
 from ddpo_fast import train as trainer
 from ddpo_fast.policy import Policy
 from ddpo_fast.records.metrics import read_metrics
+from ddpo_fast.records.run_directory import Record
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 
@@ -36,7 +37,7 @@ def redness(images, prompts):
     return path
 
 
-def test_the_best_evaluation_is_kept_and_resume_remembers_it(options, reports, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_best_evaluation_is_kept_and_resume_remembers_it(options, reports, tmp_path, monkeypatch, capsys):
     """5 iterations whose evaluations give 9 (untrained: does not count), 1, 3, 2, 3, 2.5, with a stop after the third."""
     exported, export = {}, Policy.export
 
@@ -73,24 +74,24 @@ def test_the_best_evaluation_is_kept_and_resume_remembers_it(options, reports, t
     assert best[0] == newest[0] and best[1] != newest[1]
 
 
-def test_a_run_killed_before_the_checkpoint_evaluates_and_keeps_again(options, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_killed_before_the_checkpoint_evaluates_and_keeps_again(options, tmp_path, monkeypatch):
     (tmp_path / "told").write_text("0 1 2")
     argv = options(eval__every=1, run__iterations=2)
-    save = trainer.save
-    monkeypatch.setattr(trainer, "save", lambda *args: save(*args) if args[-1]["iteration"] < 2 else 1 / 0)
+    save = Record._checkpoint
+    monkeypatch.setattr(Record, "_checkpoint", lambda record: save(record) if record.progress.iteration < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(argv)
     folder = tmp_path / "run"
     kept = weights(folder / "best")
     assert json.loads((folder / "best" / "evaluation.json").read_text())["iteration"] == 2
-    monkeypatch.setattr(trainer, "save", save)
+    monkeypatch.setattr(Record, "_checkpoint", save)
     (tmp_path / "told").write_text("2")
     trainer.main([f"--run.dir={folder}", "--resume"])
     assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(folder / "best").items())
     assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(folder).items())
 
 
-def test_held_out_prompts_cannot_be_added_halfway(options, tmp_path, capsys):  # noqa: F811
+def test_held_out_prompts_cannot_be_added_halfway(options, tmp_path, capsys):
     """A run that began before there was such an option has no evaluation of them before it, either."""
     (tmp_path / "told").write_text("0 1")
     folder = run(options(run__iterations=1))
@@ -101,13 +102,13 @@ def test_held_out_prompts_cannot_be_added_halfway(options, tmp_path, capsys):  #
     assert "eval.heldout=['c']: the run in run.dir=" in capsys.readouterr().err
 
 
-def test_it_can_be_left_out(options, tmp_path):  # noqa: F811
+def test_it_can_be_left_out(options, tmp_path):
     (tmp_path / "told").write_text("0 1")
     folder = run(options(run__keep_best="false", run__iterations=1))
     assert not (folder / "best").exists() and (folder / LORA).exists()
 
 
-def test_held_out_prompts_decide_and_resume_remembers_them(options, reports, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_held_out_prompts_decide_and_resume_remembers_them(options, reports, tmp_path, monkeypatch, capsys):
     """Evaluations give 0, 5, 9, 7 on the fixed set, held-out prompts 0, 8, 3, 6: the weights after iteration 1 stay."""
     (tmp_path / "told").write_text("0 0 5 8 9 3")
     same = '["c", "d"]'  # whose noise is another all the same
@@ -130,4 +131,4 @@ def test_held_out_prompts_decide_and_resume_remembers_them(options, reports, tmp
     page = re.sub("<[^>]*>", " ", (folder / "report.html").read_text())
     assert "best, after iteration 1" in page and "Held-out prompts: before and now" in page
     card = (folder / "lora" / "README.md").read_text()
-    assert "| iteration | samples | device-hours | reward | reward, held-out prompts |" in card and "| 7 ± 0.037 | 6 ± 0.037 |" in card
+    assert "| iteration | samples | device-hours | reward, fixed evaluation | reward, held-out evaluation |" in card and "| 7 ± 0.037 | 6 ± 0.037 |" in card

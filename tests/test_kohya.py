@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shared import policy_of
 
 from ddpo_fast.policy import Policy
 from ddpo_fast.records import kohya
@@ -33,8 +34,7 @@ EXPECTED = {  # of the tiny UNet: 16 and 32 channels, 16 wide text embeddings, a
 @pytest.fixture(scope="module")
 def exported(tiny_model, tmp_path_factory) -> tuple[Path, Policy]:
     """What a run with a LoRA on every kind of layer leaves behind, and the policy that it is of."""
-    folder, everything = tmp_path_factory.mktemp("run"), ["attention", "feed_forward", "convolution", "projection"]
-    policy = Policy(str(tiny_model), "fp32", torch.device("cpu"), "all", everything, RANK, ALPHA)
+    folder, policy = tmp_path_factory.mktemp("run"), policy_of(tiny_model, rank=RANK, alpha=ALPHA)
     torch.manual_seed(0)
     for parameter in policy.trainable_parameters():
         torch.nn.init.normal_(parameter, std=0.1)

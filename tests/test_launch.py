@@ -5,38 +5,20 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import bounds
 import pytest
 import torch
 from ranks import sgd
 from runs import BY_PROMPT, ENVIRONMENT, LIMIT_S, ROOT, TIMES, deepspeed
-from safetensors.torch import load_file
+from shared import joined, weights
 
 from ddpo_fast import train as trainer
 from ddpo_fast.records.metrics import read_metrics
 
 
-@pytest.fixture
-def options(tiny_model, tmp_path):
-    def make(name, *extra: str) -> list[str]:
-        return [
-            f"--model.path={tiny_model}", f"--run.dir={tmp_path / name}", "--sample.num_samples=8", "--sample.num_steps=5",
-            "--eval.num_samples=4", "--run.iterations=2", "--train.num_minibatches=2", "--train.micro_batch=16", "--lora.rank=2",
-            "--prompts.limit=4", "--prompts.samples_per_prompt=1", *extra,
-        ]  # fmt: skip
-
-    return make
-
-
-def weights(run_dir: Path) -> torch.Tensor:
-    tensors = load_file(run_dir / "lora" / "pytorch_lora_weights.safetensors")
-    return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
-
-
 @pytest.mark.rounding
-def test_ranks_and_zero_stages_give_one_gradient(options, ranks, tmp_path):
+def test_ranks_and_zero_stages_give_one_gradient(launch_options, ranks, tmp_path):
     """Same noise, same minibatches, same gradient (one update by SGD with rate 1, unclipped) on 1 and 2 ranks, at every ZeRO stage."""
     (tmp_path / "reward.py").write_text(BY_PROMPT)
     extra = (
@@ -44,23 +26,25 @@ def test_ranks_and_zero_stages_give_one_gradient(options, ranks, tmp_path):
         "--train.learning_rate=1", "--train.max_grad_norm=1e9", "--train.clip_range=1e3",
     )  # fmt: skip
     with sgd():
-        trainer.main(options("alone", *extra))
-    codes, text = ranks.run(*(options(stage, *extra, f"--zero.stage={stage}") for stage in "012"), changed="sgd")
+        trainer.main(launch_options("alone", *extra))
+    codes, text = ranks.run(*(launch_options(stage, *extra, f"--zero.stage={stage}") for stage in "012"), changed="sgd")
     assert codes == [0, 0], text
-    expected, (_, row), bound = weights(tmp_path / "alone"), read_metrics(tmp_path / "alone"), bounds.of_run(tmp_path / "alone")
+    expected, (_, row), bound = joined(weights(tmp_path / "alone")), read_metrics(tmp_path / "alone"), bounds.of_run(tmp_path / "alone")
     for stage in "012":
-        gradient, (_, other) = weights(tmp_path / stage), read_metrics(tmp_path / stage)
+        gradient, (_, other) = joined(weights(tmp_path / stage)), read_metrics(tmp_path / stage)
         assert (gradient - expected).norm() <= bound.gradient * row["grad_norm"] and row["grad_norm"] > 1e-2, stage
         assert other["reward_mean"] == row["reward_mean"] and row["reward_std"] > 0, stage
         assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=bound.gradient), stage
         assert other["ratio_error"] <= bound.ratio and other["transitions"] == 40, stage
 
 
-def test_kill_and_resume_is_the_uninterrupted_run(options, tmp_path):
+def test_kill_and_resume_is_the_uninterrupted_run(launch_options, tmp_path):
     extra = ("--run.iterations=6", "--train.inner_epochs=2", "--baseline.min_count=2", "--eval.every=2")
     trainer = [sys.executable, str(ROOT / "ddpo_fast" / "train.py")]
-    subprocess.run([*trainer, *options("whole", *extra)], env=ENVIRONMENT, check=True, capture_output=True, timeout=LIMIT_S)
-    victim = subprocess.Popen([*trainer, *options("killed", *extra)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run([*trainer, *launch_options("whole", *extra)], env=ENVIRONMENT, check=True, capture_output=True, timeout=LIMIT_S)
+    victim = subprocess.Popen(
+        [*trainer, *launch_options("killed", *extra)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + LIMIT_S
     while not list((tmp_path / "killed" / "checkpoints").glob("2")):
         assert victim.poll() is None and time.monotonic() < deadline
@@ -76,15 +60,15 @@ def test_kill_and_resume_is_the_uninterrupted_run(options, tmp_path):
         [{k: v for k, v in row.items() if not TIMES.search(k)} for row in read_metrics(tmp_path / name)] for name in ("whole", "killed")
     ]
     assert strip[0] == strip[1] and len(strip[0]) == 7
-    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert torch.equal(joined(weights(tmp_path / "whole")), joined(weights(tmp_path / "killed")))
 
 
-def test_a_reward_that_fails_on_one_of_two_ranks(options, ranks, tmp_path):
+def test_a_reward_that_fails_on_one_of_two_ranks(launch_options, ranks, tmp_path):
     """Every rank knows of it: the run stops on both, with one line and the state before the update."""
     failing = "import os\ndef f(images, prompts):\n    global calls\n    calls += 1\n    if os.environ['RANK'] == '1' and calls == 3:\n"
     (tmp_path / "failing.py").write_text(f"calls = 0\n{failing}        os._exit(1)\n    return images.mean((1, 2, 3))\n")
     extra = (f"--reward.name={tmp_path / 'failing.py'}:f", "--reward.isolate=true", "--eval.every=10", "--run.iterations=3")
-    argv = options("run", *extra, "--reward.max_bad_fraction=0.4", "--run.checkpoint_every=10")
+    argv = launch_options("run", *extra, "--reward.max_bad_fraction=0.4", "--run.checkpoint_every=10")
     slow = "import runpy, time\nfrom ddpo_fast.records.metrics import MetricsWriter\nclose = MetricsWriter.close\n"
     slow += "MetricsWriter.close = lambda writer: (time.sleep(3), close(writer))\n"  # as wandb's may be: the other rank must wait for it
     (tmp_path / "slow.py").write_text(f'{slow}runpy.run_path({str(ROOT / "ddpo_fast/train.py")!r}, run_name="__main__")\n')
@@ -97,15 +81,17 @@ def test_a_reward_that_fails_on_one_of_two_ranks(options, ranks, tmp_path):
     assert codes == [0, 0] and "resumed after iteration 1" in text and len(read_metrics(tmp_path / "run")) == 4
 
 
-def test_two_ranks_resume_with_sharded_optimizer(options, ranks, tmp_path, capsys):
+def test_two_ranks_resume_with_sharded_optimizer(launch_options, ranks, tmp_path, capsys):
     """In 8 bits: blocks of 256 that reach over weights, so they stay with the number of ranks (others: test_resume.py)."""
     extra = ("--zero.stage=2", "--optimizer.name=adamw_8bit")
     resumed = [f"--run.dir={tmp_path / 'parts'}", "--resume"]
     codes, text = ranks.run(
-        options("whole", *extra, "--run.iterations=3"), options("parts", *extra, "--run.iterations=2"), [*resumed, "--run.iterations=3"]
+        launch_options("whole", *extra, "--run.iterations=3"),
+        launch_options("parts", *extra, "--run.iterations=2"),
+        [*resumed, "--run.iterations=3"],
     )
     assert codes == [0, 0], text
-    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert torch.equal(joined(weights(tmp_path / "whole")), joined(weights(tmp_path / "parts")))
     with pytest.raises(SystemExit) as ended:
         trainer.main([*resumed, "--run.iterations=4"])
     assert ended.value.code == 2 and "error: zero.stage=2: the optimizer's state is sharded over 2 ranks" in capsys.readouterr().err
@@ -145,12 +131,12 @@ def packages(tmp_path):
         *(pytest.param(form, cwd, marks=pytest.mark.slow) for form, cwd in (("deepspeed", "elsewhere"), ("file", "checkout"))),
     ],
 )  # fmt: skip
-def test_every_way_to_start(options, tmp_path, form, cwd, packages, monkeypatch):
+def test_every_way_to_start(launch_options, tmp_path, form, cwd, packages, monkeypatch):
     """With a reward that wants packages of the checkout's names, and starts processes that import its file."""
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", packages["PYTHONPATH"])
     folder = ROOT if cwd == "checkout" else tmp_path
     script = "ddpo_fast/train.py" if cwd == "checkout" else str(ROOT / "ddpo_fast" / "train.py")
-    argv = options("run", "--run.iterations=1", f"--reward.name={tmp_path / 'my_reward.py'}:f", "--reward.timeout_s=200")
+    argv = launch_options("run", "--run.iterations=1", f"--reward.name={tmp_path / 'my_reward.py'}:f", "--reward.timeout_s=200")
     if form == "deepspeed":
         done = deepspeed(1, script, argv, cwd=folder)
     else:
@@ -198,6 +184,6 @@ def test_a_bad_option_on_two_ranks_is_said_once(tmp_path):
     assert (done.stdout + done.stderr).count("error: train.micro_batch=0: valid is auto, or a whole number >= 1") == 1
 
 
-def test_samples_that_do_not_divide_over_the_ranks_are_refused(options, ranks):
-    codes, text = ranks.run(options("run", "--sample.num_samples=6"))
+def test_samples_that_do_not_divide_over_the_ranks_are_refused(launch_options, ranks):
+    codes, text = ranks.run(launch_options("run", "--sample.num_samples=6"))
     assert codes == [2, 2] and "error: sample.num_samples=6: valid is a multiple of 4 with 2 ranks" in text

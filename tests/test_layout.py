@@ -82,18 +82,19 @@ def test_nothing_imports_what_runs_the_rest(module):
 
 
 FLOORS = [
-    "claim distributed dtypes embedded files gpus kernels memory places prompt_files samplers terminal",
-    "networks prompts schedule",
+    "algorithms distributed dtypes embedded files gpus kernels memory places prompt_files samplers terminal timing",
+    "claim networks prompts schedule",
     "config pipelines",
     "planning policy scoring",
     "rewards updates",
-    "rollout run",
-    "records",
+    "run",
+    "records rollout",
+    "evaluation",
     "assemble",
     "sample train",
 ]
 """Folders and modules of the package from the bottom up. `__main__` starts modules by their names."""
-INTERFACES = {"ddpo_fast.rewards", "ddpo_fast.samplers"}
+INTERFACES = {"ddpo_fast.algorithms", "ddpo_fast.rewards", "ddpo_fast.samplers"}
 """Folders of choices, one a file; what is in their `__init__` every floor may know."""
 MODULES = {module_name(file) for file in PACKAGE + KERNELS}
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

@@ -7,7 +7,7 @@ import sys
 import bounds
 import pytest
 import torch
-from test_train import options, rewards_file, run, untimed, weights  # noqa: F401
+from shared import run, untimed, weights
 
 from ddpo_fast.memory import Room
 from ddpo_fast.policy import Policy
@@ -54,7 +54,7 @@ HALVED = ["sample.batch_size=4", "train.micro_batch=5", "train.micro_batch=2"]
         ({"train__estimator": "score_accumulation", "train__num_minibatches": 1}, ["sample.batch_size=4", "sample.batch_size=2"]),
     ],
 )
-def test_less_memory_is_the_same_run(options, scarce, caplog, changes, halved):  # noqa: F811
+def test_less_memory_is_the_same_run(options, scarce, caplog, changes, halved):
     expected = run(options("plenty", **SAME, **changes))
     with caplog.at_level(logging.WARNING):
         rows = scarce(rollout=8, update=5)
@@ -74,7 +74,7 @@ def test_less_memory_is_the_same_run(options, scarce, caplog, changes, halved): 
     assert (scarcer - plain).norm() <= bound.weights(len(plain), learned) < 0.5 * bounds.moved(expected)
 
 
-def test_zero_says_what_to_lower(options, scarce):  # noqa: F811
+def test_zero_says_what_to_lower(options, scarce):
     scarce(rollout=100, update=5)
     with pytest.raises(RuntimeError, match="with zero.stage=1 an update cannot begin anew: lower train.micro_batch, then --resume"):
         run(options(**SAME, zero__stage=1))

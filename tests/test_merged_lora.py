@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file
+from shared import CPU, joined, policy_of, run, weights
 from torch import nn
 
-from ddpo_fast import train as trainer
-from ddpo_fast.config.options import Config, parse
+from ddpo_fast.assemble import assemble
+from ddpo_fast.config.options import parse
 from ddpo_fast.distributed.engine import Engine, init_distributed
 from ddpo_fast.kernels import select
 from ddpo_fast.networks import merged_lora
@@ -22,7 +22,6 @@ from ddpo_fast.networks.merged_lora import MergedConv2d, MergedLinear, merge, un
 from ddpo_fast.policy import Policy
 from ddpo_fast.records.metrics import read_metrics
 
-CPU = torch.device("cpu")
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 10), (7, 6)),
     "linear_3d": (lambda: nn.Linear(6, 10, bias=False), (2, 5, 6)),
@@ -357,7 +356,7 @@ def test_merging_twice_or_beside_another_adapter_is_refused():
 
 def make_policy(path: Path, dtype: str) -> Policy:
     torch.manual_seed(0)
-    policy = Policy(str(path), dtype, CPU, "all", Config().lora.targets, rank=2, alpha=3.0)
+    policy = policy_of(path, dtype, rank=2, alpha=3.0)
     random_lora(policy.unet)
     return policy
 
@@ -408,7 +407,7 @@ def test_after_a_step_or_a_load_the_next_forward_has_the_new_weights(tiny_model,
 @pytest.mark.rounding
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_is_within_its_rounding(tiny_model, dtype):
-    def run(policy):
+    def differentiated(policy):
         policy.unet.zero_grad()
         y = predict(policy)
         (2**8 * y.float().square().mean()).backward()  # fp16 needs a loss scale
@@ -416,53 +415,37 @@ def test_half_precision_is_within_its_rounding(tiny_model, dtype):
         assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradient)
         return y.detach().double(), torch.cat([g.flatten() for g in gradient]).double()
 
-    exact, policy = run(make_policy(tiny_model, "fp32")), make_policy(tiny_model, dtype)
-    separate, tolerance = run(policy), bounds.BACKWARD * bounds.network_rounding(policy.unet, policy.dtype)
+    exact, policy = differentiated(make_policy(tiny_model, "fp32")), make_policy(tiny_model, dtype)
+    separate, tolerance = differentiated(policy), bounds.BACKWARD * bounds.network_rounding(policy.unet, policy.dtype)
     policy.merge_lora()
     assert {layer.merged_weight.dtype for layer in policy.merged_layers} == {policy.dtype}
-    for ours, peft_s, e in zip(run(policy), separate, exact, strict=True):
+    for ours, peft_s, e in zip(differentiated(policy), separate, exact, strict=True):
         assert (ours - e).norm() <= tolerance * e.norm()
         assert (ours - e).norm() <= 2 * (peft_s - e).norm()
 
 
-@pytest.fixture
-def argv(tiny_model, tmp_path):
-    def make(name, *extra) -> list[str]:
-        reward = tmp_path / "rewards.py"
-        reward.write_text("def redness(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
-        return [
-            f"--model.path={tiny_model}", f"--run.dir={tmp_path / name}", f"--reward.name={reward}:redness", "--sample.num_samples=8",
-            "--sample.num_steps=3", "--eval.num_samples=4", "--run.iterations=2", "--train.num_minibatches=2", "--lora.rank=2",
-            "--prompts.samples_per_prompt=1", "--baseline.min_count=16", "--baseline.buffer_size=16", "--train.learning_rate=1e-3",
-            "--optimizer.eps=1e-4", *extra,
-        ]  # fmt: skip
-
-    return make
-
-
 @pytest.mark.rounding
-def test_two_iterations_merged_or_separate_end_in_the_same_weights(argv, tmp_path):
-    for forward in ("merged", "separate"):
-        trainer.main(argv(forward, f"--lora.forward={forward}"))
-    merged, separate = (load_file(tmp_path / f / "lora" / "pytorch_lora_weights.safetensors") for f in ("merged", "separate"))
+def test_two_iterations_merged_or_separate_end_in_the_same_weights(options):
+    folders = [run(options(forward, lora__forward=forward, optimizer__eps=1e-4)) for forward in ("merged", "separate")]
+    merged, separate = map(weights, folders)
     assert merged.keys() == separate.keys()
-    a, b = (torch.cat([weights[name].flatten().double() for name in separate]) for weights in (merged, separate))
-    bound, rows = bounds.of_run(tmp_path / "separate"), read_metrics(tmp_path / "separate")
+    a, b, directory = joined(merged), joined(separate), folders[1]
+    bound, rows = bounds.of_run(directory), read_metrics(directory)
     learned = bound.learned(min(row["reward_std"] for row in rows[1:]))
-    assert (a - b).norm() <= bound.weights(len(b), learned) < 0.5 * bounds.moved(tmp_path / "separate")
+    assert (a - b).norm() <= bound.weights(len(b), learned) < 0.5 * bounds.moved(directory)
 
 
 @pytest.mark.parametrize(
-    "options, merged",
+    "changed, merged",
     [("", True), ("--model.dtype=bf16", False), ("--model.dtype=bf16 --lora.forward=merged", True), ("--lora.forward=separate", False),
      ("--lora.scope=none", False)],
 )  # fmt: skip
-def test_auto_merges_in_fp32(argv, options, merged):
-    setup = trainer.prepare(parse(argv("run", *options.split())))
-    assert bool(setup.policy.merged_layers) == merged
-    assert any(isinstance(module, MergedLinear) for module in setup.policy.unet.modules()) == merged
+def test_auto_merges_in_fp32(options, changed, merged):
+    policy = assemble(parse([*options(), *changed.split()])).policy
+    assert bool(policy.merged_layers) == merged
+    assert any(isinstance(module, MergedLinear) for module in policy.unet.modules()) == merged
 
 
-def test_merged_without_lora_is_refused(argv):
-    with pytest.raises(ValueError, match="lora.forward=merged: valid is auto or separate, when lora.scope is none"):
-        parse(argv("run", "--lora.scope=none", "--lora.forward=merged"))
+def test_merged_without_lora_is_refused(options):
+    with pytest.raises(ValueError, match="lora.forward=merged: valid is auto or separate, when lora.scope is none: there is no LoRA"):
+        parse(options(lora__scope="none", lora__forward="merged"))

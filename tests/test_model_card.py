@@ -9,12 +9,12 @@ import bounds
 import pytest
 import torch
 import yaml
-from conftest import SD_BETAS
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from shared import run
 from test_report import make_run
-from test_train import options, rewards_file, run  # noqa: F401
+from tiny import SD_BETAS
 
-from ddpo_fast import train as trainer
+from ddpo_fast.assemble import assemble
 from ddpo_fast.config.options import parse
 from ddpo_fast.records import push
 from ddpo_fast.records.model_card import card, write_card
@@ -47,6 +47,7 @@ def test_what_it_says(tmp_path):
     assert header["base_model"] == "stabilityai/a-model" and header["pipeline_tag"] == "text-to-image" and "lora" in header["tags"]
     assert "# my_run" in text and "[stabilityai/a-model](https://huggingface.co/stabilityai/a-model)" in text
     assert "| 0 | 0 | 0 | 1 ± 0.2 |\n| 1 | 8 | 0.5 | 1.5 ± 0.2 |\n| 2 | 16 | 1 | 3 ± 0.2 |" in text
+    assert "| iteration | samples | device-hours | reward, fixed evaluation |\n" in text
     assert "fixed evaluation set of 4 pictures" in text and "| train.learning_rate | 0.001 |" in text and "`mine.py:redness`" in text
     for shown, original in (("before.png", "iteration_00000.png"), ("after.png", "iteration_00002.png")):
         assert f"({shown})" in text and (folder / "lora" / shown).read_bytes() == (folder / "images" / original).read_bytes()
@@ -70,12 +71,33 @@ def test_the_table_has_the_prompts_and_the_options_that_were_used(tmp_path):
     found = rows(folder)
     assert found["prompts.file"] == "prompts.txt" and "prompts.name" not in found and found["train.clip_range"] == "0.0001"
     rwr = {"inverse_temperature": 0.2, "percentile": 0.9, "population": "prompt", "guidance_scale": None, "num_timesteps": 10}
-    changed = WHOLE | {"model": {"path": "m"}, "rwr": rwr, "train": WHOLE["train"] | {"algorithm": "rwr_sparse"}}
+    changed = WHOLE | {"model": {"path": "m"}, "algorithm": rwr, "train": WHOLE["train"] | {"algorithm": "rwr_sparse"}}
     changed["prompts"] = {"name": "simple_animals", "file": None, "list": ["a", "b", "c"]}
     (folder / "config.yaml").write_text(yaml.safe_dump(changed))
     found = rows(folder)
     assert found["prompts.list"] == "3 of its own" and not {"prompts.name", "prompts.file", "train.clip_range"} & set(found)
-    assert found["rwr.percentile"] == "0.9" and found["rwr.num_timesteps"] == "10" and "rwr.guidance_scale" not in found
+    assert found["algorithm.percentile"] == "0.9" and found["algorithm.num_timesteps"] == "10" and "algorithm.guidance_scale" not in found
+    assert not {"sample.sampler", "sample.window"} & set(found)  # of a run older than these
+    changed["sample"] = WHOLE["sample"] | {"sampler": "ddim", "window": {"size": 2, "among": 3}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(changed))
+    found = rows(folder)
+    assert (found["sample.sampler"], found["sample.window"]) == ("ddim", "{'among': 3, 'size': 2}")
+
+
+@pytest.mark.parametrize(
+    "evaluation, call",
+    [
+        (None, "num_inference_steps=5, guidance_scale=3.0, eta=1.0"),
+        ({"sampler": None, "num_steps": None, "guidance_scale": None}, "num_inference_steps=5, guidance_scale=3.0, eta=1.0"),
+        ({"sampler": "ode", "num_steps": 20, "guidance_scale": None}, "num_inference_steps=20, guidance_scale=3.0, eta=0.0"),
+        ({"sampler": None, "num_steps": None, "guidance_scale": 1.0}, "num_inference_steps=5, guidance_scale=1.0, eta=1.0"),
+    ],
+)
+def test_snippet_samples_as_the_evaluation_does(tmp_path, evaluation, call):
+    folder = written(tmp_path / "run")
+    sampling = {"sample": WHOLE["sample"] | {"sampler": "ddim"}, "eval": evaluation} if evaluation else {}
+    (folder / "config.yaml").write_text(yaml.safe_dump(WHOLE | {"model": {"path": "m"}} | sampling))
+    assert f'pipe("a prompt", {call})' in card(read_run(folder), "w", public=False)
 
 
 @pytest.mark.parametrize("public", [True, False])
@@ -96,7 +118,7 @@ def test_snippet_for_a_single_file_and_another_vae(tmp_path, public):
 
 
 @pytest.mark.parametrize("scope", ["all", "none"])
-def test_snippet_loads_what_was_trained(options, scope, tiny_model, tmp_path):  # noqa: F811
+def test_snippet_loads_what_was_trained(options, scope, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     DPMSolverMultistepScheduler(**SD_BETAS, timestep_spacing="linspace", steps_offset=1).save_pretrained(model / "scheduler")
     index = json.loads((model / "model_index.json").read_text()) | {"scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}
@@ -113,10 +135,10 @@ def test_snippet_loads_what_was_trained(options, scope, tiny_model, tmp_path):  
         named = {re.sub(r"default(_0)?\.", "", name): tensor for name, tensor in own.items()}
         assert all(torch.equal(named[re.sub(r"default(_0)?\.", "", name)], tensor) for name, tensor in loaded.items())
         assert sum("lora_B" in name for name in loaded) > 10
-    setup = trainer.prepare(parse(options("other", model__path=model, lora__scope=scope)))
-    policy, scheduler = setup.policy, names["pipe"].scheduler
-    scheduler.set_timesteps(setup.schedule.num_steps)
-    assert torch.equal(scheduler.timesteps, setup.schedule.timesteps) and not scheduler.config.clip_sample
+    made = assemble(parse(options("other", model__path=model, lora__scope=scope)))
+    policy, schedule, scheduler = made.policy, made.schedule(1), names["pipe"].scheduler
+    scheduler.set_timesteps(schedule.num_steps)
+    assert torch.equal(scheduler.timesteps, schedule.timesteps) and not scheduler.config.clip_sample
     policy.load_exported(folder)
     latents, t = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([481, 481])  # both branches of guidance
     embeds = policy.encode_prompts(["a", "b"])

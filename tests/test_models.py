@@ -8,35 +8,32 @@ from pathlib import Path
 import bounds
 import pytest
 import torch
-from conftest import make_pipeline
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from test_sdxl import make_sdxl
+from shared import REDNESS, command_line, kept, policy_of
+from tiny import make_pipeline, make_sdxl
 
 from ddpo_fast import train as trainer
+from ddpo_fast.assemble import assemble
 from ddpo_fast.config.options import parse
 from ddpo_fast.kernels.reference import normal_noise
 from ddpo_fast.pipelines.folders import find_model, open_pipeline
 from ddpo_fast.planning.counts import architecture
-from ddpo_fast.policy import Policy
-from ddpo_fast.prompts import Prompts
-from ddpo_fast.records.metrics import StageTimer, read_metrics
+from ddpo_fast.records.metrics import read_metrics
 from ddpo_fast.schedule import Levels, Schedule
 
-CPU = torch.device("cpu")
 EPS = torch.finfo(torch.float32).eps
 
 
 def options(folder: Path, path: Path, **changed) -> list[str]:
     """A short run's command line: keyword arguments with __ for the dot."""
-    (folder / "reward.py").write_text("def redness(images, prompts):\n    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))\n")
+    (folder / "reward.py").write_text(REDNESS)
     values = {
         "model.path": path, "run.dir": folder / "run", "reward.name": f"{folder}/reward.py:redness", "sample.num_samples": 4,
         "sample.num_steps": 3, "sample.batch_size": 4, "eval.num_samples": 2, "run.iterations": 1, "train.num_minibatches": 1,
         "lora.rank": 2, "prompts.limit": 4, "prompts.samples_per_prompt": 1,
     }  # fmt: skip
-    values |= {key.replace("__", "."): value for key, value in changed.items()}
-    return [f"--{key}={value}" for key, value in values.items()]
+    return command_line(values, changed)
 
 
 @pytest.mark.rounding
@@ -47,13 +44,13 @@ def test_v_prediction(tmp_path):
     row = read_metrics(tmp_path / "run")[1]
     assert row["ratio_error"] <= bounds.of_run(tmp_path / "run").ratio and row["grad_norm"] > 0
 
-    setup = trainer.prepare(parse(options(tmp_path, path, run__dir=tmp_path / "other", sample__guidance_scale=1)))
-    for parameter in setup.policy.trainable_parameters():
+    made = assemble(parse(options(tmp_path, path, run__dir=tmp_path / "other", sample__guidance_scale=1)))
+    for parameter in made.policy.trainable_parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    rollout, _, _ = trainer.sample(setup, StageTimer(CPU), 7, Prompts(["a", "b"]), "sample")
-    setup.policy.export(setup.run_dir)
+    rollout = kept(made, ["a", "b"], 7)
+    made.policy.export(made.directory.path)
     pipe = StableDiffusionPipeline.from_pretrained(path, safety_checker=None, requires_safety_checker=False)
-    pipe.load_lora_weights(setup.run_dir / "lora")
+    pipe.load_lora_weights(made.directory.path / "lora")
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     assert scheduler.config.prediction_type == "v_prediction"
     scheduler.set_timesteps(3)
@@ -173,7 +170,7 @@ def single_files(tmp_path_factory) -> dict[str, tuple[Path, Path, Path]]:
 def test_a_single_file_is_the_pipeline(single_files, kind):
     """Every weight of every part, the same pictures, and no network."""
     path, file, configs = single_files[kind]
-    one, other = Policy(str(path), "fp32", CPU, "none", [], 1, 1.0), Policy(str(file), "fp32", CPU, "none", [], 1, 1.0, config=str(configs))
+    one, other = policy_of(path, scope="none"), policy_of(file, "fp32", str(configs), scope="none")
     parts = [name for name, part in one.pipe.components.items() if isinstance(part, torch.nn.Module)]
     assert len(parts) == (4 if kind == "sdxl" else 3)
     for name in parts:
@@ -208,7 +205,7 @@ def test_another_vae_with_a_single_file(single_files, tmp_path):
     torch.manual_seed(3)
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(path, subfolder="vae"))
     vae.save_pretrained(tmp_path / "vae")
-    policy = Policy(str(file), "fp32", CPU, "none", [], 1, 1.0, vae=str(tmp_path / "vae"), config=str(configs))
+    policy = policy_of(file, "fp32", str(configs), str(tmp_path / "vae"), scope="none")
     assert all(torch.equal(a, b) for a, b in zip(policy.pipe.vae.state_dict().values(), vae.state_dict().values(), strict=True))
 
 
@@ -299,7 +296,7 @@ def test_distilled_models_are_refused_before_weights_are_read(tmp_path, capsys, 
     for more in ([], ["--plan=H200"]):
         assert re.search(message, error_of([*options(tmp_path, path), *more], capsys))
     with pytest.raises(ValueError, match=message):
-        Policy(str(path), "fp32", CPU, "all", ["attention"], 2, 2.0)
+        policy_of(path)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +345,7 @@ def test_any_sampler_gives_the_ddim_steps_and_says_so(both_kinds, tmp_path, kind
 def test_a_run_says_which_steps_it_takes(both_kinds, tmp_path, capsys):
     path = shutil.copytree(both_kinds["sd"], tmp_path / "m")
     change(path / "scheduler" / "scheduler_config.json", timestep_spacing="linspace")
-    trainer.prepare(parse(options(tmp_path, path)))
+    assemble(parse(options(tmp_path, path)))
     expected = "the steps are DDIM's with timestep_spacing=leading; its scheduler_config.json has timestep_spacing=linspace"
     assert capsys.readouterr().out == f"model.path={path}: {expected}\n"
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from shared import run, untimed
 from test_config import OPTIONS
-from test_train import options, rewards_file, run, untimed  # noqa: F401
 
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import parse
 from ddpo_fast.places import PLACES, located, located_kwargs, may_be_same, typed_path
 from ddpo_fast.records.metrics import read_metrics
 
-NO_PLACES = {"lora.scope", "model.variant", "run.plan", "sample.sampler"}
+NO_PLACES = {"lora.scope", "model.variant", "run.plan"}
 """The other options that are any text."""
 
 MOVING = """
@@ -121,7 +121,7 @@ AWAY = "os.chdir(tempfile.mkdtemp())"
 
 
 @pytest.mark.parametrize("run_dir, moves", [("runs/x", {"at_import": AWAY}), (None, {"in_call": AWAY})])
-def test_a_reward_that_changes_the_working_directory_does_not_move_the_run(options, run_dir, moves, reports, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_reward_that_changes_the_working_directory_does_not_move_the_run(options, run_dir, moves, reports, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(MOVING.format(**{"at_import": "", "in_call": "pass"} | moves))
     (tmp_path / "p.txt").write_text("a\nb\n")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from counted import count_model
 from diffusers import DDIMScheduler
+from shared import policy_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +25,6 @@ from ddpo_fast.planning import plan as plan_module
 from ddpo_fast.planning.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, architecture, flop_counter
 from ddpo_fast.planning.plan import (
     Costs,
-    Work,
     advise,
     fit_sizes,
     host_mib,
@@ -39,8 +39,10 @@ from ddpo_fast.planning.plan import (
     state_bytes,
     with_cache,
 )  # fmt: skip
+from ddpo_fast.planning.work import Work
 from ddpo_fast.policy import Policy
 from ddpo_fast.schedule import Levels, Schedule
+from ddpo_fast.updates.transitions import Update
 
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
 ATTENTION = SimpleNamespace(scope="all", targets=["attention"], rank=4, alpha=4.0)
@@ -77,7 +79,7 @@ def sd15_saving():
 
 
 def real(tiny_model, dtype: str, scope: str, merged: bool = False) -> Policy:
-    policy = Policy(str(tiny_model), dtype, torch.device("cpu"), scope, ["attention"], 4, 4.0)
+    policy = policy_of(tiny_model, dtype, scope=scope, targets=["attention"], rank=4, alpha=4.0)
     if merged:
         policy.merge_lora()
     for parameter in policy.trainable_parameters():
@@ -267,6 +269,19 @@ def test_memory_of_a_rank_by_hand():
     assert sharded[0]["rollout"] == pytest.approx(rollout / 4)
 
 
+@pytest.mark.parametrize(
+    "options, latents",
+    [("", 11), ('--sample.window={"size":3}', 4), ("--train.timestep_fraction=0.5", 11), ("--train.algorithm=rwr", 1),
+     ("--train.algorithm=rwr --algorithm.num_timesteps=20", 1), ("--train.estimator=score_accumulation --train.num_minibatches=1", 0)],
+)  # fmt: skip
+def test_latents_that_a_rollout_keeps(options, latents):
+    """Of the steps that are trained on, the first one's beginning too; of a regression the final ones."""
+    work = Work.of(parse(options.split()))
+    assert work.kept_latents == latents
+    samples = work.batch_size if work.score_accumulation else work.num_samples
+    assert memory_mib(COUNTS, work, 1)["rollout"] == pytest.approx(samples * (latents + 40 / MIB))
+
+
 def test_decoding_in_parts():
     """8 pictures of 1 MiB, decoded 2 at a time at 30 each: the parts and the whole are there together."""
     memory = memory_mib(COUNTS, dataclasses.replace(WORK, decode_batch=2), 1)
@@ -285,8 +300,8 @@ def test_the_cache_by_hand():
     """A transition is two rows of half a MiB: the 640 of a rank take as many MiB."""
 
     def held(counts=COUNTS, mode="on", on_gpu=False, **budgets):
-        cache = SimpleNamespace(mode=mode, **{"device_mib": None, "host_mib": None} | budgets)
-        return with_cache(WORK, cache, counts, 1000, 1, on_gpu).held
+        config = parse([]).replace(cache__mode=mode, **{f"cache__{name}": budget for name, budget in budgets.items()})
+        return with_cache(WORK, config, counts, 1000, 1, on_gpu).held
 
     assert held() == ((1000 - 112) // 2, 0)
     assert held(on_gpu=True) == ((1000 - 112) // 2, 640 - (1000 - 112) // 2)  # its host takes what it leaves
@@ -338,7 +353,7 @@ def test_gradient_checkpointing_is_counted_with_a_gpus_autocast(tiny_model):
         ({}, 3000, (62, 46)),
         ({"train__micro_batch": 3}, 3000, (62, 3)),
         ({"cache__mode": "on"}, 3000, (41, 49)),  # the kept tensors are accounted for, and an update with them needs less
-        ({"train__estimator": "score_accumulation", "train__num_minibatches": 1}, 1000, (10, 640)),
+        ({"train__estimator": "score_accumulation", "train__num_minibatches": 1}, 1000, (13, 640)),
         ({}, 50, (1, 1)),
     ],
 )
@@ -349,7 +364,7 @@ def test_the_largest_sizes_that_fit(changes, memory, expected):
     config = fit_sizes(parse(options.split()).replace(**changes), COUNTS, memory, 1, on_gpu=False)
     assert (config.sample.batch_size, config.train.micro_batch) == expected
     if memory == 3000:
-        work = with_cache(Work.of(config), config.cache, COUNTS, memory, 1, on_gpu=False)
+        work = with_cache(Work.of(config), config, COUNTS, memory, 1, on_gpu=False)
         assert advise(COUNTS, work, 1, 0.9 * memory) == []
         assert advise(COUNTS, dataclasses.replace(work, batch_size=expected[0] + 1), 1, 0.9 * memory)
         assert advise(COUNTS, dataclasses.replace(work, micro_batch=expected[1] + 1), 1, 0.9 * memory) or expected[1] == 3
@@ -383,12 +398,12 @@ def test_what_shared_guidance_saves_of_sd15(sd15, sd15_saving):
 
 
 def test_memory_of_score_accumulation_by_hand():
-    """A gradient of 4 MiB for each of 16 samples a rank, trajectories of a batch of 8, the update's bytes of its 16 rows in sampling."""
+    """A gradient of 4 MiB for each of 16 samples a rank, log-probs of a batch of 8, the update's bytes of its 16 rows in sampling."""
     work = dataclasses.replace(WORK, num_minibatches=1, score_accumulation=True)
     memory = memory_mib(COUNTS, work, 4)
     assert memory == pytest.approx(
         {"frozen weights": 100, "prompt embeddings": 0, "trained weights": 4, "gathered weights": 0, "optimizer state": 8,
-         "rollout": 8 * (11 + 40 / MIB), "activation cache": 0, "sample gradients": 64,
+         "rollout": 8 * 40 / MIB, "activation cache": 0, "sample gradients": 64,
          "gradients": 8, "sampling": 10 + 16 * 20, "decode": 240, "update": 4}
     )  # fmt: skip
     phases = phases_mib(memory)
@@ -405,19 +420,19 @@ def test_bytes_and_operations_of_score_accumulation_are_those_of_a_real_run(tiny
         "--model.share_guidance=false"
     )
     config, num_samples = parse(options.split()), 8
-    setup = trainer.prepare(config)
-    policy, scores, rows = setup.policy, setup.scores, 2 * num_samples
+    made = assemble.assemble(config)
+    policy, gradients, rows = made.policy, made.gradients, 2 * num_samples
     counts = count_model(architecture(str(tiny_model)), torch.float32, config.lora, on_gpu=False, fused=False, merged=forward == "merged")
     inputs = torch.randn(rows, *policy.latent_shape), torch.full((rows,), 500), policy.uncond_embeds.expand(rows, -1, -1)
 
     def step() -> None:
-        scores.predict_noise(policy.predict_noise, 0, *inputs)
-        scores.noise_pred.square().mean().backward()
-        scores.noise_pred = None
+        gradients.predict(0, lambda rows: policy.predict_noise(*(tensor[rows] for tensor in inputs)))
+        gradients.out.square().mean().backward()
+        gradients.out = None
 
-    scores.begin(np.arange(num_samples), np.zeros(num_samples, int), num_samples, 1, 1.0)
-    scores.begin_batch(0, num_samples)
-    assert sum(total.nbytes for total in scores.totals) == 4 * num_samples * counts.num_trainable
+    gradients.begin([Update(0, 0, np.arange(num_samples), np.zeros(num_samples, int))], num_samples, made.schedule(1))
+    gradients.begin_batch(slice(num_samples))
+    assert sum(total.nbytes for total in gradients.totals) == 4 * num_samples * counts.num_trainable
     step()
     with LiveBytes() as live:
         step()
@@ -535,7 +550,7 @@ def test_plan_of_score_accumulation(nothing_starts, tiny_model, capsys):
     options = ["--plan", "--train.num_minibatches=1", "--sample.batch_size=4", "--train.estimator=score_accumulation"]
     trainer.main(["--model.path", str(tiny_model), *options])
     out = capsys.readouterr().out
-    assert "sample gradients" in out and "4 samples x 10 steps, a batch at a time" in out and "the combined gradient; no UNet call" in out
+    assert "sample gradients" in out and "log-probs and prompt embeddings of a batch" in out and "the combined gradient; no UNet call" in out
     assert "update                   0.00 TFLOP        0.0 s" in out and out.endswith("it fits\n")
 
 
@@ -547,7 +562,7 @@ def test_plan_on_the_command_line(argument, plan):
 
 @pytest.fixture
 def nothing_starts(monkeypatch, tmp_path):
-    for module, name in ((trainer, "prepare"), (assemble, "init_distributed"), (assemble, "Policy")):
+    for module, name in ((trainer, "assemble"), (assemble, "init_distributed"), (assemble, "Policy")):
         monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     monkeypatch.chdir(tmp_path)
     yield

@@ -10,7 +10,6 @@ import pytest
 import torch
 from counted import count_model
 from test_model_rewards import aesthetic, bert, no_network, vlm  # noqa: F401
-from test_sdxl import make_sdxl
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -198,12 +197,12 @@ def test_headers_say_what_the_plan_does(name, counted, weights_gib):
 
 
 def test_a_plan_needs_neither_the_model_nor_a_run_directory(counted, monkeypatch, tmp_path, capsys):
-    for module, name in ((trainer, "prepare"), (assemble, "init_distributed"), (assemble, "Policy")):
+    for module, name in ((trainer, "assemble"), (assemble, "init_distributed"), (assemble, "Policy")):
         monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     monkeypatch.chdir(tmp_path)
     trainer.main(command("sd15_compressibility", "--plan=2xH200"))
     out = capsys.readouterr().out
-    assert "memory of one rank of 2 x H200" in out and "128 samples x 50 steps" in out and out.endswith("it fits\n")
+    assert "memory of one rank of 2 x H200" in out and "128 samples x 51 latents" in out and out.endswith("it fits\n")
     assert "frozen weights        1,799  unet 1,639, vae 160" in out  # the text encoder is there only while prompts are new
     assert "797,184 in fp32" in out and list(tmp_path.iterdir()) == []
 
@@ -212,8 +211,8 @@ def test_a_plan_needs_neither_the_model_nor_a_run_directory(counted, monkeypatch
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory, tiny_model) -> SimpleNamespace:
-    return SimpleNamespace(sd14=tiny_model, sd15=tiny_model, sdxl=make_sdxl(tmp_path_factory.mktemp("sdxl")))
+def stand_ins(tiny_model, sdxl) -> SimpleNamespace:
+    return SimpleNamespace(sd14=tiny_model, sd15=tiny_model, sdxl=sdxl)
 
 
 @pytest.mark.parametrize(

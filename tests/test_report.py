@@ -152,6 +152,26 @@ def test_comparison(tmp_path):
     )
 
 
+def test_comparison_names_the_evaluations(tmp_path):
+    held_out = {"heldout_reward_mean": 2.0, "heldout_reward_std": 0.1, "heldout_samples": 4}
+    page = Page(report.write_comparison([make_run(tmp_path / "one", **held_out), make_run(tmp_path / "two")], tmp_path / "page.html"))
+    text = " ".join(" ".join(page.text).split())
+    assert "run fixed evaluation: before after change standard errors held-out evaluation: before after change" in text
+
+
+def test_pictures_that_were_made_in_another_way_are_not_beside_each_other(tmp_path):
+    """The options of the evaluation count, and not those of the samples, where it has its own."""
+    runs = [make_run(tmp_path / name) for name in ("one", "two", "three")]
+    for run, sampled, evaluated in zip(runs, (5, 9, 9), (None, 5, None)):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["sample"]["num_steps"] = sampled
+        config["eval"] = {"num_steps": evaluated, "sampler": None, "guidance_scale": None}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    labels = [label for label, _ in shown(Page(report.write_comparison(runs, tmp_path / "page.html")))]
+    assert labels[:3] == ["<a> & b, iteration 0: 0.000", "<a> & b, one: 10.000", "<a> & b, two: 10.000"]
+    assert len(labels) == 2 * (3 + 2)
+
+
 def test_command_line(tmp_path, capsys, monkeypatch):
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
     monkeypatch.chdir(tmp_path)

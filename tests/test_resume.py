@@ -15,8 +15,7 @@ import pytest
 import torch
 from runs import BY_PROMPT, TIMES
 from safetensors.torch import load_file
-from test_launch import options as launch_options  # noqa: F401
-from test_train import options, rewards_file, run, untimed, weights  # noqa: F401
+from shared import run, untimed, weights
 
 from ddpo_fast import train as trainer
 from ddpo_fast.records.checkpoint import find_fault, list_checkpoints
@@ -137,7 +136,7 @@ def any_file_size():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
-def test_a_disk_that_is_full_for_a_while(options, any_file_size, reports, tmp_path, caplog):  # noqa: F811
+def test_a_disk_that_is_full_for_a_while(options, any_file_size, reports, tmp_path, caplog):
     """No file may grow past 10 kB while iteration 2 is evaluated and saved: writing fails as on a full disk, for real."""
     (tmp_path / "disk.py").write_text(DISK)
     whole = run(options("whole", run__iterations=3, eval__every=2, reward__name=f"{tmp_path}/disk.py:redness"))
@@ -157,7 +156,7 @@ def test_a_disk_that_is_full_for_a_while(options, any_file_size, reports, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
-def test_a_full_file_system(options, tmp_path):  # noqa: F811
+def test_a_full_file_system(options, tmp_path):
     """Filled to the last byte by the reward while iteration 2 runs: metrics, pictures and checkpoint cannot be written."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -190,16 +189,16 @@ def redness(images, prompts):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.slow
-def test_other_numbers_of_ranks_give_the_same_curve(launch_options, ranks, tmp_path, stage):  # noqa: F811
+def test_other_numbers_of_ranks_give_the_same_curve(launch_options, ranks, tmp_path, stage):
     change_ranks(launch_options, ranks, tmp_path, stage)
 
 
 @pytest.mark.rounding
-def test_another_number_of_ranks_gives_the_same_curve(launch_options, ranks, tmp_path):  # noqa: F811
+def test_another_number_of_ranks_gives_the_same_curve(launch_options, ranks, tmp_path):
     change_ranks(launch_options, ranks, tmp_path, 2)
 
 
-def change_ranks(options, ranks, tmp_path, stage):  # noqa: F811
+def change_ranks(options, ranks, tmp_path, stage):
     """2 ranks, then 1, then 2, an iteration each, against 3 on one."""
     (tmp_path / "reward.py").write_text(BY_PROMPT)
     plain = [
@@ -233,4 +232,4 @@ def change_ranks(options, ranks, tmp_path, stage):  # noqa: F811
 
 def test_a_state_is_readable_json(finished):
     state = json.loads((finished / "checkpoints" / "2" / "state.json").read_text())
-    assert state["iteration"] == 2 and state["world_size"] == 1 and state["baseline"]
+    assert state["iteration"] == 2 and state["world_size"] == 1 and state["credit"]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from runs import BIN, ENVIRONMENT, LIMIT_S
-from test_train import options, rewards_file, run  # noqa: F401
+from shared import run
 
+from ddpo_fast import evaluation as evaluating
 from ddpo_fast import sample
-from ddpo_fast import train as trainer
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +31,15 @@ def finished(tiny_model, tmp_path_factory) -> Path:
 
 def evaluation(argv: list[str], monkeypatch) -> tuple[Path, list[torch.Tensor]]:
     """A run and the pictures (B, 3, H, W) of each of its evaluations."""
-    seen, sampling = [], trainer.sample
+    seen, collect = [], evaluating.collect
 
-    def watch(setup, timer, first_id, prompts, stage, *rest):
-        result = sampling(setup, timer, first_id, prompts, stage, *rest)
-        if stage == "eval":
-            seen.append(result[2])
+    def watch(run, schedule, first_id, prompts, timer, stage):
+        result = collect(run, schedule, first_id, prompts, timer, stage)
+        assert stage == "eval"
+        seen.append(result[2])
         return result
 
-    monkeypatch.setattr(trainer, "sample", watch)
+    monkeypatch.setattr(evaluating, "collect", watch)
     return run(argv), seen
 
 
@@ -50,10 +50,17 @@ def one_level(folder: Path) -> int:
 
 
 @pytest.mark.rounding
-@pytest.mark.parametrize("scope", ["all", "none"])
-def test_pictures_are_those_of_the_evaluation(options, monkeypatch, scope):  # noqa: F811
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {}, {"lora__scope": "none"}, {"sample__window": '{"size": 2, "among": 3}'},
+        {"eval__sampler": "ode", "eval__num_steps": 3, "eval__guidance_scale": 1},
+    ],
+    ids=["LoRA", "UNet", "window", "ODE"],
+)  # fmt: skip
+def test_pictures_are_those_of_the_evaluation(options, monkeypatch, changed):
     """The evaluation set has prompts a, b, a, b: asked for in another order and in other batches."""
-    folder, (before, after) = evaluation(options(lora__scope=scope, train__learning_rate=1e-2, run__iterations=1), monkeypatch)
+    folder, (before, after) = evaluation(options(train__learning_rate=1e-2, run__iterations=1, **changed), monkeypatch)
     assert (before.int() - after.int()).abs().max() >= 4
     config = sample.read_config(folder, ["--sample.batch_size=3"])
     pictures = sample.before_and_after(folder, config, ["b", "a", "b", "a"], [3, 0, 1, 2])
@@ -98,6 +105,15 @@ def test_the_same_command_writes_the_same_files(finished):
     assert one == other and len(one) == 5
 
 
+def test_options_that_change_the_pictures(finished):
+    """Each of them does, and to say what the run has changes nothing."""
+    asked = [[], ["--eval.num_steps=3", "--eval.guidance_scale=3", "--eval.sampler=ddim"]]
+    asked += [["--eval.num_steps=4"], ["--eval.guidance_scale=1"], ["--eval.sampler=ode"]]
+    pictures = [sample.before_and_after(finished, sample.read_config(finished, options), ["a"], [0])[0].int() for options in asked]
+    assert torch.equal(*pictures[:2])
+    assert all((one - other).abs().max() > 4 for one, other in combinations(pictures[1:], 2))
+
+
 def test_an_attention_of_another_machine_is_chosen_anew(finished, tmp_path, capsys):
     """config.yaml has what the machine chose that trained. The path of the pictures stays alone on standard output."""
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
@@ -123,7 +139,9 @@ def test_mistakes_are_one_line(finished, capsys, tmp_path):
         ([str(tmp_path / "none"), "a"], f"RUN_DIR={tmp_path / 'none'}: there is no config.yaml in it; valid is the directory of a run"),
         ([str(tmp_path / "early"), "a"], "there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint"),
         ([str(folder), "a", "--seed", "-1"], r"--seed=[-1]: valid is whole numbers in [0, 2^32)"),
-        ([str(folder), "a", "--sample.num_steps=0"], "sample.num_steps=0: valid is a whole number >= 1"),
+        ([str(folder), "a", "--eval.num_steps=0"], "eval.num_steps=0: valid is a whole number >= 1"),
+        ([str(folder), "a", "--eval.sampler=euler"], "eval.sampler=euler: expected Literal['ddim', 'ode'], NoneType"),
+        ([str(folder), "a", "--eval.guidance_scale=0"], "eval.guidance_scale=0.0: valid is a finite number >= 1"),
         ([str(folder), "a", "--model.path=/nowhere"], "model.path=/nowhere: valid is a folder with model_index.json"),
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -1,24 +1,22 @@
 """Gradients taken during sampling: each layer's for every sample, and whole runs, against the ordinary update."""
 
 import math
-import re
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import bounds
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline
 from peft import LoraConfig, inject_adapter_in_model
 from ranks import sgd
-from safetensors.torch import load_file
+from shared import CPU, REDNESS, command_line, first_gradient, joined, run, run_dir, untimed, weights
 from test_merged_lora import LAYERS, layer_rounding, make_unet, random_lora, structure, with_lora
+from tiny import make_pipeline
 from torch import nn
 
-from ddpo_fast import assemble
+from ddpo_fast import algorithms
+from ddpo_fast import assemble as assembling
 from ddpo_fast import train as trainer
 from ddpo_fast.config.options import parse
 from ddpo_fast.distributed.engine import Engine
@@ -26,12 +24,15 @@ from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.kernels import reference, select
 from ddpo_fast.networks.fused_unet import fuse, unfuse
 from ddpo_fast.networks.merged_lora import merge, unmerge
+from ddpo_fast.networks.scored_lora import score, unscore
 from ddpo_fast.policy import Policy
-from ddpo_fast.records.metrics import StageTimer, read_metrics
-from ddpo_fast.schedule import Levels, Schedule
-from ddpo_fast.updates.score_accumulation import ScoreAccumulator, score, unscore
+from ddpo_fast.records.metrics import read_metrics
+from ddpo_fast.schedule import Schedule
+from ddpo_fast.updates.credit import Advantages, PromptBaseline
+from ddpo_fast.updates.objectives import OnTrajectory
+from ddpo_fast.updates.score_accumulation import ScoreAccumulation
+from ddpo_fast.updates.transitions import Update
 
-TIMES = re.compile(r"time_|_per_s|device_hours|peak_memory")
 NUM_SAMPLES = 3  # of a batch; with guidance, twice as many rows
 SCORES = {"train__estimator": "score_accumulation"}
 
@@ -40,8 +41,8 @@ SCORES = {"train__estimator": "score_accumulation"}
 def options(tiny_model, tmp_path):
     """Command lines of short runs with one update an iteration: keyword arguments with __ for the dot."""
     (tmp_path / "rewards.py").write_text(
-        "def redness(images, prompts):\n    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))\n"
-        "def sometimes_bad(images, prompts):\n    rewards = redness(images, prompts)\n    rewards[1] = float('nan')\n    return rewards\n"
+        f"{REDNESS}def sometimes_bad(images, prompts):\n"
+        "    rewards = redness(images, prompts)\n    rewards[1] = float('nan')\n    return rewards\n"
         "def by_place(images, prompts):\n    return [float(place) for place in range(len(images))]\n"
     )
 
@@ -53,25 +54,15 @@ def options(tiny_model, tmp_path):
             "optimizer.eps": 1e-4, "prompts.limit": 4, "prompts.samples_per_prompt": 1, "baseline.min_count": 16,
             "baseline.buffer_size": 16, "eval.every": 10, "run.checkpoint_every": 10,
         }  # fmt: skip
-        values |= {key.replace("__", "."): value for key, value in changed.items()}
-        return [f"--{key}={value}" for key, value in values.items()]
+        return command_line(values, changed)
 
     return make
 
 
-def run(argv: list[str]) -> tuple[torch.Tensor, list[dict]]:
+def result(argv: list[str]) -> tuple[torch.Tensor, list[dict]]:
     """The weights that a run ends with, and its metrics."""
-    trainer.main(argv)
-    return weights(folder(argv)), read_metrics(folder(argv))
-
-
-def folder(argv: list[str]) -> Path:
-    return next(Path(a.split("=")[1]) for a in argv if a.startswith("--run.dir="))
-
-
-def weights(run_dir: Path) -> torch.Tensor:
-    tensors = load_file(run_dir / "lora" / "pytorch_lora_weights.safetensors")
-    return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
+    folder = run(argv)
+    return joined(weights(folder)), read_metrics(folder)
 
 
 def distance(tensor: torch.Tensor, expected: torch.Tensor) -> float:
@@ -79,16 +70,20 @@ def distance(tensor: torch.Tensor, expected: torch.Tensor) -> float:
     return ((tensor - expected).norm() / expected.norm()).item()
 
 
-def untimed(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if not TIMES.search(key)} for row in rows]
-
-
-def started(model: nn.Module, num_samples: int = NUM_SAMPLES) -> ScoreAccumulator:
-    """A ScoreAccumulator before the only step of its only batch."""
-    scores = ScoreAccumulator(model, select("reference", torch.device("cpu")), 3.0, 0.1)
-    scores.begin(np.arange(num_samples), np.zeros(num_samples, int), num_samples, 1, 1.0)
-    scores.begin_batch(0, num_samples)
+def started(model: nn.Module, num_samples: int = NUM_SAMPLES) -> ScoreAccumulation:
+    """A ScoreAccumulation before the only step of its only batch."""
+    algorithm, engine = algorithms.find("ddpo_is")(), SimpleNamespace(loss_scale=1.0)
+    credit = Advantages(PromptBaseline(0, 1), 5.0)
+    objective = OnTrajectory(algorithm, credit, select("reference", CPU), 3.0, 0.1, 4)
+    scores = ScoreAccumulation(score(model), engine, objective)
+    begin(scores, num_samples)
     return scores
+
+
+def begin(scores: ScoreAccumulation, num_samples: int) -> None:
+    update = Update(0, 0, np.arange(num_samples), np.zeros(num_samples, int))
+    scores.begin([update], num_samples, Schedule(torch.zeros(1), torch.ones(1, 4), np.arange(1), 3.0))
+    scores.begin_batch(slice(num_samples))
 
 
 def plain_gradient(model: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
@@ -119,8 +114,8 @@ def test_each_sample_has_the_gradient_that_it_has_alone(kind, dtype, merged, lay
 
     model.zero_grad()
     scores, given = started(model), x.clone().requires_grad_()
-    assert torch.equal(scores.predict_noise(model, 0, given), y)
-    scores.noise_pred.backward(upstream)
+    assert torch.equal(scores.predict(0, lambda rows: model(given[rows])), y)
+    scores.out.backward(upstream)
     assert distance(given.grad, x_grad) <= tolerance
     totals = scores.totals
     for choice, gradients in zip(torch.eye(NUM_SAMPLES, dtype=dtype), expected):
@@ -152,8 +147,8 @@ def test_a_scored_unet_is_the_unet_and_unscore_undoes_it(merged, fused):
     assert list(unet.state_dict()) == keys
     with torch.no_grad():
         assert torch.equal(predict(latents), y), "without leaves"
-        assert torch.equal(scores.predict_noise(predict, 0, latents), y), "and with them"
-    scores.noise_pred.backward(upstream)
+        assert torch.equal(scores.predict(0, lambda rows: predict(latents[rows])), y), "and with them"
+    scores.out.backward(upstream)
     result = dict(scores.combine(torch.ones(2)))
     assert result.keys() == expected.keys()
     assert all(distance(result[parameter], gradient) <= 1e-11 for parameter, gradient in expected.items())
@@ -184,11 +179,10 @@ def test_compiled_layers_have_the_same_gradients_without_a_break(merged):
     scores, x = started(model), torch.randn(2 * NUM_SAMPLES, 4, 6, 6)
 
     def totals():
-        scores.begin(np.arange(NUM_SAMPLES), np.zeros(NUM_SAMPLES, int), NUM_SAMPLES, 1, 1.0)
-        scores.begin_batch(0, NUM_SAMPLES)
+        begin(scores, NUM_SAMPLES)
         for _ in range(2):
-            scores.predict_noise(model, 0, x)
-            scores.noise_pred.square().sum().backward()
+            scores.predict(0, lambda rows: model(x[rows]))
+            scores.out.square().sum().backward()
         return torch.cat([total.flatten() for total in scores.totals])
 
     expected = totals()
@@ -215,32 +209,11 @@ def test_a_layer_that_does_not_fit_is_named_and_stays_as_it_was(make, message):
 
 
 def gradient(argv: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, dict]:
-    """The gradient of the first update of a run, all parameters joined, and its metrics. LoRA does not start at B = 0."""
-    setup = trainer.prepare(parse(argv))
-    sample, policy = setup.config.sample, setup.policy
-    schedule = Schedule.of(Levels.of_steps(policy.pipe.scheduler, sample.num_steps), "ddim", sample.eta, dtype=dtype)
-    setup, policy.dtype = replace(setup, schedule=schedule, clip_range=5e-2), dtype
-    for module in (policy.unet, policy.pipe.text_encoder, policy.pipe.vae):
-        module.to(dtype)
-    policy.uncond_embeds = policy.encode_prompts([""])
-    torch.manual_seed(1)
-    for parameter in policy.trainable_parameters():
-        parameter.data.copy_(0.02 * torch.randn(parameter.shape))  # the same in every dtype
-    engine = SimpleNamespace(
-        backward=lambda loss, last: loss.backward(), step=lambda: 1.0, loss_scale=1.0, dtype=dtype, forget_gradient=lambda: None
-    )
-    if setup.scores is not None:
-        trainer.begin_scores(setup, engine, 1)
-        assert all(total.dtype == dtype for total in setup.scores.totals)
-    prompts = trainer.draw_prompts(setup.prompts, sample.num_samples, 1, 0, 1)
-    rollout, _, _ = trainer.sample(setup, StageTimer(policy.device), 0, prompts, "sample", scores=setup.scores)
-    advantages = torch.linspace(-2, 3, sample.num_samples, dtype=dtype)
-    if setup.scores is None:
-        row = trainer.update(setup, engine, rollout, advantages, 1)
-    else:
-        assert rollout is None and all(parameter.grad is None for parameter in policy.trainable_parameters())
-        row = trainer.update_by_scores(setup, engine, advantages, 1)
-    return torch.cat([parameter.grad.flatten() for parameter in policy.trainable_parameters()]), row
+    """The gradient of the first update of a run, all parameters joined, and its metrics."""
+    first = first_gradient(argv, dtype)
+    if isinstance(first.run.gradients, ScoreAccumulation):
+        assert all(total.dtype == dtype for total in first.run.gradients.totals) and not first.rollout.latents.numel()
+    return joined(first.gradient), first.row
 
 
 @pytest.mark.parametrize(
@@ -256,9 +229,9 @@ def gradient(argv: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, dict]:
 def test_gradient_is_that_of_the_ordinary_update(options, changed):
     """In batches of 3, 3 and 2. All kinds of LoRA layers are there, among them one of stride 2."""
     changed = dict(sample__batch_size=3) | changed
-    (expected, before), (result, row) = (gradient(options(**changed, **estimator), torch.float64) for estimator in ({}, SCORES))
+    (expected, before), (found, row) = (gradient(options(**changed, **estimator), torch.float64) for estimator in ({}, SCORES))
     bound = bounds.of(parse(options(**changed)), torch.float64)
-    assert distance(result, expected) <= bound.gradient < 1e-11
+    assert distance(found, expected) <= bound.gradient < 1e-11
     for key in ("loss", "transitions", "clip_fraction"):
         assert row[key] == pytest.approx(before[key], rel=0, abs=3 * bound.ratio), key  # advantages are 3 at most
     assert row["ratio_error"] == 0
@@ -279,10 +252,10 @@ def test_in_fp32_it_is_as_near_to_the_exact_gradient(options, forward):
 @pytest.mark.rounding
 @pytest.mark.parametrize("changed", [dict(), dict(lora__forward="separate", sample__batch_size=5, train__timestep_fraction=0.6)])
 def test_runs_end_in_the_same_weights(options, changed):
-    (expected, before), (result, rows) = (run(options(name, **changed, **estimator)) for name, estimator in (("a", {}), ("b", SCORES)))
+    (expected, before), (ours, rows) = (result(options(name, **changed, **estimator)) for name, estimator in (("a", {}), ("b", SCORES)))
     bound = bounds.of(parse(options(**changed)))
     learned = bound.learned(min(row["reward_std"] for row in before[1:]))
-    assert (result - expected).norm() <= bound.weights(len(expected), learned) < 0.5 * bounds.moved(folder(options("a")))
+    assert (ours - expected).norm() <= bound.weights(len(expected), learned) < 0.5 * bounds.moved(run_dir(options("a")))
     for a, b, relative in zip(before[1:], rows[1:], (learned, bounds.turned(learned)), strict=True):  # Adam has moved the second's weights
         assert {key for key in a if a[key] is None} == {key for key in b if b[key] is None}
         for key in ("loss", "grad_norm", "reward_mean", "transitions", "skipped_updates", "clip_fraction", "approx_kl"):
@@ -291,7 +264,7 @@ def test_runs_end_in_the_same_weights(options, changed):
 
 
 def test_the_update_calls_no_unet_and_evaluation_has_no_graph(options, monkeypatch):
-    calls, stage, update_by_scores, evaluate = [], ["sample"], trainer.update_by_scores, trainer.evaluate
+    calls, stage, update, evaluate = [], ["sample"], trainer.update, trainer.evaluate
 
     @contextmanager
     def entering(name):
@@ -304,10 +277,10 @@ def test_the_update_calls_no_unet_and_evaluation_has_no_graph(options, monkeypat
             calls.append((stage[-1], torch.is_grad_enabled()))
             return super().predict_noise(*args)
 
-    monkeypatch.setattr(assemble, "Policy", Counting)
-    for function in (update_by_scores, evaluate):
+    monkeypatch.setattr(assembling, "Policy", Counting)
+    for function in (update, evaluate):
         monkeypatch.setattr(trainer, function.__name__, entering(function.__name__)(function))
-    run(options(run__iterations=1, sample__batch_size=4, eval__every=1, model__share_guidance="false", **SCORES))
+    result(options(run__iterations=1, sample__batch_size=4, eval__every=1, model__share_guidance="false", **SCORES))
     assert calls == [("evaluate", False)] * 5 + [("sample", True)] * 5 * 2 + [("evaluate", False)] * 5
 
 
@@ -319,8 +292,8 @@ def test_only_steps_that_are_trained_on_have_a_graph(options, monkeypatch):
             rows.append((torch.is_grad_enabled(), len(unet_input)))
             return super().predict_noise(unet_input, *args)
 
-    monkeypatch.setattr(assemble, "Policy", Counting)
-    _, metrics = run(options(run__iterations=1, train__timestep_fraction=0.4, model__share_guidance="false", **SCORES))
+    monkeypatch.setattr(assembling, "Policy", Counting)
+    _, metrics = result(options(run__iterations=1, train__timestep_fraction=0.4, model__share_guidance="false", **SCORES))
     assert metrics[1]["transitions"] == 8 * 2
     assert sum(size for recorded, size in rows if recorded) == 2 * 8 * 2
     evaluations = 2 * 2 * 2 * 5
@@ -331,14 +304,14 @@ def test_ranks_and_zero_stages_give_one_gradient(options, ranks, tmp_path):
     """Two updates by plain SGD, so that a change of weights is a gradient: the ordinary ones of 1 rank, and those of 2 at every stage."""
     changed = dict(train__learning_rate=1e-2, train__max_grad_norm=1e9, train__clip_range=1e3, sample__batch_size=3, sample__num_steps=3)
     with sgd():
-        expected, before = run(options("ppo", **changed))
+        expected, before = result(options("ppo", **changed))
     codes, text = ranks.run(*(options(stage, zero__stage=stage, **changed, **SCORES) for stage in "012"), changed="sgd")
     assert codes == [0, 0], text
     bound = bounds.of_run(tmp_path / "ppo")
     learned, moved = bound.learned(min(row["reward_std"] for row in before[1:])), 1e-2 * sum(row["grad_norm"] for row in before[1:])
     for stage in "012":
         rows = read_metrics(tmp_path / stage)
-        assert (weights(tmp_path / stage) - expected).norm() <= learned * moved, stage
+        assert (joined(weights(tmp_path / stage)) - expected).norm() <= learned * moved, stage
         for a, b in zip(before[1:], rows[1:], strict=True):
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=learned) and a["grad_norm"] > 1e-2, stage
             assert b["transitions"] == 24 and b["loss"] == pytest.approx(a["loss"], abs=bound.reward + bound.ratio), stage
@@ -346,13 +319,13 @@ def test_ranks_and_zero_stages_give_one_gradient(options, ranks, tmp_path):
 
 def test_resume_equals_uninterrupted(options, tmp_path):
     short = dict(sample__num_steps=2) | SCORES
-    expected, rows = run(options("whole", run__iterations=3, **short))
-    run(options("parts", run__iterations=2, **short))
+    expected, rows = result(options("whole", run__iterations=3, **short))
+    result(options("parts", run__iterations=2, **short))
     trainer.main([f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=3"])
     drop = ("eval_reward_mean", "eval_reward_std", "eval_samples", "eval_diversity")  # the short run ended with an evaluation
     strip = [[{k: v for k, v in row.items() if k not in drop} for row in untimed(r)] for r in (rows, read_metrics(tmp_path / "parts"))]
     assert strip[0] == strip[1] and len(rows) == 4
-    assert torch.equal(weights(tmp_path / "parts"), expected)
+    assert torch.equal(joined(weights(tmp_path / "parts")), expected)
 
 
 def test_bad_samples_do_not_spoil_the_gradient_of_the_others(options, monkeypatch):
@@ -369,20 +342,20 @@ def test_bad_samples_do_not_spoil_the_gradient_of_the_others(options, monkeypatc
     results = []
     for name, estimator in (("a", {}), ("b", SCORES)):
         argv = [arg.replace("redness", "sometimes_bad") for arg in options(name, **changed, **estimator)]
-        results.append(run(argv))
-    (expected, before), (result, rows) = results
-    bound = bounds.of_run(folder(options("a")))
+        results.append(result(argv))
+    (expected, before), (ours, rows) = results
+    bound = bounds.of_run(run_dir(options("a")))
     assert rows[1]["bad_rewards"] == 3 and rows[1]["skipped_updates"] == 0 and rows[1]["ratio_error"] == 0
     assert rows[1]["loss"] == pytest.approx(before[1]["loss"], abs=bound.reward + bound.ratio)
     difference = bound.weights(len(expected), bound.learned(before[1]["reward_std"]))
-    assert (result - expected).norm() <= difference < 0.5 * bounds.moved(folder(options("a")))
+    assert (ours - expected).norm() <= difference < 0.5 * bounds.moved(run_dir(options("a")))
 
 
 def test_a_gradient_that_is_never_finite_ends_the_run(options, monkeypatch):
     ppo_loss = reference.ppo_loss
     monkeypatch.setattr(reference, "ppo_loss", lambda *args: [x * torch.nan for x in ppo_loss(*args)])
     with pytest.raises(FloatingPointError, match="iteration 1: no update had a finite gradient"):
-        run(options(**SCORES))
+        result(options(**SCORES))
 
 
 @pytest.mark.rounding
@@ -392,7 +365,7 @@ def test_half_precision_has_the_gradient_of_fp32(options, tmp_path, monkeypatch,
     monkeypatch.setattr(Engine, "FP16_LOSS_SCALE", 2.0**8)  # a tiny model's gradients are large
     short = dict(run__iterations=1, sample__num_samples=4, sample__guidance_scale=1, zero__stage=stage) | SCORES
     short["reward__name"] = f"{tmp_path}/rewards.py:by_place"
-    rows = [run(options(name, model__dtype=name, **short))[1][1] for name in ("fp32", dtype)]
+    rows = [result(options(name, model__dtype=name, **short))[1][1] for name in ("fp32", dtype)]
     assert rows[1]["skipped_updates"] == rows[1]["ratio_error"] == 0
     bound = bounds.of(parse(options(**short)), DTYPES[dtype]).grad_norm(rows[0]["transitions"])
     assert rows[1]["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=bound) and math.isfinite(rows[1]["loss"]) and bound < 0.5
@@ -400,14 +373,14 @@ def test_half_precision_has_the_gradient_of_fp32(options, tmp_path, monkeypatch,
 
 def test_fused_kernels_train_as_the_reference_does(options, tmp_path, monkeypatch):
     """The loss's, that is; the UNet's blocks are slow in Triton's interpreter."""
-    monkeypatch.setattr(assemble, "fuse", lambda unet, ops: None)
+    monkeypatch.setattr(assembling, "fuse", lambda unet, ops: None)
     model = make_pipeline(tmp_path / "m", channels=(8, 8), latent_size=4, groups=2)
     short = dict(
         model__path=model, sample__num_steps=2, sample__num_samples=4, sample__batch_size=4, train__timestep_fraction=0.5, **SCORES
     )
-    (expected, before), (result, rows) = (run(options(b, kernels__backend=b, **short)) for b in ("reference", "triton"))
-    bound = bounds.of_run(folder(options("triton")))
+    (expected, before), (ours, rows) = (result(options(b, kernels__backend=b, **short)) for b in ("reference", "triton"))
+    bound = bounds.of_run(run_dir(options("triton")))
     learned = bound.learned(min(row["reward_std"] for row in before[1:]))
-    assert (result - expected).norm() <= bound.weights(len(expected), learned) < 0.5 * bounds.moved(folder(options("reference")))
+    assert (ours - expected).norm() <= bound.weights(len(expected), learned) < 0.5 * bounds.moved(run_dir(options("reference")))
     assert rows[1]["ratio_error"] == 0 and rows[1]["grad_norm"] == pytest.approx(before[1]["grad_norm"], rel=learned)
     assert rows[2]["grad_norm"] == pytest.approx(before[2]["grad_norm"], rel=bounds.turned(learned))  # Adam has moved the weights

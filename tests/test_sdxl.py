@@ -1,59 +1,29 @@
 """SDXL, on a random tiny pipeline: whole runs, what the UNet is given, the VAE, the plan, the weights in plain diffusers."""
 
-from pathlib import Path
-
 import bounds
 import pytest
 import torch
-from conftest import make_pipeline
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
-from transformers import CLIPTextModelWithProjection
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from shared import CPU, REDNESS, command_line, first_gradient, kept, policy_of, random_lora, relative_error, run, weights
+from tiny import make_sdxl
 
 from ddpo_fast import memory
-from ddpo_fast import train as trainer
+from ddpo_fast.assemble import assemble
 from ddpo_fast.config.options import parse
 from ddpo_fast.kernels import select
 from ddpo_fast.networks.fused_unet import fuse
 from ddpo_fast.planning.counts import flop_counter
 from ddpo_fast.planning.plan import make_plan, plan_text
-from ddpo_fast.policy import Policy
-from ddpo_fast.prompts import Prompts
-from ddpo_fast.records.metrics import StageTimer, read_metrics
+from ddpo_fast.records.metrics import read_metrics
 
-CPU = torch.device("cpu")
+SMALL_LORA = dict(scope="all", targets=["attention"], rank=2, alpha=2.0)
 PROMPTS = ["a", "b", "c", "a"]
-
-
-def make_sdxl(folder: Path, force_zeros: bool = True) -> Path:
-    """Writes a random SDXL pipeline of 16x16 pictures; its text encoders are 16 and 24 wide, the second one's projection 12."""
-    base = StableDiffusionPipeline.from_pretrained(make_pipeline(folder / "sd"), safety_checker=None, requires_safety_checker=False)
-    torch.manual_seed(1)
-    wider = {"hidden_size": 24, "intermediate_size": 48, "projection_dim": 12, "num_hidden_layers": 2}
-    second = CLIPTextModelWithProjection(type(base.text_encoder.config)(**base.text_encoder.config.to_dict() | wider))
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16 + 24, attention_head_dim=2,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2), use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=12 + 6 * 8,
-    )  # fmt: skip
-    StableDiffusionXLPipeline(
-        vae=base.vae, text_encoder=base.text_encoder, text_encoder_2=second, tokenizer=base.tokenizer, tokenizer_2=base.tokenizer,
-        unet=unet, scheduler=base.scheduler, force_zeros_for_empty_prompt=force_zeros, add_watermarker=False,
-    ).save_pretrained(folder / "sdxl")  # fmt: skip
-    return folder / "sdxl"
-
-
-@pytest.fixture(scope="module")
-def sdxl(tmp_path_factory) -> Path:
-    return make_sdxl(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def options(sdxl, tmp_path):
     """Command lines of short runs: keyword arguments with __ for the dot."""
-    (tmp_path / "reward.py").write_text("def redness(images, prompts):\n    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))\n")
+    (tmp_path / "reward.py").write_text(REDNESS)
 
     def make(name="run", **changed) -> list[str]:
         values = {
@@ -61,46 +31,14 @@ def options(sdxl, tmp_path):
             "sample.num_steps": 3, "sample.batch_size": 4, "eval.num_samples": 2, "run.iterations": 1, "train.num_minibatches": 1,
             "lora.rank": 2, "train.learning_rate": 1e-3, "prompts.limit": 4, "prompts.samples_per_prompt": 1,
         }  # fmt: skip
-        values |= {key.replace("__", "."): value for key, value in changed.items()}
-        return [f"--{key}={value}" for key, value in values.items()]
+        return command_line(values, changed)
 
     return make
 
 
-def run(argv: list[str]) -> Path:
-    trainer.main(argv)
-    return next(Path(a.split("=")[1]) for a in argv if a.startswith("--run.dir="))
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "lora" / "pytorch_lora_weights.safetensors")
-
-
 def gradient(argv: list[str]) -> dict[str, torch.Tensor]:
     """Of the first update, before clipping, at LoRA's weights drawn at random."""
-    setup, found = trainer.prepare(parse(argv)), {}
-    torch.manual_seed(1)
-    for parameter in setup.policy.trainable_parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    engine, cache = trainer.make_engine(setup), trainer.make_cache(setup)
-    engine.step = lambda: found.update({n: p.grad.clone() for n, p in setup.policy.unet.named_parameters() if p.grad is not None}) or 0.0
-    cache.begin(4, setup.schedule.num_steps, trainer.updates(setup, 1))
-    if setup.scores is not None:
-        trainer.begin_scores(setup, engine, 1)
-    rollout, _, _ = trainer.sample(setup, StageTimer(CPU), 0, Prompts(PROMPTS), "sample", cache, setup.scores)
-    advantages = torch.tensor([1.0, -2.0, 0.5, 1.5])
-    if setup.scores is None:
-        row = trainer.update(setup, engine, rollout, advantages, 1, cache)
-    else:
-        row = trainer.update_by_scores(setup, engine, advantages, 1)
-    assert row["ratio_error"] <= bounds.of(setup.config).ratio
-    return found
-
-
-def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    assert found.keys() == expected.keys()
-    a, b = (torch.cat([gradients[name].flatten().double() for name in expected]) for gradients in (found, expected))
-    return ((a - b).norm() / b.norm()).item()
+    return first_gradient(argv, torch.float32, torch.tensor([1.0, -2.0, 0.5, 1.5]), std=0.05, prompts=PROMPTS).gradient
 
 
 def given_to_unet(unet, call) -> dict:
@@ -126,14 +64,12 @@ def test_a_run(options, reports):
 @pytest.mark.parametrize("force_zeros", [True, False])
 def test_the_unet_is_given_what_diffusers_gives_it(options, sdxl, tmp_path, force_zeros):
     path = sdxl if force_zeros else make_sdxl(tmp_path / "m", force_zeros=False)
-    setup = trainer.prepare(parse(options(model__path=path)))
+    made = assemble(parse(options(model__path=path)))
     pipe = StableDiffusionXLPipeline.from_pretrained(path)
     pipe.set_progress_bar_config(disable=True)
     expected = given_to_unet(pipe.unet, lambda: pipe(PROMPTS, num_inference_steps=1, guidance_scale=3.0, output_type="latent"))
     rollouts = []
-    ours = given_to_unet(
-        setup.policy.unet, lambda: rollouts.append(trainer.sample(setup, StageTimer(CPU), 0, Prompts(PROMPTS), "sample")[0])
-    )
+    ours = given_to_unet(made.policy.unet, lambda: rollouts.append(kept(made, PROMPTS)))
     assert ours["rows"] == expected["rows"] == 8
     for key in ("text", "text_embeds", "time_ids"):
         bounds.assert_same_output(ours[key], expected[key], pipe.text_encoder_2)
@@ -144,7 +80,7 @@ def test_the_unet_is_given_what_diffusers_gives_it(options, sdxl, tmp_path, forc
 
 def test_an_empty_prompt_is_encoded(sdxl):
     """Zeros are the unconditional branch's alone."""
-    policy = Policy(str(sdxl), "fp32", CPU, "all", ["attention"], 2, 2.0)
+    policy = policy_of(sdxl, "fp32", **SMALL_LORA)
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl)
     embeds, _, pooled, _ = pipe.encode_prompt("", do_classifier_free_guidance=False)
     assert torch.equal(policy.encode_prompts([""]), embeds) and torch.equal(policy.pool_prompts([""]), pooled)
@@ -154,16 +90,14 @@ def test_an_empty_prompt_is_encoded(sdxl):
 def test_gradient_is_that_of_the_textbook_loop(options):
     """Every sample and step on its own, noise and density written out from the cumulative alphas."""
     found = gradient(options())
-    setup = trainer.prepare(parse(options("again", lora__forward="separate")))
-    torch.manual_seed(1)
-    for parameter in setup.policy.trainable_parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    rollout, _, _ = trainer.sample(setup, StageTimer(CPU), 0, Prompts(PROMPTS), "sample")
-    bound = bounds.of(setup.config)
-    pipe, alphas = setup.policy.pipe, (1 - setup.policy.pipe.scheduler.betas.double()).cumprod(0)
+    made = assemble(parse(options("again", lora__forward="separate")))
+    random_lora(made.policy, 0.05)
+    rollout = kept(made, PROMPTS)
+    bound = bounds.of(made.config)
+    pipe, alphas = made.policy.pipe, (1 - made.policy.pipe.scheduler.betas.double()).cumprod(0)
     for i, (prompt, advantage) in enumerate(zip(PROMPTS, (1.0, -2.0, 0.5, 1.5))):
         embeds, uncond, pooled, uncond_pooled = pipe.encode_prompt(prompt)
-        for k, t in enumerate(setup.schedule.timesteps.tolist()):
+        for k, t in enumerate(rollout.schedule.timesteps.tolist()):
             x, y = rollout.latents[i : i + 1, k], rollout.latents[i : i + 1, k + 1]
             e, e_uncond = (
                 pipe.unet(
@@ -197,7 +131,7 @@ def test_every_way_to_compute_has_the_same_gradient(options):
 
 
 def test_fused_kernels_compute_the_same(sdxl):
-    policy = Policy(str(sdxl), "fp32", CPU, "all", ["attention"], 2, 2.0)
+    policy = policy_of(sdxl, "fp32", **SMALL_LORA)
     for parameter in policy.trainable_parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     texts = (
@@ -229,17 +163,17 @@ def test_the_cache_changes_nothing(options):
 
 
 def test_saved_weights_are_the_policy_in_plain_diffusers(options, sdxl):
-    setup = trainer.prepare(parse(options(lora__alpha=3.0)))
-    policy, t = setup.policy, torch.tensor([481, 21])
+    made = assemble(parse(options(lora__alpha=3.0)))
+    policy, t = made.policy, torch.tensor([481, 21])
     latents, texts = torch.randn(2, 4, 8, 8), (policy.encode_prompts(["a", "b"]), policy.pool_prompts(["a", "b"]))
     with torch.no_grad():
         untrained = policy.predict_noise(latents, t, *texts)  # LoRA starts at 0
         for parameter in policy.trainable_parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         expected = policy.predict_noise(latents, t, *texts)
-    policy.export(setup.run_dir)
+    policy.export(made.directory.path)
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl)
-    pipe.load_lora_weights(setup.run_dir / "lora")
+    pipe.load_lora_weights(made.directory.path / "lora")
     added = {"text_embeds": texts[1], "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)}
     with torch.no_grad():
         loaded = pipe.unet(latents, t, encoder_hidden_states=texts[0], added_cond_kwargs=added).sample
@@ -256,7 +190,7 @@ def test_full_fine_tuning(options, sdxl):
 
 def test_embeddings_that_were_used_last_are_kept(sdxl, monkeypatch):
     """Three prompts are kept; what is encoded again is the same, and what is needed together is encoded once."""
-    policy = Policy(str(sdxl), "fp32", CPU, "all", ["attention"], 2, 2.0)
+    policy = policy_of(sdxl, "fp32", **SMALL_LORA)
     expected = policy.encode_prompts([*"abcde"]), policy.pool_prompts([*"abcde"])
     (size,) = {sum(tensor.untyped_storage().nbytes() for tensor in tensors) for tensors in policy._prompt_embeds.values()}
     assert size == make_plan(parse([f"--model.path={sdxl}", "--plan", "--model.dtype=fp32"])).counts.embed_bytes
@@ -279,7 +213,7 @@ def test_embeddings_that_were_used_last_are_kept(sdxl, monkeypatch):
 
 
 def test_both_text_encoders_are_on_the_device_while_prompts_are_new(sdxl, monkeypatch):
-    policy, moves = Policy(str(sdxl), "fp32", CPU, "all", ["attention"], 2, 2.0), []
+    policy, moves = policy_of(sdxl, "fp32", **SMALL_LORA), []
     for name in ("text_encoder", "text_encoder_2"):
         encoder = getattr(policy.pipe, name)
         monkeypatch.setattr(encoder, "to", lambda device, name=name: moves.append((name, str(device))))
@@ -291,7 +225,7 @@ def test_both_text_encoders_are_on_the_device_while_prompts_are_new(sdxl, monkey
 
 def test_in_fp16_the_vae_decodes_in_fp32_if_it_says_so(sdxl, tmp_path):
     """Its own does; another one, for `model.vae`, does not."""
-    policy = Policy(str(sdxl), "fp16", CPU, "all", ["attention"], 2, 2.0)
+    policy = policy_of(sdxl, "fp16", **SMALL_LORA)
     assert policy.pipe.vae.dtype == torch.float32 and policy.pipe.unet.conv_in.weight.dtype == torch.float16
     latents = torch.randn(2, *policy.latent_shape)
     own = AutoencoderKL.from_pretrained(sdxl, subfolder="vae")
@@ -304,7 +238,7 @@ def test_in_fp16_the_vae_decodes_in_fp32_if_it_says_so(sdxl, tmp_path):
     mean, std = [0.1, 0.2, -0.3, 0.4], [1.0, 2.0, 3.0, 0.5]
     other = AutoencoderKL.from_config({**own.config, "force_upcast": False, "latents_mean": mean, "latents_std": std})
     other.save_pretrained(tmp_path / "vae")
-    policy = Policy(str(sdxl), "fp16", CPU, "all", ["attention"], 2, 2.0, vae=str(tmp_path / "vae"))
+    policy = policy_of(sdxl, "fp16", None, str(tmp_path / "vae"), **SMALL_LORA)
     assert policy.pipe.vae.dtype == torch.float16
     scaled = latents / other.config.scaling_factor * torch.tensor(std).view(4, 1, 1) + torch.tensor(mean).view(4, 1, 1)
     with torch.no_grad():
@@ -316,7 +250,7 @@ def test_in_fp16_the_vae_decodes_in_fp32_if_it_says_so(sdxl, tmp_path):
 def test_the_plan_counts_what_is_loaded(options, sdxl):
     """In fp16, where the VAE is in fp32."""
     argv = options(model__dtype="fp16", lora__targets="[attention]", model__offload_text_encoder="false", run__plan="H200")
-    plan, policy = make_plan(parse(argv)), Policy(str(sdxl), "fp16", CPU, "all", ["attention"], 2, 2.0)
+    plan, policy = make_plan(parse(argv)), policy_of(sdxl, "fp16", **SMALL_LORA)
     frozen = {
         name: sum(p.nbytes for p in getattr(policy.pipe, name).parameters() if not p.requires_grad)
         for name in ("unet", "vae", "text_encoder", "text_encoder_2")

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import yaml
 from PIL import Image
-from test_train import options, rewards_file, run  # noqa: F401
+from shared import run
 
 from ddpo_fast import assemble
 from ddpo_fast import train as trainer
@@ -68,7 +68,7 @@ def stand_ins(monkeypatch):
     return modules
 
 
-def test_all_get_every_row_and_picture_and_a_resumed_run_goes_on(options, stand_ins, monkeypatch):  # noqa: F811
+def test_all_get_every_row_and_picture_and_a_resumed_run_goes_on(options, stand_ins, monkeypatch):
     folder = run(options("my run", run__trackers='["wandb","trackio"]', eval__every=1, run__iterations=1))
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     trainer.main([f"--run.dir={folder}", "--resume", "--run.iterations=2"])
@@ -90,13 +90,13 @@ def test_all_get_every_row_and_picture_and_a_resumed_run_goes_on(options, stand_
     assert stand_ins["wandb"].runs[0]["options"]["dir"] == str(folder)
 
 
-def test_default_is_tensorboard_and_imports_no_other(options, stand_ins):  # noqa: F811
+def test_default_is_tensorboard_and_imports_no_other(options, stand_ins):
     folder = run(options(run__iterations=1))
     assert list((folder / "tensorboard").iterdir()) and not (folder / "tracker_id").exists()
     assert not stand_ins["wandb"].runs and not stand_ins["trackio"].runs
 
 
-def test_one_that_is_not_installed_is_one_line_before_a_model_is_loaded(options, monkeypatch, capsys):  # noqa: F811
+def test_one_that_is_not_installed_is_one_line_before_a_model_is_loaded(options, monkeypatch, capsys):
     monkeypatch.setattr("ddpo_fast.records.metrics.find_spec", lambda name: None if name == "wandb" else "there")
     monkeypatch.setattr(assemble, "Policy", None)
     with pytest.raises(SystemExit, match="2"):
@@ -147,7 +147,7 @@ def test_a_full_disk_is_no_fault_of_the_tracker(stand_ins, tmp_path, caplog, mon
     assert list(stand_ins["wandb"].runs[0]["rows"]) == [1] and [row["iteration"] for row in read_metrics(tmp_path)] == [0, 1]
 
 
-def test_who_is_not_known_to_wandb_is_told_so_before_a_model_is_loaded(options, stand_ins, monkeypatch, capsys):  # noqa: F811
+def test_who_is_not_known_to_wandb_is_told_so_before_a_model_is_loaded(options, stand_ins, monkeypatch, capsys):
     stand_ins["wandb"].broken = {"login": "No API key configured.\nUse `wandb login`."}
     monkeypatch.setattr(assemble, "Policy", None)
     with pytest.raises(SystemExit, match="2"):
@@ -162,7 +162,7 @@ def test_who_is_not_known_to_wandb_is_told_so_before_a_model_is_loaded(options, 
 
 
 @pytest.mark.parametrize("value", ["true", "1", "ON"])
-def test_another_librarys_switch_is_named(options, stand_ins, monkeypatch, capsys, value):  # noqa: F811
+def test_another_librarys_switch_is_named(options, stand_ins, monkeypatch, capsys, value):
     monkeypatch.setenv("WANDB_DISABLED", value)
     monkeypatch.setattr(assemble, "Policy", None)
     with pytest.raises(SystemExit, match="2"):
@@ -173,7 +173,7 @@ def test_another_librarys_switch_is_named(options, stand_ins, monkeypatch, capsy
     assert tracker_fault(["wandb"]) is None and tracker_fault(["trackio"]) is None and not stand_ins["wandb"].logins
 
 
-def test_a_run_whose_tracker_does_not_begin_is_one_line(options, stand_ins, capsys):  # noqa: F811
+def test_a_run_whose_tracker_does_not_begin_is_one_line(options, stand_ins, capsys):
     stand_ins["trackio"].broken = {"init": "no\nroute"}
     with pytest.raises(SystemExit, match="2"):
         trainer.main(options(run__trackers='["trackio"]'))

@@ -9,19 +9,20 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import bounds
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from shared import first_gradient, relative_error, run, sampled, untimed, weights
+from tiny import make_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpo_fast import assemble
+from ddpo_fast import assemble as assembling
+from ddpo_fast import rollout
 from ddpo_fast import train as trainer
+from ddpo_fast.assemble import assemble
 from ddpo_fast.config.options import parse
 from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.dtypes import DTYPES
@@ -30,142 +31,26 @@ from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import Prompts
 from ddpo_fast.records import run_directory
 from ddpo_fast.records.checkpoint import list_checkpoints
-from ddpo_fast.records.metrics import StageTimer, read_metrics
-from ddpo_fast.schedule import Levels, Schedule
+from ddpo_fast.records.metrics import read_metrics
 from ddpo_fast.scoring.scorer import open_reward
 from ddpo_fast.scoring.server import RewardServer
+from ddpo_fast.timing import StageTimer
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-TIMES = re.compile(r"time_|_per_s|device_hours|peak_memory")
-
-REWARDS = """
-from pathlib import Path
-import torch
-calls = 0
-def redness(images, prompts):
-    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
-def by_place(images, prompts):
-    return torch.arange(len(images))
-def integers(images, prompts):
-    return (1e6 * redness(images, prompts)).round().long()
-def sometimes_bad(images, prompts):
-    global calls
-    calls += 1
-    rewards = redness(images, prompts)
-    if calls == 3:
-        raise RuntimeError("the third call")
-    if calls > 3:
-        rewards[1] = torch.nan
-    return rewards
-def raising(images, prompts):
-    raise KeyError("always")
-def bad_in_iteration_3(images, prompts, while_there_is):
-    global calls
-    calls += 1
-    rewards = redness(images, prompts)
-    if calls == 4 and Path(while_there_is).exists():
-        rewards[:5] = torch.nan
-    return rewards
-def bad_after_start(images, prompts):
-    global calls
-    calls += 1
-    return redness(images, prompts) * (1 if calls == 1 else torch.nan)
-"""
-
-
-@pytest.fixture(scope="session")
-def rewards_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("rewards") / "rewards.py"
-    path.write_text(REWARDS)
-    return path
-
-
-@pytest.fixture
-def options(tiny_model, rewards_file, tmp_path):
-    """Command lines of short runs: keyword arguments with __ for the dot."""
-
-    def make(name="run", **changed) -> list[str]:
-        values = {
-            "model.path": tiny_model, "run.dir": tmp_path / name, "reward.name": f"{rewards_file}:redness",
-            "sample.num_samples": 8, "sample.num_steps": 5, "sample.batch_size": 8, "eval.num_samples": 4, "run.iterations": 2,
-            "train.num_minibatches": 2, "train.micro_batch": 16, "lora.rank": 2, "train.learning_rate": 1e-3,
-            "eval.prompts": '["a", "b"]', "prompts.limit": 4,
-            "prompts.samples_per_prompt": 1, "baseline.min_count": 16, "baseline.buffer_size": 16,
-        }  # fmt: skip
-        values |= {key.replace("__", "."): value for key, value in changed.items()}
-        return [f"--{key}={value}" for key, value in values.items()]
-
-    return make
-
-
-def run(argv: list[str]) -> Path:
-    trainer.main(argv)
-    return next(Path(a.split("=")[1]) for a in argv if a.startswith("--run.dir="))
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "lora" / "pytorch_lora_weights.safetensors")
-
-
-def untimed(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if not TIMES.search(key)} for row in rows]
-
-
-def first_gradient(argv: list[str], monkeypatch, dtype=torch.float64) -> tuple[dict, trainer.Setup, tuple]:
-    """The gradient of the first update of a run, by parameter name, with the rollout and advantages that it came from."""
-    setup = trainer.prepare(parse(argv))
-    config, gradient = setup.config, {}
-    schedule = Schedule.of(Levels.of_steps(setup.policy.pipe.scheduler, config.sample.num_steps), "ddim", config.sample.eta, dtype=dtype)
-    setup = replace(setup, schedule=schedule)
-    setup.policy.dtype = dtype
-    for module in (setup.policy.unet, setup.policy.pipe.text_encoder, setup.policy.pipe.vae):
-        module.to(dtype)
-    setup.policy._prompt_embeds.clear()
-    setup.policy.uncond_embeds = setup.policy.encode_prompts([""])
-    torch.manual_seed(1)
-    for parameter in setup.policy.trainable_parameters():  # LoRA starts at B = 0, where half of the gradient is 0
-        torch.nn.init.normal_(parameter, std=0.02)
-    if dtype == torch.float32:
-        optimizer = torch.optim.AdamW(setup.policy.trainable_parameters())
-        engine = Engine(setup.policy.unet, optimizer, zero_stage=0, max_grad_norm=1.0, dtype=dtype)
-        setup.policy.attach(engine.module)
-    else:  # DeepSpeed has no fp64; what it does to a gradient is tested in fp32 and in test_launch.py
-        engine = SimpleNamespace(backward=lambda loss, last: loss.backward(), loss_scale=1.0, forget_gradient=lambda: None)
-
-    def capture():
-        if not gradient:
-            gradient.update({n: p.grad.clone() for n, p in setup.policy.unet.named_parameters() if p.grad is not None})
-        setup.policy.unet.zero_grad()
-        return 0.0
-
-    monkeypatch.setattr(engine, "step", capture, raising=False)
-    prompts = trainer.draw_prompts(setup.prompts, config.sample.num_samples, 1, config.run.seed, 1)
-    rollout, _, _ = trainer.sample(setup, StageTimer(setup.policy.device), 0, prompts, "sample")
-    advantages = torch.linspace(-2, 3, config.sample.num_samples, dtype=dtype)
-    row = trainer.update(replace(setup, clip_range=5e-2), engine, rollout, advantages, 1)
-    assert row["ratio_error"] <= bounds.of(config, dtype).ratio
-    return gradient, setup, (prompts.texts, rollout, advantages)
-
-
-def relative_error(gradient: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Norm of the difference over the norm, of all parameters together."""
-    assert gradient.keys() == expected.keys()
-    a, b = (torch.cat([g[name].flatten().double() for name in expected]) for g in (gradient, expected))
-    assert b.norm() > 1e-3
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("algorithm", ["ddpo_is", "ddpo_sf"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_gradient_is_that_of_the_textbook_loop(options, monkeypatch, algorithm, guidance_scale):
+def test_gradient_is_that_of_the_textbook_loop(options, algorithm, guidance_scale):
     """Against the paper's loop: whole minibatch, one timestep at a time, formulas written out anew from the cumulative alphas."""
     argv = options(train__num_minibatches=1, train__algorithm=algorithm, sample__guidance_scale=guidance_scale)
-    gradient, setup, (prompts, rollout, advantages) = first_gradient(argv, monkeypatch)
-    pipe = setup.policy.pipe
+    first = first_gradient(argv)
+    prompts, rollout, advantages, timesteps = first.prompts, first.rollout, first.credit, first.rollout.schedule.timesteps
+    pipe = first.run.policy.pipe
     pipe.unet.zero_grad()
     embeds, uncond = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, [""] * len(prompts)))
     alphas = (1 - pipe.scheduler.betas.double()).cumprod(0)
-    for step, t in enumerate(setup.schedule.timesteps.tolist()):
+    for step, t in enumerate(timesteps.tolist()):
         a_t, a_p = alphas[t], alphas[t - 200] if t >= 200 else alphas[0]
         latents, next_latents = rollout.latents[:, step], rollout.latents[:, step + 1]
         e = pipe.unet(latents, t, encoder_hidden_states=embeds).sample
@@ -177,19 +62,19 @@ def test_gradient_is_that_of_the_textbook_loop(options, monkeypatch, algorithm, 
         density = torch.distributions.Normal(a_p.sqrt() * x0 + (1 - a_p - s**2).sqrt() * e, s)
         log_prob = density.log_prob(next_latents.double()).mean((1, 2, 3))
         ratio = (log_prob - rollout.log_probs[:, step].double()).exp()
-        (-(advantages * ratio).mean() / setup.schedule.num_steps).backward()
+        (-(advantages * ratio).mean() / len(timesteps)).backward()
     expected = {n: p.grad for n, p in pipe.unet.named_parameters() if p.grad is not None}
-    assert relative_error(gradient, expected) <= 1e-6
+    assert relative_error(first.gradient, expected) <= 1e-6
 
 
 @pytest.mark.rounding
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_gradient_does_not_depend_on_micro_batch(options, monkeypatch, dtype):
+def test_gradient_does_not_depend_on_micro_batch(options, dtype):
     short = dict(sample__num_steps=3)
-    expected, setup, _ = first_gradient(options(**short), monkeypatch, dtype)
+    expected = first_gradient(options(**short), dtype)
     for micro_batch in (1, 7, 1000):
-        gradient, _, _ = first_gradient(options(**short, train__micro_batch=micro_batch), monkeypatch, dtype)
-        assert relative_error(gradient, expected) <= bounds.of(setup.config, dtype).gradient, micro_batch
+        gradient = first_gradient(options(**short, train__micro_batch=micro_batch), dtype).gradient
+        assert relative_error(gradient, expected.gradient) <= bounds.of(expected.run.config, dtype).gradient, micro_batch
 
 
 @pytest.mark.rounding
@@ -223,7 +108,7 @@ def test_run_directory_is_the_contract(options, reports):
     folder = run(options(eval__every=1))
     rows = read_metrics(folder)
     assert [row["iteration"] for row in rows] == [0, 1, 2] and [row["samples"] for row in rows] == [0, 8, 16]
-    assert all(list(row) == list(rows[0]) for row in rows) and set(rows[0]) >= set(trainer.METRICS)
+    assert all(list(row) == list(rows[0]) for row in rows) and list(rows[0]) == list(run_directory.METRICS)
     heldout = [f"heldout_{key}" for key in ("reward_mean", "reward_std", "samples", "diversity")]
     assert [key for key, value in rows[1].items() if value is None] == [*heldout, "kl_to_reference"]
     assert all(row["ratio_error"] <= bounds.of_run(folder).ratio for row in rows[1:])
@@ -255,17 +140,17 @@ def test_a_report_that_cannot_be_made_does_not_end_the_run(options, monkeypatch,
 
 
 def test_readme_snippet_loads_the_trained_policy_in_plain_diffusers(options, tiny_model, monkeypatch, tmp_path):
-    setup = trainer.prepare(parse(options(lora__alpha=3.0)))
+    made = assemble(parse(options(lora__alpha=3.0)))
     latents, t = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([481, 481])  # both branches of guidance
-    embeds = setup.policy.encode_prompts(["a", "b"])
+    embeds = made.policy.encode_prompts(["a", "b"])
     with torch.no_grad():
-        untrained = setup.policy.predict_noise(latents, t, embeds)  # LoRA starts at 0
-        for parameter in setup.policy.trainable_parameters():
+        untrained = made.policy.predict_noise(latents, t, embeds)  # LoRA starts at 0
+        for parameter in made.policy.trainable_parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        expected = setup.policy.predict_noise(latents, t, embeds)
-    setup.policy.export(Path(setup.config.run.dir))
+        expected = made.policy.predict_noise(latents, t, embeds)
+    made.policy.export(Path(made.config.run.dir))
     snippet = re.search(r"```python\n(from diffusers.*?)```", README.read_text(), re.S)[1]
-    for shown, here in (("ddpo_fast/embedded/model", tiny_model), ("runs/NAME", setup.config.run.dir), ("lion.png", tmp_path / "lion.png")):
+    for shown, here in (("ddpo_fast/embedded/model", tiny_model), ("runs/NAME", made.config.run.dir), ("lion.png", tmp_path / "lion.png")):
         assert shown in snippet
         snippet = snippet.replace(shown, str(here))
     names = {}
@@ -274,7 +159,7 @@ def test_readme_snippet_loads_the_trained_policy_in_plain_diffusers(options, tin
         loaded = names["pipe"].unet(latents, t, encoder_hidden_states=embeds).sample
     assert (tmp_path / "lion.png").stat().st_size > 0
     assert (expected - untrained).abs().max() > 1e-2
-    bounds.assert_same_output(loaded, expected, setup.policy.unet)
+    bounds.assert_same_output(loaded, expected, made.policy.unet)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
@@ -324,14 +209,14 @@ def test_half_of_the_steps(options):
 
 def test_a_mismatch_of_rollout_and_update_is_named(options, monkeypatch, caplog):
     """Latents rounded to bf16 after their log-prob was taken: the fault of other trainers (PAPER: trap 3)."""
-    generate = trainer.generate
+    generate = rollout.generate
 
     def rounding(*args):
-        rollout, images = generate(*args)
-        rollout.latents = rollout.latents.bfloat16().float()
-        return rollout, images
+        made, images = generate(*args)
+        made.latents = made.latents.bfloat16().float()
+        return made, images
 
-    monkeypatch.setattr(trainer, "generate", rounding)
+    monkeypatch.setattr(rollout, "generate", rounding)
     rows = read_metrics(run(options(run__iterations=1)))
     assert rows[1]["ratio_error"] > 1e-3
     assert f"worst at step {rows[1]['ratio_error_step']}, t=" in caplog.text
@@ -388,7 +273,7 @@ def test_too_many_bad_rewards_stop_the_run_where_it_can_go_on(options, rewards_f
 
 def test_a_batch_is_scored_while_the_next_one_is_denoised(options, monkeypatch):
     """The first batch's reward waits for the second batch's denoising."""
-    generate, denoising, numbers = trainer.generate, threading.Event(), []
+    generate, denoising, numbers = rollout.generate, threading.Event(), []
 
     def noting(*args):
         numbers.append(len(numbers))
@@ -396,25 +281,25 @@ def test_a_batch_is_scored_while_the_next_one_is_denoised(options, monkeypatch):
             denoising.set()
         return generate(*args)
 
-    setup = trainer.prepare(parse(options(sample__batch_size=4)))
+    made = assemble(parse(options(sample__batch_size=4)))
 
     def reward(images, prompts, metadata):
         assert denoising.wait(300)
         return torch.full((4,), float(images.mean()), dtype=torch.float64)
 
-    monkeypatch.setattr(trainer, "generate", noting)
-    _, rewards, _ = trainer.sample(replace(setup, reward=reward), StageTimer(torch.device("cpu")), 0, Prompts(["a"] * 8), "sample")
+    monkeypatch.setattr(rollout, "generate", noting)
+    _, rewards, _ = sampled(replace(made, task=replace(made.task, reward=reward)), ["a"] * 8)
     assert rewards[:4].unique().numel() == rewards[4:].unique().numel() == 1 and rewards[0] != rewards[4]
 
 
 def test_scoring_in_the_background_changes_no_bit(options, monkeypatch):
-    class Waiting(trainer.Scorer):
+    class Waiting(rollout.Scorer):
         def add(self, *batch):
             super().add(*batch)
             self.rewards()
 
     behind = run(options("behind", sample__batch_size=3, run__iterations=1))
-    monkeypatch.setattr(trainer, "Scorer", Waiting)
+    monkeypatch.setattr(rollout, "Scorer", Waiting)
     waiting = run(options("waiting", sample__batch_size=3, run__iterations=1))
     assert untimed(read_metrics(behind)) == untimed(read_metrics(waiting))
     assert all(torch.equal(tensor, weights(waiting)[name]) for name, tensor in weights(behind).items())
@@ -422,17 +307,18 @@ def test_scoring_in_the_background_changes_no_bit(options, monkeypatch):
 
 def test_time_reward_is_what_the_loop_waited(options, monkeypatch):
     """The reward sleeps once the loop waits for it, so that the time does not depend on the machine's speed."""
-    waiting, rewards, timer = threading.Event(), trainer.Scorer.rewards, StageTimer(torch.device("cpu"))
+    waiting, rewards, timer = threading.Event(), rollout.Scorer.rewards, StageTimer(torch.device("cpu"))
 
     def reward(images, prompts, metadata):
         assert waiting.wait(300)
         time.sleep(0.3)
         return images.mean((1, 2, 3)).double()
 
-    monkeypatch.setattr(trainer.Scorer, "rewards", lambda scorer: waiting.set() or rewards(scorer))
-    setup = replace(trainer.prepare(parse(options())), reward=reward)
+    monkeypatch.setattr(rollout.Scorer, "rewards", lambda scorer: waiting.set() or rewards(scorer))
+    made = assemble(parse(options()))
+    made = replace(made, task=replace(made.task, reward=reward))
     with timer("total"):
-        trainer.sample(setup, timer, 0, Prompts(["a"] * 8), "sample")
+        rollout.collect(made, made.schedule(1), 0, Prompts(["a"] * 8), timer, "sample")
     assert 0.3 <= timer.seconds["reward"] and timer.seconds["sample"] + timer.seconds["reward"] <= timer.seconds["total"]
 
 
@@ -477,9 +363,8 @@ def test_a_gradient_that_is_never_finite_ends_the_run(options, monkeypatch):
 
 
 def test_fp16_overflow_lowers_the_loss_scale(options):
-    setup = trainer.prepare(parse(options(model__dtype="fp16")))
-    parameters = setup.policy.trainable_parameters()
-    engine = Engine(setup.policy.unet, torch.optim.AdamW(parameters), zero_stage=0, max_grad_norm=1.0, dtype=torch.float16)
+    engine = assemble(parse(options(model__dtype="fp16"))).engine
+    parameters = engine.parameters
     before = [p.detach().clone() for p in parameters]
     for value in (torch.inf, 1.0):
         engine.backward(sum(p.sum() for p in parameters) * value, last=True)
@@ -499,7 +384,7 @@ def test_metrics_survive_a_line_cut_short(options):
 @pytest.mark.rounding
 def test_pictures_are_decoded_in_parts(options, monkeypatch):
     """To rounding the same, and never more than asked for. Pictures are half of what the decoder gives, which is about 1."""
-    policy, sizes = trainer.prepare(parse(options())).policy, []
+    policy, sizes = assemble(parse(options())).policy, []
     latents = torch.randn(5, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     whole, decode = policy.decode_latents(latents), policy.pipe.vae.decode
     monkeypatch.setattr(policy.pipe.vae, "decode", lambda part, **kwargs: sizes.append(len(part)) or decode(part, **kwargs))
@@ -510,7 +395,7 @@ def test_pictures_are_decoded_in_parts(options, monkeypatch):
 
 
 def test_the_text_encoder_is_on_the_device_while_prompts_are_new(options, monkeypatch):
-    policy, moves = trainer.prepare(parse(options())).policy, []
+    policy, moves = assemble(parse(options())).policy, []
     encoder = policy.pipe.text_encoder
     monkeypatch.setattr(encoder, "to", lambda device: moves.append(str(device)) or encoder)
     assert policy.offload_text_encoder
@@ -608,7 +493,7 @@ def test_a_reward_may_change_its_pictures(options, tmp_path):
 def test_fused_kernels_train_as_the_reference_does(options, tmp_path, monkeypatch, algorithm, guidance_scale, fused_blocks):
     """On either backend. The UNet's blocks are slow in Triton's interpreter: once is enough, and one iteration, whose end is evaluated."""
     if not fused_blocks:
-        monkeypatch.setattr(assemble, "fuse", lambda unet, ops: None)
+        monkeypatch.setattr(assembling, "fuse", lambda unet, ops: None)
     model = make_pipeline(tmp_path / "m", channels=(8, 8), latent_size=4, groups=2)  # larger groups: gradients that rounding leaves alone
     short = dict(
         train__algorithm=algorithm, train__num_minibatches=1, train__timestep_fraction=0.5, sample__guidance_scale=guidance_scale,
@@ -661,24 +546,25 @@ class CountOps(TorchDispatchMode):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_number_of_operations_around_the_unet(options, monkeypatch, guidance_scale, dtype):
     """At most 3 a denoising step and 6 a micro-batch, none of which waits for the device. (Unfused: 51 and 104.)"""
-    monkeypatch.setattr(assemble, "fuse", lambda unet, ops: None)  # the UNet is not what is counted
+    monkeypatch.setattr(assembling, "fuse", lambda unet, ops: None)  # the UNet is not what is counted
 
     def operations(num_steps, micro_batch):
-        setup = trainer.prepare(
+        made = assemble(
             parse(
                 options(
                     kernels__backend="triton", sample__num_steps=num_steps, train__micro_batch=micro_batch, model__dtype=dtype,
                     sample__guidance_scale=guidance_scale, sample__num_samples=2, train__num_minibatches=1, lora__targets='["attention"]',
+                    cache__mode="off",
                 )
             )
         )  # fmt: skip
-        engine = trainer.make_engine(setup)
-        with CountOps(setup.policy, engine) as mode:
-            rollout, _ = trainer.generate(
-                setup.policy, setup.schedule, setup.ops, torch.arange(2), ["a", "b"], seed=0, guidance_scale=guidance_scale
-            )
+        updates, schedule = made.updates(1), made.schedule(1)
+        made.gradients.begin(updates, 2, schedule)
+        made.gradients.begin_batch(slice(2))
+        with CountOps(made.policy, made.engine) as mode:
+            samples, _ = rollout.generate(made.policy, made.ops, schedule, 0, torch.arange(2), ["a", "b"], made.gradients)
             sampling, mode.names = mode.names, []
-            trainer.update(setup, engine, rollout, torch.tensor([1.0, -1.0]), 1)
+            trainer.update(made, updates, samples, torch.tensor([1.0, -1.0]), 1)
         return Counter(sampling), Counter(mode.names)
 
     (short, one), (long, _), (_, two) = operations(2, 8), operations(3, 8), operations(2, 2)
@@ -694,4 +580,4 @@ def test_number_of_operations_around_the_unet(options, monkeypatch, guidance_sca
 def test_triton_where_it_cannot_run_is_refused(options, monkeypatch):
     monkeypatch.setattr("ddpo_fast.kernels.launch.interpreted", lambda: False)
     with pytest.raises(ValueError, match="kernels.backend=triton: valid on a GPU.*this run is on cpu"):
-        trainer.prepare(parse(options(kernels__backend="triton")))
+        assemble(parse(options(kernels__backend="triton")))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from runs import BY_PROMPT, ENVIRONMENT, LIMIT_S, ROOT, deepspeed, ports, printed, write_job
 from safetensors.torch import load_file
+from shared import command_line, joined, policy_of, run, run_dir
 
 from ddpo_fast import assemble
 from ddpo_fast import train as trainer
@@ -25,7 +26,6 @@ from ddpo_fast.config.options import parse
 from ddpo_fast.distributed import deepspeed_options
 from ddpo_fast.distributed.engine import Engine, init_distributed
 from ddpo_fast.distributed.optimizer import check_optimizer
-from ddpo_fast.policy import Policy
 from ddpo_fast.records.metrics import read_metrics
 
 TRAINED = {"lora": "mid_up", "full": "none"}
@@ -49,14 +49,9 @@ def make(tiny_model, tmp_path_factory):
             "lora.scope": TRAINED[trained], "optimizer.name": optimizer, "zero.stage": stage, "zero.offload": offload,
             "train.gradient_checkpointing": str(checkpointing).lower(), "deepspeed.config": folder / "partition.json",
         }  # fmt: skip
-        values |= {key.replace("__", "."): value for key, value in changed.items()}
-        return [f"--{key}={value}" for key, value in values.items()]
+        return command_line(values, changed)
 
     return argv
-
-
-def run_dir(argv: list[str]) -> Path:
-    return next(Path(a.split("=")[1]) for a in argv if a.startswith("--run.dir="))
 
 
 def tolerance(argv: list[str]) -> float:
@@ -71,7 +66,7 @@ def weights(argv: list[str]) -> torch.Tensor:
     (file,) = [*folder.glob("lora/*.safetensors"), *folder.glob("unet/*.safetensors")]
     tensors = load_file(file)
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
-    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+    return joined(tensors)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +75,7 @@ def plain(make):
     results = {}
     for trained, optimizer in product(TRAINED, ("adamw", "adamw_8bit")):
         argv = make(f"plain-{trained}-{optimizer}", trained, optimizer)
-        trainer.main(argv)
+        run(argv)
         results[trained, optimizer] = weights(argv)
     return results
 
@@ -112,8 +107,7 @@ def launch(num_ranks: int, runs: list[list[str]], folder: Path) -> None:
 
 
 def test_the_plain_runs_move_the_weights_more_than_the_tolerance(make, plain, tiny_model):
-    before = Policy(str(tiny_model), "fp32", torch.device("cpu"), "none", [], 1, 1.0).unet.state_dict()
-    before = torch.cat([before[name].flatten() for name in sorted(before)])
+    before = joined(policy_of(tiny_model, scope="none").unet.state_dict())
     assert (plain["full", "adamw"] - before).norm() > 4 * tolerance(make("plain-full-adamw", "full"))
     lora = make("plain-lora-adamw")
     assert bounds.moved(run_dir(lora)) > 4 * tolerance(lora)
@@ -190,13 +184,13 @@ def test_checkpointing_changes_no_bit(make, options, request):
     name = request.node.callspec.id
     runs = [make(f"{name}-{checkpointing}", checkpointing=checkpointing, **options) for checkpointing in (False, True)]
     for argv in runs:
-        trainer.main(argv)
+        run(argv)
     assert torch.equal(*map(weights, runs))
 
 
 def test_half_precision_at_stage_3_has_fp32_masters_and_skips_what_is_not_finite(tiny_model):
     init_distributed(60)
-    policy = Policy(str(tiny_model), "fp16", torch.device("cpu"), "none", [], 1, 1.0)
+    policy = policy_of(tiny_model, "fp16", scope="none")
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=1e-3)
     engine = Engine(policy.unet, optimizer, zero_stage=3, max_grad_norm=1.0, dtype=torch.float16)
     policy.attach(engine.module, partitioned=True)
@@ -263,8 +257,8 @@ def test_the_users_json_is_merged_over_ours(make, tmp_path):
         "wall_clock_breakdown": False,
         "zero_optimization": {"offload_param": {"buffer_count": 7}, "stage3_prefetch_bucket_size": 1234},
     }
-    setup = trainer.prepare(parse(make("merged", "full", stage=3, offload="all", deepspeed__config=tmp_path / "ds.json")))
-    zero = trainer.make_engine(setup).module._config.zero_config
+    made = assemble.assemble(parse(make("merged", "full", stage=3, offload="all", deepspeed__config=tmp_path / "ds.json")))
+    zero = made.engine.module._config.zero_config
     assert (zero.offload_param.buffer_count, zero.offload_param.device, zero.prefetch_bucket_size) == (7, "cpu", 1234)
     assert zero.max_live_parameters == deepspeed_options.LIVE_ELEMENTS and zero.stage == 3
 
@@ -286,7 +280,7 @@ def test_an_8_bit_optimizer_without_its_package_is_said(monkeypatch):
 
 def test_a_run_at_stage_3_says_what_it_trains(make, capsys):
     argv = make("said", "full", stage=3, run__iterations=1)
-    trainer.main(argv)
+    folder = run(argv)
     assert f"{len(weights(argv)):,} trainable parameters" in capsys.readouterr().out
-    rows = read_metrics(run_dir(argv))
-    assert rows[1]["ratio_error"] <= bounds.of_run(run_dir(argv)).ratio and rows[1]["skipped_updates"] == 0
+    rows = read_metrics(folder)
+    assert rows[1]["ratio_error"] <= bounds.of_run(folder).ratio and rows[1]["skipped_updates"] == 0

@@ -3,24 +3,29 @@
 The defaults are the embedded compressibility run, so that no option at all is a run that works on a laptop.
 """
 
+import ast
 import dataclasses
 import difflib
 import os
 import re
-import sys
 import time
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn, Optional, Union
+from types import ModuleType
+from typing import Literal, Optional, Union
 
 import jsonargparse
 import yaml
 
+from ddpo_fast import algorithms, rewards, samplers
+from ddpo_fast.algorithms import Algorithm
+from ddpo_fast.config.conflicts import conflicts
 from ddpo_fast.config.rules import RULES
 from ddpo_fast.gpus import HERE
 from ddpo_fast.places import PLACES, is_missing, located, located_kwargs, may_be_same
 from ddpo_fast.prompts import load_prompts
+from ddpo_fast.terminal import user_error
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -46,8 +51,8 @@ class ModelConfig:
     GPU, fp32 on a CPU. bf16's log-prob noise (about 1e-4) is as large as the clip range."""
     share_guidance: bool = True
     """With guidance, compute what the UNet does before its first cross-attention once for both branches instead of twice. Exact but for
-    rounding. SDXL's branches have nothing in common: the prompt is in its time embedding, too. Not done where
-    rwr.guidance_scale=1 trains on one branch."""
+    rounding. SDXL's branches have nothing in common: the prompt is in its time embedding, too. Not done where sampling, training or
+    evaluation has one branch."""
     offload_text_encoder: bool = True
     """On a GPU, have the text encoders there only while new prompts are encoded, which each prompt is once."""
     compile: bool = False
@@ -111,8 +116,7 @@ class RewardConfig:
     """What is maximised."""
 
     name: str = "jpeg_compressibility"
-    """jpeg_compressibility | jpeg_incompressibility | embedded_alignment | aesthetic | clip_score | pickscore |
-    vlm_alignment | vlm_counting | weighted_sum, see docs/rewards.md, or your own: path/to/file.py:function or package.module:function.
+    """One of those below, see docs/rewards.md, or your own: path/to/file.py:function or package.module:function.
     Signature: (images (B,3,H,W) fp32 in [0,1], prompts: list of B str, **kwargs) -> (B,) numbers, higher is better; a class is made
     once, with kwargs, and its instance called. Or a server's address, http://host:port/path or https://."""
     kwargs: dict = field(default_factory=dict)
@@ -140,24 +144,26 @@ class SampleConfig:
     """Pictures that the VAE decodes together: 0.4 GB each at 512x512 in fp16."""
     num_steps: int = 10
     """Denoising steps S."""
-    sampler: str = "ddim"
-    """How a picture is denoised: ddim, stochastic DDIM."""
+    sampler: Literal[samplers.CHOICES] = "ddim"
+    """How a picture is denoised."""
     guidance_scale: float = 3.0
     """Classifier-free guidance w in uncond + w (cond - uncond), in sampling and in training; 1 turns it off and halves
     the work."""
     eta: float = 1.0
     """How much of a step's noise is drawn anew, 0 < eta <= 1. At 0 DDIM is deterministic and has no policy gradient."""
+    window: Optional[dict[str, int]] = None
+    """Only some steps draw noise and are trained on, the others are those of the ODE: {size: 3, among: 5, every: 1} are 3 steps in a row
+    among the first 5, another 3 in every iteration. among is sample.num_steps where it is left out, every is 1. train.timestep_fraction is
+    a share of the window. null: every step draws noise."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The update."""
 
-    algorithm: Literal["ddpo_is", "ddpo_sf", "rwr", "rwr_sparse"] = "ddpo_is"
-    """ddpo_is: importance sampling with PPO's clip. ddpo_sf: score function (REINFORCE), exactly one update an
-    iteration. rwr: reward-weighted regression, the denoising loss on own samples weighed by the softmax of their rewards; rwr_sparse: on
-    the best of them alone. See the options of rwr, which take the place of baseline's and of train.clip_range. docs/algorithms.md has
-    the equations."""
+    algorithm: Literal[algorithms.CHOICES] = "ddpo_is"
+    """What an update does with the rewards. An algorithm's own options are algorithm.*; --help shows those of the algorithm that the
+    command line chooses. docs/algorithms.md has the equations."""
     estimator: Literal["ppo", "score_accumulation"] = "ppo"
     """Where the gradient is computed. ppo: after sampling, which any number of updates an iteration needs. score_accumulation:
     during sampling, each sample's apart, so that no second UNet pass is needed: the same gradient to rounding, for exactly one update an
@@ -192,11 +198,6 @@ class TrainConfig:
     faster one."""
 
     @property
-    def regression(self) -> bool:
-        """Whether the algorithm is reward-weighted regression, no policy gradient."""
-        return self.algorithm in ("rwr", "rwr_sparse")
-
-    @property
     def updates_per_iteration(self) -> int:
         """Optimizer updates of an iteration: minibatches x epochs."""
         return self.num_minibatches * self.inner_epochs
@@ -217,25 +218,6 @@ class BaselineConfig:
     """What advantages are divided by: the standard deviation of the prompt's rewards, as in the paper, or that of the whole
     iteration's. For a bounded reward 'batch': a prompt that always gets nearly 1 would else turn its last decimals into
     advantages as large as any."""
-
-
-@dataclass(frozen=True)
-class RwrConfig:
-    """Reward-weighted regression: rwr and rwr_sparse."""
-
-    inverse_temperature: float = 0.2
-    """beta in the weights softmax(beta r) of train.algorithm=rwr, in 1 / the reward's units; the paper's value."""
-    percentile: float = 0.9
-    """train.algorithm=rwr_sparse trains on the samples whose reward is at or above this quantile, the others get weight 0."""
-    population: Literal["prompt", "iteration"] = "prompt"
-    """What a reward is compared with: prompt, the iteration's samples of the same prompt (of all prompts, where it has just one), or
-    iteration, all of them."""
-    guidance_scale: Optional[float] = None
-    """Classifier-free guidance in the training loss; 1 turns it off. Default: sample.guidance_scale. Without guidance in training the
-    paper saw collapse after the first round."""
-    num_timesteps: int = 10
-    """Timesteps drawn anew for every sample and pass, uniformly and without repetition from the model's training timesteps. The paper
-    draws one and makes more passes (train.inner_epochs)."""
 
 
 @dataclass(frozen=True)
@@ -319,6 +301,12 @@ class EvalConfig:
     """Pictures of each fixed evaluation set: same prompts, same noise every time."""
     prompts: Optional[Union[PromptSet, list[str]]] = None
     """Prompts of the evaluation set, in turn: a list, or the name of a prompt set. Default: the training prompts."""
+    sampler: Optional[Literal[samplers.CHOICES]] = None
+    """How evaluation pictures are denoised. Default: sample.sampler, in every step."""
+    num_steps: Optional[int] = None
+    """Their denoising steps. Default: sample.num_steps."""
+    guidance_scale: Optional[float] = None
+    """Their classifier-free guidance. Default: sample.guidance_scale."""
     heldout: Optional[Union[PromptSet, list[str]]] = None
     """Prompts that the run does not train on, such as unseen_animals: a second fixed evaluation set of eval.num_samples pictures, which
     shows what has been learnt about others (metrics heldout_*), and decides which weights are the best, see run.keep_best."""
@@ -361,8 +349,8 @@ class Config:
     reward: RewardConfig = RewardConfig()
     sample: SampleConfig = SampleConfig()
     train: TrainConfig = TrainConfig()
+    algorithm: Algorithm = field(default_factory=algorithms.find(TrainConfig().algorithm))
     baseline: BaselineConfig = BaselineConfig()
-    rwr: RwrConfig = RwrConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     zero: ZeroConfig = ZeroConfig()
     deepspeed: DeepspeedConfig = DeepspeedConfig()
@@ -375,10 +363,12 @@ class Config:
     def check(self) -> None:
         """Raises ValueError, naming the option, its value and what is valid, for what the types do not rule out."""
         for section in dataclasses.fields(self):
-            for option in dataclasses.fields(section.type):  # the parser lets a recipe's null pass everywhere
-                if getattr(getattr(self, section.name), option.name) is None and type(None) not in typing.get_args(option.type):
+            values = getattr(self, section.name)
+            for option in dataclasses.fields(values):  # the parser lets a recipe's null pass everywhere
+                if getattr(values, option.name) is None and type(None) not in typing.get_args(option.type):
                     raise ValueError(_mismatch(f"{section.name}.{option.name}", str(option.type), "None"))
-        for option, valid, ok in RULES:
+        own = [(f"algorithm.{option}", valid, lambda v, c, ok=ok: ok(v)) for option, valid, ok in self.algorithm.RULES]
+        for option, valid, ok in [*RULES, *own]:
             value = self[option]
             try:
                 good = ok(value, self)
@@ -386,12 +376,14 @@ class Config:
                 good = False
             if not good:
                 raise ValueError(f"{option}={value}: valid is {valid(self) if callable(valid) else valid}")
+        if conflict := next(conflicts(self), None):
+            raise ValueError(conflict)
         load_prompts(self.prompts.name, self.prompts.file, self.prompts.limit, self.prompts.list)  # whose file may be at fault
 
     @property
     def training_guidance(self) -> float:
         """The guidance scale of the update's loss; 1 is none."""
-        own = self.rwr.guidance_scale if self.train.regression else None
+        own = self.algorithm.guidance_scale
         return self.sample.guidance_scale if own is None else own
 
     def __getitem__(self, option: str):
@@ -410,7 +402,8 @@ class Config:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-def _parser() -> jsonargparse.ArgumentParser:
+def _parser(algorithm: str) -> jsonargparse.ArgumentParser:
+    """Of all options, with those of one algorithm."""
     parser = jsonargparse.ArgumentParser(
         prog="deepspeed ddpo_fast/train.py",
         usage="%(prog)s [--config RECIPE] [--section.option VALUE ...] [--resume] [--plan[=DEVICES]]",
@@ -420,8 +413,22 @@ def _parser() -> jsonargparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="A recipe: a YAML file of differences from the defaults.")
-    parser.add_class_arguments(Config)
+    for section in dataclasses.fields(Config):
+        parser.add_class_arguments(algorithms.find(algorithm) if section.name == "algorithm" else section.type, section.name)
+    for action in parser._actions:
+        if choices := {"train.algorithm": algorithms, "sample.sampler": samplers, "reward.name": rewards}.get(action.dest):
+            action.help = f"{action.help} {_told(choices)}"
     return parser
+
+
+def _told(choices: ModuleType) -> str:
+    """The choices of a folder, each with the first sentence of its file, which is not imported."""
+    told = {}
+    for name in choices.CHOICES:
+        tree = ast.parse(Path(choices.__path__[0], f"{name}.py").read_text(encoding="utf-8"))
+        documented = next(node for node in (tree, *tree.body) if isinstance(node, ast.Module | ast.ClassDef) and ast.get_docstring(node))
+        told[name] = " ".join(ast.get_docstring(documented).split("\n\n")[0].split()).rstrip(".")
+    return " ".join(f"{name}: {text}." for name, text in told.items()).replace("%", "%%")
 
 
 def parse(argv: list[str]) -> Config:
@@ -431,16 +438,16 @@ def parse(argv: list[str]) -> Config:
     argv = [short.get(arg, arg) for arg in argv if not arg.startswith("--local_rank")]
     argv = [f"--run.{arg[2:]}" if arg.startswith("--plan=") else arg for arg in argv]
     argv = [f"--config={os.path.expanduser(arg[9:])}" if arg.startswith("--config=") else arg for arg in argv]
-    parser = _parser()
-    _check_values(argv)
     try:
-        options = parser.parse_args(argv)
+        _check_values(argv)
+        parser, options = _parsed(argv)
         if options.run.resume and options.run.dir:
             began = ["--config", os.path.join(located("run.dir", options.run.dir), "config.yaml")]
             if os.path.exists(began[1]):
                 _check_values(began)
-                _check_known(began, parser)
-                options = parser.parse_args([*began, *argv])
+                _check_known(began)
+                argv = [*began, *argv]
+                parser, options = _parsed(argv)
         sections = parser.instantiate(options)
         config = _with_places(Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)}))
         if config.run.resume:
@@ -450,7 +457,36 @@ def parse(argv: list[str]) -> Config:
             _check_resumed(config)
         return config
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(_one_line(str(error), parser)) from None
+        raise ValueError(_one_line(str(error))) from None
+
+
+def _parsed(argv: list[str]) -> tuple[jsonargparse.ArgumentParser, jsonargparse.Namespace]:
+    """A command line's options, and the parser that knows those of its algorithm."""
+    name, chosen = None, _algorithm(argv)
+    while chosen != name:  # twice where it is said in another way, as in --train '{algorithm: rwr}'
+        parser, name = _parser(_checked(chosen)), chosen
+        options = parser.parse_args(argv)
+        chosen = options.train.algorithm
+    return parser, options
+
+
+def _algorithm(argv: list[str]) -> str:
+    """The train.algorithm of a command line, whose options the parser needs to know."""
+    name = TrainConfig().algorithm
+    for option, value in zip(argv, [*argv[1:], ""]):
+        if "=" in option:
+            option, value = option.split("=", 1)
+        if option == "--config":
+            name = (_recipe(value).get("train") or {}).get("algorithm", name)
+        elif option == "--train.algorithm":
+            name = value
+    return name
+
+
+def _checked(algorithm: str) -> str:
+    if algorithm not in algorithms.CHOICES:
+        raise ValueError(f"train.algorithm={algorithm}: valid is one of {', '.join(algorithms.CHOICES)}")
+    return algorithm
 
 
 def _with_places(config: Config) -> Config:
@@ -458,13 +494,13 @@ def _with_places(config: Config) -> Config:
     return config.replace(**changed, reward__kwargs=located_kwargs(config.reward.kwargs))
 
 
-def _check_known(began: list[str], parser: jsonargparse.ArgumentParser) -> None:
+def _check_known(began: list[str]) -> None:
     """Raises ValueError for a run whose config.yaml has what this version does not know."""
     try:
-        parser.parse_args(began)
-    except jsonargparse.ArgumentError as error:
+        _parsed(began)
+    except (jsonargparse.ArgumentError, ValueError) as error:
         raise ValueError(
-            f"{began[1]}: {_one_line(str(error), parser)} (another version may have written it; change or remove that option in "
+            f"{began[1]}: {_one_line(str(error))} (another version may have written it; change or remove that option in "
             "the file, then --resume)"
         ) from None
 
@@ -543,7 +579,7 @@ def _check_values(argv: list[str]) -> None:
         if "=" in option:
             option, value = option.split("=", 1)
         if option == "--config":
-            _check_recipe(value)
+            _recipe(value)
             continue
         try:
             yaml.compose(value, _Loader)
@@ -554,7 +590,8 @@ def _check_values(argv: list[str]) -> None:
             pass  # a string
 
 
-def _check_recipe(path: str) -> None:
+def _recipe(path: str) -> dict[str, dict]:
+    """The sections of a recipe. Raises ValueError for what is none."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(0, "not a file")  # a device or a pipe may never end
@@ -566,15 +603,20 @@ def _check_recipe(path: str) -> None:
     nested = isinstance(sections, dict) and all(isinstance(values, dict) for values in sections.values())
     if not nested or not all(isinstance(key, str) for keys in (sections, *sections.values()) for key in keys):
         raise ValueError(f"--config {path}: valid is a mapping of sections, each a mapping of options, as --print_config shows")
+    return sections
 
 
-def _one_line(message: str, parser) -> str:
+def _one_line(message: str) -> str:
     """jsonargparse's message as one line that names the option, its value and what is valid."""
     if found := re.match(r"""Parser key "([\w.]+)":\s*Expected an? (.*?)\.? Got value: (.*)""", message, re.S):
         return _mismatch(*found.groups())
     if found := re.match(r"""Parser key "([\w.]+)":.*Subtypes: \[(.*?)\]\s.*Given value: (.*)""", message, re.S):
         return _mismatch(*found.groups())
-    options = sorted(f"{s.name}.{o.name}" for s in dataclasses.fields(Config) for o in dataclasses.fields(s.type))
+    options = {f"{s.name}.{o.name}": "" for s in dataclasses.fields(Config) for o in dataclasses.fields(s.type)}
+    for name in algorithms.CHOICES:
+        for option in dataclasses.fields(algorithms.find(name)):
+            others = options.get(f"algorithm.{option.name}", "with train.algorithm=")
+            options[f"algorithm.{option.name}"] = f"{others}{', ' * (others[-1] != '=')}{name}"
     if found := re.match(r"unrecognized arguments: (?:--)?([^\s=]*)", message):
         unknown = found[1]
     elif found := re.match(r"Option '(.*)' is not accepted", message):
@@ -583,7 +625,9 @@ def _one_line(message: str, parser) -> str:
         unknown = ".".join(found.groups())
     else:
         return " ".join(message.split())
-    close = difflib.get_close_matches(unknown, options, n=3, cutoff=0.5)
+    if options.get(unknown):
+        return f"{unknown}: it is an option {options[unknown]}"
+    close = difflib.get_close_matches(unknown, sorted(options), n=3, cutoff=0.5)
     return f"{unknown}: no such option; {'did you mean ' + ' or '.join(close) + '?' if close else 'see --help'}"
 
 
@@ -599,11 +643,3 @@ def parse_or_exit(argv: list[str]) -> Config:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(RANK_0_SAYS_IT_S)  # every rank has the same command line, and the first to end ends the others
         user_error(error)
-
-
-def user_error(error: Exception) -> NoReturn:
-    """Ends the program for a user's mistake: one line on standard error, exit code 2."""
-    rank = os.environ.get("RANK", "0")
-    text = " ".join(str(error).splitlines())  # some of it is a file's, or another program's
-    print(f"error{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr, flush=True)
-    sys.exit(2)

@@ -1,4 +1,4 @@
-"""What each option's value must be, beyond its type: alone, and together with other options."""
+"""What each option's value must be, beyond its type; what options do not go together is in conflicts.py."""
 
 import os
 import re
@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ddpo_fast import samplers
+from ddpo_fast.algorithms import Regression
 from ddpo_fast.gpus import GPUS, parse_devices
 from ddpo_fast.places import is_hub_id, is_lora, lora_file
 
@@ -31,7 +32,6 @@ RULES = [
             "train.num_minibatches",
             "train.inner_epochs",
             "baseline.min_count",
-            "rwr.num_timesteps",
             "eval.every",
             "eval.num_samples",
             "run.iterations",
@@ -48,7 +48,6 @@ RULES = [
             "train.clip_range",
             "train.advantage_clip",
             "train.max_grad_norm",
-            "rwr.inverse_temperature",
             "optimizer.eps",
         )
     ),
@@ -93,9 +92,6 @@ RULES = [
         "the directory of a run, a folder with pytorch_lora_weights.safetensors, a LoRA's .safetensors file, or null",
         lambda v, c: v is None or c.run.resume or (lora_file(v) is not None and is_lora(v)),
     ),
-    ("lora.init", "null, when lora.scope is none", lambda v, c: v is None or c.lora.scope != "none"),
-    ("lora.forward", "auto or separate, when lora.scope is none", lambda v, c: v != "merged" or c.lora.scope != "none"),
-    ("lora.forward", "auto or separate, with zero.stage=3, which partitions the weights", lambda v, c: v != "merged" or c.zero.stage < 3),
     ("lora.targets", "at least one of attention, feed_forward, convolution, projection", lambda v, c: len(v) > 0),
     ("prompts.list", "null, when prompts.file is given", lambda v, c: v is None or c.prompts.file is None),
     ("prompts.list", "at least one prompt, a text; a weight is a finite number > 0", lambda v, c: v is None or _is_prompt_list(v)),
@@ -107,118 +103,37 @@ RULES = [
     ("prompts.limit", _positive[1], lambda v, c: v is None or _positive[0](v, c)),
     ("prompts.samples_per_prompt", "a divisor of sample.num_samples", lambda v, c: c.sample.num_samples % v == 0),
     ("sample.guidance_scale", "a finite number >= 1; 1 is no guidance", _number(1)),
-    ("sample.sampler", f"one of {', '.join(samplers.CHOICES)}", lambda v, c: v in samplers.CHOICES),
     (
         "sample.eta",
         lambda c: samplers.find(c.sample.sampler).VALID_ETA,
         lambda v, c: samplers.find(c.sample.sampler).takes(v),
     ),
+    (
+        "sample.window",
+        "null, or {size: N, among: N, every: N} with 1 <= size <= among <= sample.num_steps and every >= 1; size has to be there",
+        lambda v, c: v is None or _is_window(v, c.sample.num_steps),
+    ),
+    ("eval.num_steps", f"{_positive[1]}, or null", lambda v, c: v is None or _positive[0](v, c)),
+    ("eval.guidance_scale", "a finite number >= 1; 1 is no guidance; or null", lambda v, c: v is None or _number(1)(v, c)),
     ("sample.num_samples", "a multiple of train.num_minibatches", lambda v, c: v % c.train.num_minibatches == 0),
-    (
-        "train.algorithm",
-        "ddpo_is, or exactly one update an iteration (train.num_minibatches=1, train.inner_epochs=1): "
-        "the score function is only unbiased on-policy",
-        lambda v, c: v != "ddpo_sf" or c.train.updates_per_iteration == 1,
-    ),
-    (
-        "train.estimator",
-        "ppo, with train.algorithm=rwr or rwr_sparse: their loss is not one of the steps that sampling makes",
-        lambda v, c: v == "ppo" or not c.train.regression,
-    ),
-    (
-        "train.timestep_fraction",
-        "1, with train.algorithm=rwr or rwr_sparse; rwr.num_timesteps says how many timesteps of a sample are trained on",
-        lambda v, c: v == 1 or not c.train.regression,
-    ),
-    (
-        "cache.mode",
-        "auto or off, with train.algorithm=rwr or rwr_sparse: what they train on is not what the rollout computed",
-        lambda v, c: v != "on" or not c.train.regression,
-    ),
     ("train.kl_coefficient", "a finite number >= 0", _number(0)),
-    (
-        "train.kl_coefficient",
-        "0, with train.algorithm=rwr or rwr_sparse",
-        lambda v, c: v == 0 or not c.train.regression,
-    ),
-    (
-        "train.kl_coefficient",
-        "0, when lora.scope is none: the reference is the model with LoRA switched off",
-        lambda v, c: v == 0 or c.lora.scope != "none",
-    ),
-    (
-        "train.kl_coefficient",
-        "0, with train.estimator=score_accumulation, which takes the gradient of the log-prob alone",
-        lambda v, c: v == 0 or c.train.estimator == "ppo",
-    ),
-    (
-        "train.kl_coefficient",
-        "0, with zero.stage=3, which gathers weights in the order of one and the same forward pass",
-        lambda v, c: v == 0 or c.zero.stage < 3,
-    ),
-    (
-        "train.kl_coefficient",
-        "0, with model.compile=true: to switch LoRA off and on between calls makes torch.compile give the UNet up",
-        lambda v, c: v == 0 or not c.model.compile,
-    ),
-    ("rwr.percentile", "0 <= percentile < 1", lambda v, c: 0 <= v < 1),
-    ("rwr.guidance_scale", "a finite number >= 1 (1 is no guidance), or null", lambda v, c: v is None or _number(1)(v, c)),
-    (
-        "train.estimator",
-        "ppo, or exactly one update an iteration (train.num_minibatches=1, train.inner_epochs=1): a second one's gradient is not known "
-        "while sampling",
-        lambda v, c: v == "ppo" or c.train.updates_per_iteration == 1,
-    ),
-    (
-        "train.estimator",
-        "ppo, when lora.scope is none: a gradient of the whole UNet for every sample would not fit",
-        lambda v, c: v == "ppo" or c.lora.scope != "none",
-    ),
-    (
-        "train.estimator",
-        "ppo, with zero.stage=3: a sample's gradient is taken from whole weights",
-        lambda v, c: v == "ppo" or c.zero.stage < 3,
-    ),
-    ("model.compile", "false, with zero.stage=3, which gathers weights between the UNet's layers", lambda v, c: not v or c.zero.stage < 3),
-    (
-        "train.gradient_checkpointing",
-        "false, with model.compile=true, which decides itself what to keep for backward",
-        lambda v, c: not v or not c.model.compile,
-    ),
-    (
-        "train.gradient_checkpointing",
-        "false, with train.estimator=score_accumulation",
-        lambda v, c: not v or c.train.estimator == "ppo",
-    ),
     ("zero.stage", "0, 1, 2 or 3", lambda v, c: type(v) is int),  # true is in a Literal that has 1
     (
         "zero.offload",
         "none, optimizer with zero.stage 1 to 3, or all with zero.stage=3",
         lambda v, c: c.zero.stage >= {"none": 0, "optimizer": 1, "all": 3}[v],
     ),
-    (
-        "zero.offload",
-        "none, unless optimizer.name=adamw; paged_adamw_8bit moves its state to the host by itself",
-        lambda v, c: v == "none" or c.optimizer.name == "adamw",
-    ),
     ("train.timestep_fraction", "0 < fraction <= 1", _number(0, 1, open_low=True)),
     ("reward.max_bad_fraction", "0 <= fraction <= 1", _number(0, 1)),
     (
         "baseline.name",
         "history, or group with prompts.samples_per_prompt of at least 2: a single sample has nothing to be compared with",
-        lambda v, c: v == "history" or c.prompts.samples_per_prompt > 1 or c.train.regression,
+        lambda v, c: v == "history" or c.prompts.samples_per_prompt > 1 or isinstance(c.algorithm, Regression),
     ),
     ("baseline.buffer_size", "a whole number >= baseline.min_count and < 2^63", lambda v, c: c.baseline.min_count <= v <= _LARGEST),
     ("optimizer.betas", "two numbers in [0, 1)", lambda v, c: len(v) == 2 and all(0 <= b < 1 for b in v)),
     ("optimizer.weight_decay", "a finite number >= 0", _number(0)),
     *((option, "a number of MiB >= 0", lambda v, c: v is None or _number(0)(v, c)) for option in ("cache.device_mib", "cache.host_mib")),
-    (
-        "cache.mode",
-        "auto or off, with train.estimator=score_accumulation: no transition is visited twice",
-        lambda v, c: v != "on" or c.train.estimator == "ppo",
-    ),
-    ("cache.mode", "auto or off, with zero.stage=3, which gathers weights for whole calls", lambda v, c: v != "on" or c.zero.stage < 3),
-    ("cache.mode", "auto or off, when lora.scope is none: nothing is frozen", lambda v, c: v != "on" or c.lora.scope != "none"),
     *(
         (option, "a prompt set or a list with at least one prompt, or null", lambda v, c: v is None or len(v) > 0)
         for option in ("eval.prompts", "eval.heldout")
@@ -254,6 +169,11 @@ def _is_model(path: str, config: str = "model_index.json") -> bool:
 
 def _is_single_file(path: str) -> bool:
     return Path(path).suffix == ".safetensors" and Path(path).is_file()
+
+
+def _is_window(window: dict[str, int], num_steps: int) -> bool:
+    known = {"among": num_steps, "every": 1} | window
+    return known.keys() == {"size", "among", "every"} and 1 <= known["size"] <= known["among"] <= num_steps and known["every"] >= 1
 
 
 def _is_prompt_list(prompts: list[str] | dict[str, float]) -> bool:

@@ -26,14 +26,15 @@ from torch.distributed.rendezvous import rendezvous
 from ddpo_fast.distributed import deepspeed_options
 from ddpo_fast.distributed.launcher import check_launcher
 from ddpo_fast.distributed.optimizer import MOMENTS, settle_state
+from ddpo_fast.distributed.ranks import Ranks
 
 MEETING_S = 600
 """What the ranks may take to find each other; some have been started later, or import more slowly."""
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
-def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
-    """Joins the processes that the launcher started, or makes a group of one. Returns rank, world size and this rank's device.
+def init_distributed(timeout_s: float) -> tuple[Ranks, torch.device]:
+    """Joins the processes that the launcher started, or makes a group of one. Returns this rank and its device.
 
     A rank may keep the others waiting for `timeout_s`, say with a slow reward; then the run is over. Raises ValueError where the
     environment is not that of a rank, or where the ranks do not find each other.
@@ -62,7 +63,7 @@ def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
         atexit.register(dist.destroy_process_group)
-    return dist.get_rank(), dist.get_world_size(), device
+    return Ranks(dist.get_rank(), dist.get_world_size()), device
 
 
 def _meet() -> tuple[dist.Store, int, int]:
@@ -160,8 +161,8 @@ class Engine:
         self.optimizer, self.zero_stage, self.dtype = optimizer, zero_stage, dtype
         self.unfinished = False
         """Whether there have been `backward`s since the last `step`."""
-        self.loss_scale, self.good_updates = (self.FP16_LOSS_SCALE if dtype == torch.float16 else 1.0), 0
-        if dtype == torch.float16:
+        self.loss_scale, self.good_updates = (self.FP16_LOSS_SCALE if self.adapts_scale else 1.0), 0
+        if self.adapts_scale:
             for parameter in self.parameters:
                 parameter.register_hook(lambda grad: grad / self.loss_scale)
         # the bucket is allocated whole, by default 2 GB, however few parameters are trained
@@ -173,6 +174,11 @@ class Engine:
         config = deepspeed_options.merge(deepspeed_options.merge(config, {"zero_optimization": zero}), options or {})
         self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._tell_change()  # they are rank 0's now
+
+    @property
+    def adapts_scale(self) -> bool:
+        """Whether the loss is scaled up by a number that it finds by trying: in fp16."""
+        return self.dtype == torch.float16
 
     def _tell_change(self) -> None:
         """Counts a change of the trainable weights that torch has not seen: DeepSpeed writes some through `.data`."""
@@ -205,7 +211,7 @@ class Engine:
             self.module.step()  # ZeRO leaves out an update that is not finite by itself
             norm = float(self.module.get_global_grad_norm())
         self._tell_change()
-        if self.dtype == torch.float16:
+        if self.adapts_scale:
             self._adapt_loss_scale(math.isfinite(norm))
         return norm
 

@@ -1,6 +1,5 @@
 """Which weights of a UNet are trained: LoRA on some of its layers, or all of them."""
 
-import torch
 from peft import LoraConfig
 from torch import nn
 
@@ -11,14 +10,6 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "projection": ("proj_in", "proj_out", "time_emb_proj"),
 }
 """Ends of the names that diffusers gives the layers inside a UNet's blocks."""
-
-
-def merges(forward: str, scope: str, dtype: torch.dtype, zero_stage: int) -> bool:
-    """Whether a UNet of this compute dtype runs with LoRA's update merged into its weights: what `forward` (lora.forward) asks for.
-
-    ZeRO 3 partitions the weights, so that there is nothing to merge into.
-    """
-    return forward == "merged" or (forward == "auto" and dtype == torch.float32 and scope != "none" and zero_stage < 3)
 
 
 def set_trainable(unet: nn.Module, scope: str, targets: list[str], rank: int, alpha: float) -> None:

@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from ddpo_fast import dtypes
+from ddpo_fast.config.conflicts import possible
 from ddpo_fast.distributed.deepspeed_options import BUCKET_ELEMENTS
 from ddpo_fast.distributed.optimizer import state_bytes
 from ddpo_fast.gpus import GPUS, HERE, parse_devices
 from ddpo_fast.memory import free_mib, num_kept_prompts
-from ddpo_fast.networks.lora import merges
 from ddpo_fast.planning.counts import MIB, ModelCounts, architecture, count_model
+from ddpo_fast.planning.work import Work, merges_lora, shares_guidance
 from ddpo_fast.prompts import evaluation_sets, load_prompts
-from ddpo_fast.schedule import Levels, Schedule, ddim_scheduler
+from ddpo_fast.schedule import Denoising, ddim_scheduler
 
 USABLE = 0.9
 """Share of a device's memory that is planned for; its context, workspaces and the allocator's gaps get the rest. An estimate."""
@@ -38,64 +39,6 @@ RESIDENT = (
     "sample gradients",
 )
 """Kinds of memory that every phase holds."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """One iteration: the options that decide how much of what it does. Names are those of the options."""
-
-    num_samples: int
-    batch_size: int
-    num_steps: int
-    rows: int
-    """UNet rows of a sample or transition, G."""
-    num_minibatches: int
-    inner_epochs: int
-    micro_batch: int
-    trained_steps: int
-    """Steps of a sample that an epoch trains on."""
-    optimizer: str
-    zero_stage: int
-    decode_batch: int = 16
-    held: tuple[int, int] = (0, 0)
-    """Transitions of a rank in the activation cache, on the device and on the host."""
-    prompts: tuple[int, int] = (0, 0)
-    """Prompts whose embeddings a rank keeps, in its own memory, if that is a CPU's, and on the host beside it."""
-    score_accumulation: bool = False
-    """Whether sampling does the update's UNet calls: train.estimator."""
-    offload: str = "none"
-    regression: bool = False
-    """Whether the update trains on noised samples, of which nothing is cached, and not on the rollout's transitions: train.algorithm."""
-    update_rows: int | None = None
-    """UNet rows of a transition in the update; None: G, as in sampling."""
-
-    @property
-    def trained_rows(self) -> int:
-        return self.update_rows or self.rows
-
-    @classmethod
-    def of(cls, config) -> "Work":
-        """The work of a config's iterations."""
-        sample, train = config.sample, config.train
-        trained_steps = config.rwr.num_timesteps if train.regression else max(1, round(train.timestep_fraction * sample.num_steps))
-        return cls(
-            sample.num_samples, sample.batch_size, sample.num_steps, 1 if sample.guidance_scale == 1 else 2,
-            train.num_minibatches, train.inner_epochs, train.micro_batch, trained_steps,
-            config.optimizer.name, config.zero.stage, sample.decode_batch, score_accumulation=train.estimator == "score_accumulation",
-            offload=config.zero.offload, regression=train.regression, update_rows=1 if config.training_guidance == 1 else 2,
-        )  # fmt: skip
-
-    def share(self, num_devices: int) -> int:
-        """Samples of a rank. Raises ValueError for a number of ranks that the trainer would refuse."""
-        multiple = num_devices * self.num_minibatches
-        if self.num_samples % multiple:
-            raise ValueError(f"sample.num_samples={self.num_samples}: valid is a multiple of {multiple} with {num_devices} ranks")
-        return self.num_samples // num_devices
-
-    def trained_transitions(self, num_devices: int) -> int:
-        """Of a rank, those that an iteration trains on at least once, on average."""
-        missed = (1 - self.trained_steps / self.num_steps) ** self.inner_epochs
-        return round(self.share(num_devices) * self.num_steps * (1 - missed))
 
 
 @dataclass(frozen=True)
@@ -136,7 +79,7 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
 
     ZeRO 1 to 3 shard the optimizer state, and an fp32 copy of the trained weights, over the ranks; 2 and 3 the gradients too; 3 the
     UNet's weights, of which a part is whole at a time. What is offloaded takes no memory here, see `host_mib`. Score
-    accumulation holds a gradient for each of the rank's samples, trajectories of one batch, and the update's activations in sampling;
+    accumulation holds a gradient for each of the rank's samples, no trajectories, and the update's activations in sampling;
     where a step trains on a part of a batch, its samples' gradients apart. Its update has the combined gradient alone.
     """
     trained, samples = 4 * counts.num_trainable, work.share(num_devices)
@@ -148,9 +91,9 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
         gradients *= 1 / num_devices if work.offload == "none" else 0
     if work.zero_stage > 0 or num_devices > 1:
         gradients += min(trained, 4 * BUCKET_ELEMENTS)
-    trajectory = 4 * counts.num_latents * (work.num_steps + 1) + 4 * work.num_steps + counts.embed_bytes
+    trajectory = 4 * counts.num_latents * work.kept_latents + 4 * work.num_steps + counts.embed_bytes
     batch = min(work.batch_size, samples)
-    transitions = min(work.micro_batch, samples // work.num_minibatches * work.trained_steps)
+    transitions = min(work.micro_batch, work.update_transitions(num_devices))
     rollout = samples * trajectory / MIB
     sampling, update = max(counts.forward.mib(work.rows * batch), rollout), update_mib(counts, work, work.trained_rows * transitions)
     if work.score_accumulation:
@@ -294,7 +237,7 @@ def make_plan(config) -> Plan:
     counts = count_run(config, dtype, on_gpu)
     device = find_device(name, dtype, num_devices)
     work = Work.of(fit_sizes(config, counts, device.memory_mib, num_devices, on_gpu))
-    work = with_cache(work, config.cache, counts, device.memory_mib, num_devices, on_gpu)
+    work = with_cache(work, config, counts, device.memory_mib, num_devices, on_gpu)
     kept = min(num_prompts(config), num_kept_prompts(counts.embed_bytes, work.batch_size))
     work = replace(work, prompts=(0, kept) if on_gpu else (kept, 0))
     flop = iteration_flop(counts, work, num_devices)
@@ -305,26 +248,33 @@ def make_plan(config) -> Plan:
     return Plan(device, num_devices, work, counts, memory_mib(counts, work, num_devices), flop, seconds, advice)
 
 
+def print_plan(config) -> None:
+    """Prints the plan of a config, on rank 0. Raises ValueError naming the option at fault."""
+    if os.environ.get("RANK", "0") == "0":
+        print(plan_text(make_plan(config)), flush=True)
+
+
 def num_prompts(config) -> int:
     """Different prompts that a config's run encodes: to train on, to evaluate on, and the empty one."""
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
     evaluations = evaluation_sets(config.eval, prompts)
-    return len({"", *prompts.texts, *(text for chosen in evaluations.values() for text in chosen.texts)})
+    return len({"", *prompts.texts, *(text for chosen in evaluations for text in chosen.prompts.texts)})
 
 
 def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
     """The counts of a config's model. Raises ValueError naming the option at fault."""
     model = config.model
     arch = architecture(model.path, model.vae, model.config, model.variant)
-    Schedule.of(Levels.of_steps(ddim_scheduler(arch["scheduler"]), config.sample.num_steps), config.sample.sampler, config.sample.eta)
+    for evaluation in (None, config.eval):
+        Denoising.of(config.sample, ddim_scheduler(arch["scheduler"]), evaluation=evaluation)
     counts = count_model(
         arch,
         dtype,
         config.lora,
         on_gpu=on_gpu,
         fused=config.kernels.backend == "triton" or (config.kernels.backend == "auto" and on_gpu),
-        merged=merges(config.lora.forward, config.lora.scope, dtype, config.zero.stage),
-        shared=config.model.share_guidance and min(Work.of(config).rows, Work.of(config).trained_rows) == 2,
+        merged=merges_lora(config, dtype),
+        shared=shares_guidance(config),
         checkpointing=config.train.gradient_checkpointing,
     )
     if on_gpu and config.model.offload_text_encoder:
@@ -342,11 +292,9 @@ def fit_sizes(config, counts: ModelCounts, device_mib: float, num_devices: int, 
     """The config with the largest sample.batch_size and train.micro_batch that fit, where they are auto; 1 where nothing does."""
     auto = {key: phases for key, phases in AUTO_SIZES.items() if config[".".join(key)] == "auto"}
     config = config.replace(**{"__".join(key): 1 for key in auto})
-    work = with_cache(Work.of(config), config.cache, counts, device_mib, num_devices, on_gpu)
+    work = with_cache(Work.of(config), config, counts, device_mib, num_devices, on_gpu)
     for (section, option), phases in auto.items():
-        most = work.share(num_devices)
-        if option == "micro_batch":
-            most = most // work.num_minibatches * work.trained_steps
+        most = work.update_transitions(num_devices) if option == "micro_batch" else work.share(num_devices)
 
         def is_too_much(size: int) -> bool:
             needed = phases_mib(memory_mib(counts, replace(work, **{option: size}), num_devices))  # noqa: B023
@@ -368,13 +316,14 @@ def resolve_sizes(config, device_mib: float, num_devices: int, on_gpu: bool):
     return fit_sizes(config, counts, device_mib, num_devices, on_gpu)
 
 
-def with_cache(work: Work, cache, counts: ModelCounts, device_mib: float, num_devices: int, on_gpu: bool) -> Work:
-    """The work with the transitions that the activation cache holds, if `cache` (mode, device_mib, host_mib) wants one.
+def with_cache(work: Work, config, counts: ModelCounts, device_mib: float, num_devices: int, on_gpu: bool) -> Work:
+    """The work with the transitions that the activation cache holds, if the config wants one.
 
     A device without a budget is given half of what weights and optimizer leave; a GPU's host without one, all that the GPU leaves.
     """
+    cache = config.cache
     wanted = cache.mode == "on" or cache.mode == "auto" and counts.prefix_flop >= WORTH * counts.forward.row_flop
-    if not wanted or work.score_accumulation or work.regression or work.zero_stage == 3 or not counts.prefix_flop:
+    if not wanted or not possible("cache", config) or not counts.prefix_flop:
         return work
     memory, budget_mib, left = memory_mib(counts, work, num_devices), cache.device_mib, work.trained_transitions(num_devices)
     if budget_mib is None:
@@ -391,7 +340,7 @@ def plan_text(plan: Plan) -> str:
     samples, phases, devices = work.share(plan.num_devices), phases_mib(memory), f"{plan.num_devices} x {plan.device.name}"
     weights = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in counts.weight_bytes.items() if size)
     batch, saved = min(work.batch_size, samples), f"of which each saves {counts.saved_row_bytes / MIB:,.0f} for its backward"
-    rows = work.trained_rows * min(work.micro_batch, samples // work.num_minibatches * work.trained_steps)
+    rows = work.trained_rows * min(work.micro_batch, work.update_transitions(plan.num_devices))
     kept = work.trained_transitions(plan.num_devices) if any(work.held) else 0
     notes = {
         "frozen weights": weights,
@@ -399,7 +348,7 @@ def plan_text(plan: Plan) -> str:
         "trained weights": f"{counts.num_trainable:,} in fp32",
         "gathered weights": "only with zero.stage=3",
         "optimizer state": f"{work.optimizer}, ZeRO {work.zero_stage}",
-        "rollout": f"{samples} samples x {work.num_steps} steps",
+        "rollout": f"{samples} samples x {work.kept_latents} latents",
         "activation cache": f"{work.held[0]:,} transitions, {work.held[1]:,} on the host, {kept - sum(work.held):,} recomputed"
         if any(work.held)
         else "off",
@@ -415,7 +364,7 @@ def plan_text(plan: Plan) -> str:
         notes["optimizer state"] += f", {host_mib(counts, work, plan.num_devices):,.0f} of what is offloaded on the host"
     if work.score_accumulation:
         notes |= {
-            "rollout": f"{batch} samples x {work.num_steps} steps, a batch at a time",
+            "rollout": "log-probs and prompt embeddings of a batch",
             "sample gradients": f"{samples} samples",
             "sampling": f"batches of {batch}, {work.rows} UNet rows each sample, {saved}",
             "update": "the combined gradient; no UNet call",
@@ -480,7 +429,7 @@ def iteration_terms(work: Work, costs: Costs, num_devices: int) -> dict[str, flo
     takes 2 (N - 1) / N b / bandwidth + 2 (N - 1) latency, at the bandwidth of its slowest link: the network's beyond one machine.
     """
     samples, others = work.share(num_devices), num_devices - 1
-    transitions = samples // work.num_minibatches * work.trained_steps
+    transitions = work.update_transitions(num_devices)
     num_updates, batches = work.num_minibatches * work.inner_epochs, math.ceil(samples / work.batch_size)
     sample_calls, sample_rows = batches * work.num_steps, samples * work.num_steps * work.rows
     update_calls = num_updates * math.ceil(transitions / work.micro_batch)

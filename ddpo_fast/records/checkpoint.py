@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -23,16 +24,25 @@ logger = logging.getLogger("ddpo_fast")
 STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
 
 
+class Stateful(Protocol):
+    """What a run has to remember beside its weights."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
 def save(run_dir: Path, iteration: int, engine: Engine, state: dict, rank: int, keep: int) -> None:
     """Writes <run_dir>/checkpoints/<iteration>/, every rank its part, and removes all but the newest `keep`.
 
+    state: what goes into state.json, by name: the state of each stateful part, the number of ranks, fingerprints.
     Raises OSError, on every rank, where one cannot write: nothing of the new checkpoint stays then, and no old one goes.
     """
     final = run_dir / "checkpoints" / str(iteration)
     folder = final.with_name(f".{final.name}.partial")
 
     def complete():
-        (folder / STATE_FILE).write_text(json.dumps(state))
+        (folder / STATE_FILE).write_text(json.dumps({"iteration": iteration} | state))
         (folder / MANIFEST_FILE).write_text(json.dumps({path.name: _fingerprint(path) for path in sorted(folder.iterdir())}, indent=1))
         written.close()
 
@@ -105,32 +115,40 @@ def find_fault(folder: Path) -> str | None:
         state = read_state(folder)
         if state["iteration"] != int(folder.name):
             return f"{name} is not that of iteration {folder.name}"
-        for key in ("device_hours", "bad_rewards", "world_size"):
-            float(state[key])
-        if not isinstance(state.get("fingerprints", {}), dict):
-            return f"{name} has fingerprints of another kind"
-        if not all(math.isfinite(reward) for rewards in state["baseline"].values() for reward in rewards):
-            return f"{name} has rewards that are not finite"
+        float(state["world_size"])
+        if not all(isinstance(part, dict) for key, part in state.items() if key not in ("iteration", "world_size")):
+            return f"{name} has a part of another kind"
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"{name} cannot be read: {type(error).__name__}: {error}"
     return None
 
 
-def load(folder: Path, engine: Engine) -> dict:
-    """Restores a checkpoint into the engine and returns the `state` it was saved with.
+def load(folder: Path, engine: Engine, parts: dict[str, Stateful]) -> None:
+    """Restores a checkpoint into the engine and the parts that its state names.
 
     Raises WrongCheckpoint when it is whole and still not one of this run.
     """
     try:
         engine.load(folder)
+        state = read_state(folder)
+        for name, part in parts.items():
+            try:
+                part.load_state_dict(state[name])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise WrongCheckpoint(f"{STATE_FILE} has another {name}: {type(error).__name__}: {error}") from None
     except WrongCheckpoint as error:
         raise WrongCheckpoint(f"run.dir={folder.parents[1]}: checkpoint {folder.name} is not this run's: {error}") from None
-    return read_state(folder)
 
 
 def read_state(folder: Path) -> dict:
-    """The `state` that a checkpoint was saved with."""
-    return json.loads((folder / STATE_FILE).read_text())
+    """The `state` that a checkpoint was saved with. Raises ValueError for a number in it that is not finite."""
+    return json.loads((folder / STATE_FILE).read_text(), parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return number
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:

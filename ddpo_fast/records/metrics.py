@@ -8,7 +8,6 @@ import re
 import resource
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -27,27 +26,6 @@ from ddpo_fast.claim import Claim
 from ddpo_fast.files import DISK_FULL, new_file, write_text
 
 logger = logging.getLogger("ddpo_fast")
-
-
-class StageTimer:
-    """Wall seconds by stage; a stage ends when the device has done its work."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str):
-        start = self._now()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + self._now() - start
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 def peak_memory_mib(device: torch.device) -> float:

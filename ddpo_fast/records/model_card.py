@@ -7,16 +7,18 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
+from ddpo_fast import algorithms
+from ddpo_fast.algorithms import PolicyGradient
 from ddpo_fast.files import write_text
 from ddpo_fast.places import LORA_FILE
+from ddpo_fast.prompts import EVALUATIONS
 from ddpo_fast.records.report import Run, read_run
 
 _OPTIONS = (
     "train.algorithm lora.init lora.scope lora.targets lora.rank lora.alpha prompts.name prompts.file sample.num_samples sample.num_steps "
-    "sample.guidance_scale sample.eta train.num_minibatches train.inner_epochs train.learning_rate run.seed"
+    "sample.guidance_scale sample.sampler sample.eta sample.window train.num_minibatches train.inner_epochs train.learning_rate run.seed"
 ).split()
-_DDPO_OPTIONS = ("train.clip_range", "train.kl_coefficient", "baseline.name")
-_RWR_OPTIONS = ("rwr.inverse_temperature", "rwr.percentile", "rwr.population", "rwr.guidance_scale", "rwr.num_timesteps")
+_POLICY_GRADIENT_OPTIONS = ("train.clip_range", "train.kl_coefficient", "baseline.name")
 _CURVE = 12
 """Rows of the curve, at most."""
 
@@ -85,8 +87,7 @@ def _curve(run: Run) -> str:
         return ""
     num_rows = min(_CURVE, len(evaluated))
     chosen = [evaluated[round(i * (len(evaluated) - 1) / max(1, num_rows - 1))] for i in range(num_rows)]
-    names = {"eval": "reward", "heldout": "reward, held-out prompts"}
-    names = {name: title for name, title in names.items() if run.evaluations(name)}
+    names = {name: f"reward, {evaluation.title}" for name, evaluation in EVALUATIONS.items() if run.evaluations(name)}
     rows = [
         f"| {row['iteration']} | {row['samples']:,} | {row['device_hours']:.3g} | {' | '.join(_mean(row, name) for name in names)} |"
         for row in chosen
@@ -102,7 +103,7 @@ def _mean(row: dict, name: str) -> str:
 
 
 def _use(run: Run, weights: str, full: bool, public: bool) -> str:
-    sample, model = run.config["sample"], run.config["model"]
+    model = run.config["model"]
     steps = "".join(f", {key}={value!r}" for key, value in run.environment.get("scheduler", {}).items())
     names = {name: Path(path).name if public and not _is_on_hub(path) else path for name, path in model.items() if isinstance(path, str)}
     classes, arguments = {"DDIMScheduler", "UNet2DConditionModel"} if full else {"DDIMScheduler"}, f'"{names["path"]}"'
@@ -117,7 +118,7 @@ def _use(run: Run, weights: str, full: bool, public: bool) -> str:
     if variant := run.environment.get("variant"):
         arguments += f', variant="{variant}"'
     load = f'pipe.unet = UNet2DConditionModel.from_pretrained("{weights}")' if full else f'pipe.load_lora_weights("{weights}")'
-    call = f"num_inference_steps={sample['num_steps']}, guidance_scale={sample['guidance_scale']}, eta={sample['eta']}"
+    call = f"num_inference_steps={run.sampling['num_steps']}, guidance_scale={run.sampling['guidance_scale']}, eta={run.sampling['eta']}"
     return (
         f"```python\nfrom diffusers import {', '.join(sorted({*classes, pipeline}))}\n\n"
         f"pipe = {pipeline}.{constructor}({arguments})\n{load}\n"
@@ -141,8 +142,9 @@ def _elsewhere(weights: str, public: bool) -> str:
 
 def _training(run: Run) -> str:
     values = {"reward.name": Path(run.config["reward"]["name"]).name}
-    is_ddpo = run.config["train"]["algorithm"].startswith("ddpo")
-    for option in (*_OPTIONS, *(_DDPO_OPTIONS if is_ddpo else _RWR_OPTIONS)):
+    is_policy_gradient = issubclass(algorithms.find(run.config["train"]["algorithm"]), PolicyGradient)
+    own = [f"algorithm.{key}" for key in run.config.get("algorithm", {})]
+    for option in (*_OPTIONS, *own, *(_POLICY_GRADIENT_OPTIONS if is_policy_gradient else ())):
         section, key = option.split(".")
         value = run.config.get(section, {}).get(key)  # the run may be older than the option
         values[option] = Path(value).name if option in ("prompts.file", "lora.init") and value else value

@@ -27,6 +27,7 @@ from PIL import Image
 
 from ddpo_fast.files import write_text
 from ddpo_fast.places import typed_path
+from ddpo_fast.prompts import EVALUATIONS
 from ddpo_fast.records.metrics import read_metrics
 from ddpo_fast.terminal import steady_streams
 
@@ -97,8 +98,16 @@ class Run:
 
     @property
     def decides(self) -> str:
-        """The evaluation by which weights are the best: held-out prompts, where there are any."""
-        return "heldout" if self.evaluations("heldout") else "eval"
+        """The evaluation by which weights are the best: the last that the run has."""
+        return next((name for name in reversed(EVALUATIONS) if self.evaluations(name)), next(iter(EVALUATIONS)))
+
+    @property
+    def sampling(self) -> dict:
+        """How its evaluation pictures are made: sampler, num_steps, guidance_scale, eta, as diffusers' DDIM takes them."""
+        sample, evaluation = self.config["sample"], self.config.get("eval", {})
+        names = "sampler", "num_steps", "guidance_scale"  # the run may be older than an option
+        chosen = {name: sample.get(name) if evaluation.get(name) is None else evaluation[name] for name in names}
+        return chosen | {"eta": 0.0 if chosen["sampler"] == "ode" else sample["eta"]}
 
     @property
     def evaluation_names(self) -> list[str]:
@@ -112,7 +121,7 @@ def read_run(run_dir: Path) -> Run:
     for name in ("config.yaml", "metrics.jsonl"):
         if not (run_dir / name).is_file():
             raise ValueError(f"RUN_DIR={run_dir}: there is no {name} in it; valid is the directory of a run")
-    recorded = run_dir / "environment.json"
+    recorded, prefixes = run_dir / "environment.json", {name: evaluation.pictures for name, evaluation in EVALUATIONS.items()}
     try:
         config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -122,7 +131,7 @@ def read_run(run_dir: Path) -> Run:
         read_metrics(run_dir),
         config,
         json.loads(recorded.read_text()) if recorded.exists() else {},
-        {name: sorted((run_dir / "images").glob(f"{prefix}_*.png")) for name, prefix in (("eval", "iteration"), ("heldout", "heldout"))},
+        {name: sorted((run_dir / "images").glob(f"{prefix}_*.png")) for name, prefix in prefixes.items()},
     )
 
 
@@ -130,7 +139,7 @@ def write_report(run_dir: Path) -> Path:
     """Writes <run_dir>/report.html from what else is there. Returns its path. Raises ValueError, see `read_run`."""
     run, path = read_run(run_dir), run_dir / "report.html"
     page = [f"<p class=lead>{_result(run)}</p>", _tiles(run), "<h2>Reward</h2>", _plots(_rewards([run]))]
-    page += _pictures([run], "eval") + _pictures([run], "heldout")
+    page += [part for name in EVALUATIONS for part in _pictures([run], name)]
     if run.trained:
         page += ["<h2>Is it healthy?</h2>", _plots(_health([run])), "<h2>Where the time goes</h2>", _times(run)]
         page.append(_details("Every iteration", _table(_COLUMNS, [[_number(row.get(key)) for key in _COLUMNS] for row in run.rows])))
@@ -159,8 +168,7 @@ def write_comparison(run_dirs: list[Path], path: Path) -> Path:
             f"<h2>Reward: {html.escape(reward)}</h2>",
             _results(same),
             _plots(_rewards(same)),
-            *_pictures(same, "eval"),
-            *_pictures(same, "heldout"),
+            *(part for name in EVALUATIONS for part in _pictures(same, name)),
         ]
     page += ["<h2>Are they healthy?</h2>", _plots(_health([run for run in runs if run.trained]))]
     page += ["<h2>What they differ in</h2>", _differences(runs)]
@@ -232,10 +240,10 @@ def _tiles(run: Run) -> str:
 
 
 def _results(runs: list[Run]) -> str:
-    evaluations = [name for name in _EVALUATIONS if any(run.evaluations(name) for run in runs)]
+    evaluations = [name for name in EVALUATIONS if any(run.evaluations(name) for run in runs)]
     names = ["run"]
     for name in evaluations:
-        names += [f"{_EVALUATIONS[name]}before", "after", "change", "standard errors"]
+        names += [f"{EVALUATIONS[name].title}: before", "after", "change", "standard errors"]
     names += ["samples", "device-hours", "images/s", "transitions/s", "largest ratio_error", "clip_fraction, mean", "peak MiB"]
     rows = []
     for run in runs:
@@ -249,9 +257,6 @@ def _results(runs: list[Run]) -> str:
         figures += [_largest(run, "ratio_error"), _mean(run, "clip_fraction"), last.get("peak_memory_mib")]
         rows.append([*cells, *(_number(figure) for figure in figures)])
     return _table(names, rows)
-
-
-_EVALUATIONS = {"eval": "", "heldout": "held-out prompts: "}
 
 
 def _differences(runs: list[Run]) -> str:
@@ -281,7 +286,7 @@ def _rewards(runs: list[Run]) -> list[str]:
                 line = _COLOURS[run.evaluation_names.index(name) % len(_COLOURS)] if len(runs) == 1 else colour
                 rows = run.evaluations(name)
                 x_values, means = _series(rows, x, f"{name}_reward_mean")
-                label = _LABELS.get(name, name) if len(runs) == 1 else f"{run.name}, {_LABELS.get(name, name)}"
+                label = _label(name) if len(runs) == 1 else f"{run.name}, {_label(name)}"
                 errors = [row.get(f"{name}_reward_std", 0) / row.get(f"{name}_samples", 1) ** 0.5 for row in rows]
                 axis.errorbar(x_values, means, errors, color=line, marker=marker, ms=4, capsize=2, lw=1.6, label=label)
         if len(runs) == 1:
@@ -295,7 +300,8 @@ def _rewards(runs: list[Run]) -> list[str]:
     return plots
 
 
-_LABELS = {"eval": "fixed evaluation ± s.e.", "heldout": "held-out evaluation ± s.e."}
+def _label(name: str) -> str:
+    return f"{EVALUATIONS[name].title} ± s.e." if name in EVALUATIONS else name
 
 
 def _health(runs: list[Run]) -> list[str]:
@@ -346,7 +352,7 @@ def _pictures(runs: list[Run], name: str) -> list[str]:
         paths = run.images[name]
         grids = [grid for path in (paths[:1] + paths[-1:]) if (grid := _Grid(path)).prompts]
         if len(paths) > 1 and len(grids) == 2:
-            same = (tuple(grids[0].prompts), run.config["run"]["seed"], run.config["model"]["path"], *_sampling(run.config))
+            same = (tuple(grids[0].prompts), run.config["run"]["seed"], run.config["model"]["path"], *run.sampling.values())
             drawn.setdefault(same, []).append((run, grids))
     page = []
     for group in drawn.values():
@@ -354,16 +360,11 @@ def _pictures(runs: list[Run], name: str) -> list[str]:
         columns = [(before.iteration, before)]
         columns += [(now.iteration if len(runs) == 1 else run.name, now) for run, (_, now) in group]
         sets = [_set(before.prompts[i], [(label, grid, i) for label, grid in columns]) for i in range(len(before.prompts))]
-        title = "Held-out prompts" if name == "heldout" else "Same prompts, same noise"
-        page.append(f"<h2>{title}: before and now{'' if len(runs) == 1 else ': ' + html.escape(', '.join(names))}</h2>")
+        page.append(f"<h2>{EVALUATIONS[name].heading}: before and now{'' if len(runs) == 1 else ': ' + html.escape(', '.join(names))}</h2>")
         page.append(f"<style>{''.join(grid.style() for _, grid in columns)}</style><div class=sets>{''.join(sets[:_SHOWN])}</div>")
         if len(sets) > _SHOWN:
             page.append(_details(f"{len(sets) - _SHOWN} more", f"<div class=sets>{''.join(sets[_SHOWN:])}</div>"))
     return page
-
-
-def _sampling(config: dict) -> tuple:
-    return tuple(config["sample"][key] for key in ("num_steps", "guidance_scale", "eta"))
 
 
 def _set(prompt: str, pictures: list[tuple[str, "_Grid", int]]) -> str:

@@ -42,6 +42,10 @@ def open_reward(name: str, kwargs: dict, timeout_s: float, isolate: bool, withou
     return ThreadedReward(partial(load_reward, name, kwargs, without_metadata), timeout_s)
 
 
+class BadRewards(RuntimeError):
+    """Too few samples have a reward to learn from."""
+
+
 _last_failure = ""
 
 

@@ -19,13 +19,13 @@ import jsonargparse
 import torch
 from torch import Tensor
 
-from ddpo_fast.config.options import RewardConfig, user_error
+from ddpo_fast.config.options import RewardConfig
 from ddpo_fast.distributed.preemption import handle_here
 from ddpo_fast.scoring.function import RewardError
 from ddpo_fast.scoring.pixels import decode_png
 from ddpo_fast.scoring.remote import TOKEN_VARIABLE, read_token
 from ddpo_fast.scoring.scorer import Metadata, Reward, open_reward
-from ddpo_fast.terminal import steady_streams
+from ddpo_fast.terminal import steady_streams, user_error
 
 MAX_REQUEST_BYTES = 2**28
 LOOPBACK = ("127.0.0.1", "localhost")

@@ -6,7 +6,7 @@ this rank, S denoising steps, G UNet rows a transition (2 with guidance), M tran
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from ddpo_fast.networks.split_unet import SplitUNet, stored_bytes
 from ddpo_fast.planning.counts import MIB, flop_counter
 from ddpo_fast.planning.plan import FRACTIONS, WORTH, matmul_flops
 from ddpo_fast.policy import Policy
-from ddpo_fast.updates.transitions import MicroBatch, Pairs
+from ddpo_fast.updates.transitions import MicroBatch, Update
 
 DEVICE, HOST = 0, 1
 """The tiers."""
@@ -115,11 +115,11 @@ class ActivationCache:
         on_host = min(num_transitions - on_device, self.budgets[1])
         return [on_device, on_host, num_transitions - on_device - on_host]
 
-    def begin(self, num_samples: int, num_steps: int, updates: Iterable[tuple[int, int, Pairs]]) -> None:
+    def begin(self, num_samples: int, num_steps: int, updates: list[Update]) -> None:
         """Clears the cache and gives slots to the transitions that `updates` will train on, the most used ones first."""
         uses = np.zeros((num_samples, num_steps), np.int64)
-        for _, _, pairs in updates:
-            uses[pairs] += 1
+        for update in updates:
+            uses[update.rows, update.steps] += 1
         order = np.argsort(-uses, axis=None, kind="stable")[: np.count_nonzero(uses)]
         on_device, on_host, _ = self.tiers(len(order))
         for tier, count in ((DEVICE, on_device), (HOST, on_host)):
@@ -242,9 +242,9 @@ class ActivationCache:
         """The UNet's rows of some of `count` transitions."""
         return torch.from_numpy((chosen + count * np.arange(self.num_rows)[:, None]).ravel())
 
-    def plan_text(self, updates: Iterable[tuple[int, int, Pairs]], dtype: torch.dtype) -> str:
+    def plan_text(self, updates: list[Update], dtype: torch.dtype) -> str:
         """One iteration's use of it: MiB and transitions of each tier, and what reading saves, in operations and estimated seconds."""
-        uses = Counter(pair for _, _, (rows, steps) in updates for pair in zip(rows.tolist(), steps.tolist()))
+        uses = Counter(pair for update in updates for pair in zip(update.rows.tolist(), update.steps.tolist()))
         held = self.tiers(len(uses))
         reads = sum(count for _, count in uses.most_common(sum(held[:2])))
         flop = reads * self.num_rows * self.prefix_flop
@@ -265,7 +265,7 @@ class NoCache:
 
     hits = reads = 0
 
-    def begin(self, num_samples: int, num_steps: int, updates: Iterable[tuple[int, int, Pairs]]) -> None:
+    def begin(self, num_samples: int, num_steps: int, updates: list[Update]) -> None:
         pass
 
     def filling(self, rows: slice, step: int) -> nullcontext:
@@ -274,7 +274,7 @@ class NoCache:
     def forget(self, rows: slice, bad: Tensor) -> None:
         pass
 
-    def plan_text(self, updates: Iterable[tuple[int, int, Pairs]], dtype: torch.dtype) -> str:
+    def plan_text(self, updates: list[Update], dtype: torch.dtype) -> str:
         return ""
 
     def forget_fetched(self) -> None:
@@ -312,6 +312,14 @@ def split(mode: str, policy: Policy) -> SplitUNet | None:
             "cache.mode=on: valid is auto or off with this lora.scope, which leaves nothing frozen before the first trained layer"
         )
     return None
+
+
+def open_cache(split: SplitUNet | None, policy: Policy, num_rows: int, options) -> Cache:
+    """A run's cache, by `options`, config.cache; where the UNet is not split, one that never holds anything. num_rows: G."""
+    if split is None:
+        return NO_CACHE
+    device_mib, host_mib = budgets_mib(options.device_mib, options.host_mib, policy.device)
+    return ActivationCache(split, policy.example_call, num_rows, policy.device, device_mib, host_mib)
 
 
 def budgets_mib(device_mib: float | None, host_mib: float | None, device: torch.device) -> tuple[float, float]:

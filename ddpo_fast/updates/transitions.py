@@ -1,4 +1,4 @@
-"""Which transitions each update trains on, and what the UNet is given of them. Shape letter: B transitions."""
+"""Which transitions each update trains on, and what the network is given of them. Shape letter: B transitions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,11 +7,67 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Pairs = tuple[np.ndarray, np.ndarray]
-"""Transitions of this rank: samples (B,) and steps (B,)."""
+from ddpo_fast.distributed.ranks import Ranks
+from ddpo_fast.planning.work import Work
+from ddpo_fast.schedule import Schedule
 
 
-def minibatches(num_samples: int, num_minibatches: int, rank: int, world_size: int, key: tuple[int, ...]) -> list[np.ndarray]:
+@dataclass
+class Rollout:
+    """B samples. Transition (i, k) is latents[i, k] -> latents[i, k + 1], of the K steps that are kept: each latent is stored once.
+
+    L tokens, E and P embedding widths, *shape one sample's latents.
+    """
+
+    prompt_embeds: Tensor
+    """(B, L, E) in the compute dtype."""
+    pooled_embeds: Tensor | None
+    """(B, P) in the compute dtype, of SDXL; None for SD 1.x and 2.x."""
+    sample_ids: Tensor
+    """(B,) int64, which with the run's seed fix all noise."""
+    latents: Tensor
+    """(B, K + 1, *shape) fp32; (B, 1, *shape) where only the finished ones are kept, (B, 0, *shape) where none are."""
+    log_probs: Tensor
+    """(B, K) fp32, mean log-density of each kept transition under the policy that made it."""
+    good: Tensor
+    """(B,) bool. A sample that is not finite (an overflow in fp16, say) is not: its trajectory is zeros, so that it cannot spoil the
+    gradient of the others."""
+    schedule: Schedule
+    """The steps that made the samples."""
+    first_kept: int
+    """The first step that is kept."""
+
+    @property
+    def coefficients(self) -> Tensor:
+        """(K, 4) or (K, 7): the kept steps' rows of the schedule's table."""
+        return self.schedule.coefficients[self.first_kept : self.first_kept + self.log_probs.shape[1]]
+
+    @classmethod
+    def cat(cls, parts: list["Rollout"]) -> "Rollout":
+        """The rollouts of several batches as one."""
+        columns = {name: [getattr(part, name) for part in parts] for name in cls.__dataclass_fields__}
+        return cls(**{name: torch.cat(column) if isinstance(column[0], Tensor) else column[0] for name, column in columns.items()})
+
+
+@dataclass(frozen=True)
+class Update:
+    """This rank's part of one optimizer update: B transitions, pairs (sample, step)."""
+
+    epoch: int
+    number: int
+    """Of the epoch's minibatch."""
+    rows: np.ndarray
+    """(B,) samples of this rank."""
+    steps: np.ndarray
+    """(B,) denoising steps, or of a regression levels of noise."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the policy is still the one that made the samples."""
+        return self.epoch == self.number == 0
+
+
+def minibatches(num_samples: int, num_minibatches: int, ranks: Ranks, key: tuple[int, ...]) -> list[np.ndarray]:
     """This rank's rows of every minibatch of one pass over `num_samples` samples of which each rank holds a block in order.
 
     Samples come in strata of `num_minibatches` neighbours, and each stratum gives one sample, at random, to every minibatch.
@@ -20,67 +76,63 @@ def minibatches(num_samples: int, num_minibatches: int, rank: int, world_size: i
     size = num_samples // num_minibatches
     order = np.random.default_rng((1, *key)).permuted(np.tile(np.arange(num_minibatches), (size, 1)), axis=1)
     rows = order + num_minibatches * np.arange(size)[:, None]
-    block = num_samples // world_size
-    mine = rows[rank * size // world_size : (rank + 1) * size // world_size] - rank * block
+    mine = rows[ranks.block(size)] - ranks.block(num_samples).start
     return list(mine.T)
 
 
-def transitions(rows: np.ndarray, first_row: int, num_steps: int, fraction: float, key: tuple[int, ...]) -> Pairs:
-    """The (row, step) pairs that a minibatch trains on: round(fraction * S) steps, at least one, of each of its samples.
+def transitions(
+    rows: np.ndarray, first_row: int, population: np.ndarray, count: int, key: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The (row, step) pairs that a minibatch trains on: of each of its samples `count` steps of a population of steps.
 
     Which steps depends on `key` and the sample's index in the iteration, `first_row + row`, not on the rank that holds it.
     """
-    count = max(1, round(fraction * num_steps))
-    steps = [np.sort(np.random.default_rng((2, *key, first_row + row)).permutation(num_steps)[:count]) for row in rows]
-    return np.repeat(rows, count), np.concatenate(steps)
+    steps = [np.random.default_rng((2, *key, first_row + row)).permutation(len(population))[:count] for row in rows]
+    return np.repeat(rows, count), population[np.concatenate([np.sort(chosen) for chosen in steps])]
 
 
-def passes(
-    num_samples: int,
-    num_steps: int,
-    inner_epochs: int,
-    num_minibatches: int,
-    fraction: float,
-    rank: int,
-    world_size: int,
-    key: tuple[int, int],
-) -> Iterator[tuple[int, int, Pairs]]:
-    """Every update of an iteration: its epoch, its number in the epoch, this rank's transitions. key: (seed, iteration)."""
-    for epoch in range(inner_epochs):
-        for number, rows in enumerate(minibatches(num_samples, num_minibatches, rank, world_size, (*key, epoch))):
-            yield epoch, number, transitions(rows, num_samples // world_size * rank, num_steps, fraction, (*key, epoch))
+def updates(work: Work, population: np.ndarray, ranks: Ranks, key: tuple[int, int]) -> list[Update]:
+    """Every update of an iteration: inner epochs x minibatches. key: (seed, iteration)."""
+    made, first_row = [], ranks.block(work.num_samples).start
+    for epoch in range(work.inner_epochs):
+        for number, rows in enumerate(minibatches(work.num_samples, work.num_minibatches, ranks, (*key, epoch))):
+            made.append(Update(epoch, number, *transitions(rows, first_row, population, work.trained_steps, (*key, epoch))))
+    return made
 
 
 @dataclass
 class MicroBatch:
-    """B transitions of a Rollout and the UNet rows that they need, as int64 indices on the device: G B rows, G = 2 with guidance."""
+    """B transitions of a Rollout and the network rows that they need, as int64 indices on the device: G B rows, G = 2 with guidance."""
 
-    pairs: Pairs
-    """The transitions, not on the device."""
+    pairs: tuple[np.ndarray, np.ndarray]
+    """The transitions, samples and steps, not on the device."""
     rows: Tensor
     """(B,) sample."""
     steps: Tensor
     """(B,) denoising step."""
+    kept: Tensor
+    """(B,) the same among the steps that the rollout keeps."""
     unet_rows: Tensor
-    """(G B,) sample whose latents the UNet row takes."""
-    unet_steps: Tensor
-    """(G B,) and the step that they are of."""
+    """(G B,) sample whose latents the network row takes."""
+    unet_kept: Tensor
+    """(G B,) and which of the latents that the rollout keeps."""
     timesteps: Tensor
     """(G B,)."""
     embed_rows: Tensor
     """(G B,) row of the prompt embeddings with the empty prompt's put before them."""
 
 
-def micro_batches(rows: np.ndarray, steps: np.ndarray, size: int, timesteps: Tensor, guided: bool, device) -> Iterator[MicroBatch]:
-    """Transitions in pieces of at most `size`, all about as large: a small last one would use the hardware badly.
+def micro_batches(update: Update, size: int, timesteps: Tensor, first_kept: int, guided: bool, device) -> Iterator[MicroBatch]:
+    """An update's transitions in pieces of at most `size`, all about as large: a small last one would use the hardware badly.
 
-    All indices go to the device in one copy; timesteps: (S,) int64, on the CPU.
+    All indices go to the device in one copy; timesteps: (S,) int64, on the CPU. first_kept: the first step that the rollout keeps.
     """
-    parts, num_parts = [], -(-len(rows) // size)
-    pairs = list(zip(np.array_split(rows, num_parts), np.array_split(steps, num_parts)))
+    parts, num_parts = [], -(-len(update.rows) // size)
+    pairs = list(zip(np.array_split(update.rows, num_parts), np.array_split(update.steps, num_parts)))
     for r, s in pairs:
-        parts.append([r, s, r, s, timesteps.numpy()[s], r + 1])
+        k = s - first_kept
+        parts.append([r, s, k, r, k, timesteps.numpy()[s], r + 1])
         if guided:
-            parts[-1][2:] = [np.tile(index, 2) for index in parts[-1][2:5]] + [np.concatenate([np.zeros_like(r), r + 1])]
+            parts[-1][3:] = [np.tile(index, 2) for index in parts[-1][3:6]] + [np.concatenate([np.zeros_like(r), r + 1])]
     indices = torch.from_numpy(np.concatenate(sum(parts, []))).to(device).split([len(index) for part in parts for index in part])
-    yield from (MicroBatch(pair, *indices[6 * number : 6 * number + 6]) for number, pair in enumerate(pairs))
+    yield from (MicroBatch(pair, *indices[7 * number : 7 * number + 7]) for number, pair in enumerate(pairs))

@@ -1,13 +1,11 @@
-"""The clipped surrogate, the score-function loss and the statistics of an update."""
-
-import math
+"""The clipped surrogate and the score-function loss."""
 
 import numpy as np
 import pytest
 import torch
 
 from ddpo_fast.kernels.reference import ppo_loss
-from ddpo_fast.updates.losses import UpdateStatistics, scaled_clip_range
+from ddpo_fast.updates.objectives import scaled_clip_range
 
 
 def loss_and_gradient(algorithm, log_ratio, advantages, clip_range, old_log_prob=None):
@@ -75,78 +73,3 @@ def test_both_estimators_have_one_gradient_on_the_policy_that_sampled():
 @pytest.mark.parametrize("latent_dim, factor", [(4 * 64 * 64, 1), (4 * 16 * 16, 16), (4 * 128 * 128, 0.25)])
 def test_clip_range_keeps_the_trust_region_of_the_picture(latent_dim, factor):
     assert scaled_clip_range(1e-4, latent_dim) == pytest.approx(1e-4 * factor, rel=1e-15)
-
-
-def figures(loss, ratio, clip_range) -> torch.Tensor:
-    """The (4, B) statistics that `ppo_loss` gives for these rows."""
-    loss, ratio = torch.as_tensor(loss), torch.as_tensor(ratio)
-    return torch.stack([loss, ratio, ((ratio - 1).abs() > clip_range).to(ratio), 0.5 * ratio.double().log().square().to(ratio)])
-
-
-GOOD = torch.ones(48, dtype=torch.bool)
-
-
-def one_rank(tensor, op):
-    """The reduction over a single rank."""
-
-
-def test_statistics_are_those_of_all_transitions():
-    generator = np.random.default_rng(0)
-    loss, log_ratio = generator.normal(size=48), 2e-4 * generator.normal(size=48)
-    steps = generator.integers(5, size=48)
-    ratio, first = np.exp(log_ratio), np.arange(48) < 16
-    recorded = UpdateStatistics(5, GOOD)
-    for rows in np.split(np.arange(48), [7, 16, 17, 40]):
-        recorded.add(
-            torch.from_numpy(rows),
-            torch.from_numpy(steps[rows]),
-            figures(loss[rows], ratio[rows], 1e-4),
-            first_minibatch=bool(first[rows[0]]),
-        )
-    summary = recorded.summary(one_rank)
-    errors = np.where(first, np.abs(ratio - 1), 0)
-    assert summary.pop("transitions") == 48
-    assert summary.pop("ratio_error_step") == steps[errors.argmax()]
-    expected = dict(
-        loss=loss.mean(), clip_fraction=np.mean(np.abs(ratio - 1) > 1e-4), approx_kl=0.5 * np.mean(np.log(ratio) ** 2),
-        ratio_error=errors.max(),
-    )  # fmt: skip
-    assert summary == pytest.approx(expected, rel=1e-12)
-
-
-def test_statistics_of_several_ranks():
-    def two_equal_ranks(tensor, op):
-        tensor.mul_({"sum": 2, "max": 1}[op])
-
-    recorded = UpdateStatistics(5, GOOD)
-    recorded.add(torch.arange(2), torch.tensor([1, 3]), figures([1.0, 2.0], [1.0, 1.5], 0.2), first_minibatch=True)
-    summary = recorded.summary(two_equal_ranks)
-    assert summary["transitions"] == 4
-    assert (summary["loss"], summary["clip_fraction"], summary["ratio_error"]) == (1.5, 0.5, 0.5)
-
-
-@pytest.mark.parametrize("ratios, worst", [([1.0, 1.1, 0.7, 1.2], 2), ([1.0, 1.4, 0.7, 1.2], 1), ([1.9, 1.4, 0.7, 1.2], 0)])
-def test_worst_step_is_named(ratios, worst):
-    recorded = UpdateStatistics(5, GOOD)
-    recorded.add(torch.arange(4), torch.arange(4), figures(torch.zeros(4), ratios, 0.2), first_minibatch=True)
-    summary = recorded.summary(one_rank)
-    assert summary["ratio_error_step"] == worst
-    assert summary["ratio_error"] == pytest.approx(abs(ratios[worst] - 1), rel=1e-6)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_ratio_that_is_no_number_shows(bad):
-    recorded = UpdateStatistics(5, GOOD)
-    recorded.add(torch.arange(4), torch.arange(4), figures(torch.zeros(4), [1.0, 1.5, bad, 1.0], 0.2), first_minibatch=True)
-    recorded.add(torch.arange(4), torch.arange(4), figures(torch.zeros(4), torch.ones(4), 0.2), first_minibatch=True)
-    summary = recorded.summary(one_rank)
-    assert summary["ratio_error"] == float("inf") and summary["ratio_error_step"] == 2
-
-
-def test_a_sample_that_is_not_good_counts_as_one_that_did_not_change():
-    recorded = UpdateStatistics(5, torch.tensor([True, False]))
-    ratio = [1.0, 7.0, 1.5, float("nan")]
-    recorded.add(torch.tensor([0, 1, 0, 1]), torch.arange(4), figures([2.0, 1e9, 4.0, float("nan")], ratio, 0.2), first_minibatch=True)
-    summary = recorded.summary(one_rank)
-    assert (summary["loss"], summary["ratio_error"], summary["ratio_error_step"], summary["clip_fraction"]) == (1.5, 0.5, 2, 0.25)
-    assert summary["approx_kl"] == pytest.approx(0.5 * math.log(1.5) ** 2 / 4) and summary["transitions"] == 4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_fast.updates.advantages import PromptBaseline
+from ddpo_fast.updates.credit import Advantages, PromptBaseline
 
 
 def advantages_of(rewards, baseline_mean, baseline_std) -> torch.Tensor:
@@ -86,13 +86,13 @@ def test_non_finite_rewards_enter_nothing(bad, min_count):
     advantages = baseline.update(["a", "a", "a", "b"], torch.tensor([1.0, bad, 2.0, bad]))
     assert advantages[[1, 3]].tolist() == [0, 0]
     assert torch.equal(advantages[[0, 2]], clean.update(["a", "a"], torch.tensor([1.0, 2.0])))
-    assert baseline.state_dict() == clean.state_dict()
+    assert baseline.buffers == clean.buffers
 
 
 def test_an_iteration_without_any_good_reward_gives_no_advantage():
     baseline = PromptBaseline(16, 16)
     assert baseline.update(["a", "b"], torch.full((2,), torch.nan)).tolist() == [0, 0]
-    assert baseline.state_dict() == {}
+    assert baseline.buffers == {}
 
 
 def test_prompts_with_little_history_use_the_batch():
@@ -109,14 +109,25 @@ def test_prompts_with_little_history_use_the_batch():
 
 def test_state_survives_json():
     generator = np.random.default_rng(0)
-    baseline = PromptBaseline(buffer_size=5, min_count=3)
+    credit = Advantages(PromptBaseline(buffer_size=5, min_count=3), 5.0)
     iterations = [([f"prompt {p}" for p in generator.integers(4, size=9)], torch.from_numpy(generator.normal(size=9))) for _ in range(6)]
     for prompts, rewards in iterations[:3]:
-        baseline.update(prompts, rewards)
-    resumed = PromptBaseline(buffer_size=5, min_count=3)
-    resumed.load_state_dict(json.loads(json.dumps(baseline.state_dict())))
+        credit.of(prompts, rewards)
+    resumed = Advantages(PromptBaseline(buffer_size=5, min_count=3), 5.0)
+    resumed.load_state_dict(json.loads(json.dumps(credit.state_dict())))
     for prompts, rewards in iterations[3:]:
-        assert torch.equal(resumed.update(prompts, rewards), baseline.update(prompts, rewards))
+        assert torch.equal(resumed.of(prompts, rewards), credit.of(prompts, rewards))
+
+
+def test_advantages_are_clamped():
+    found = Advantages(PromptBaseline(0, 1, "batch"), 0.5).of(["a"] * 3, torch.tensor([0.0, 1.0, 9.0]))
+    assert found.min() == -0.5 and found.max() == 0.5
+
+
+@pytest.mark.parametrize("state", [{"a": ["x"]}, {"a": 1}, {"a": None}, []])
+def test_a_state_of_another_kind_is_refused(state):
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        Advantages(PromptBaseline(4, 2), 5.0).load_state_dict(state)
 
 
 def test_std_of_the_batch_leaves_small_differences_small():

@@ -1,0 +1,99 @@
+"""What an iteration does, in numbers: one account, which the run and its plan both read."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ddpo_fast.algorithms import Regression
+from ddpo_fast.config.conflicts import possible
+from ddpo_fast.schedule import Window
+
+
+@dataclass(frozen=True)
+class Work:
+    """One iteration: the options that decide how much of what it does. Names are those of the options.
+
+    G: network rows of a sample, 2 with guidance. A transition is a sample and one of its steps, or of a regression's timesteps.
+    """
+
+    num_samples: int
+    batch_size: int
+    num_steps: int
+    rows: int
+    """Network rows of a sample, G."""
+    num_minibatches: int
+    inner_epochs: int
+    micro_batch: int
+    trained_steps: int
+    """Steps of a sample that an epoch trains on."""
+    optimizer: str
+    zero_stage: int
+    decode_batch: int = 16
+    held: tuple[int, int] = (0, 0)
+    """Transitions of a rank in the activation cache, on the device and on the host."""
+    prompts: tuple[int, int] = (0, 0)
+    """Prompts whose embeddings a rank keeps, in its own memory, if that is a CPU's, and on the host beside it."""
+    score_accumulation: bool = False
+    """Whether sampling does the update's network calls: train.estimator."""
+    offload: str = "none"
+    stochastic_steps: int | None = None
+    """Steps of a sample that draw noise: sample.window; None: all. A rollout keeps their latents."""
+    regression: bool = False
+    """Whether the update trains on noised samples, of which nothing is cached, and not on the rollout's transitions: train.algorithm."""
+    update_rows: int | None = None
+    """Network rows of a transition in the update; None: G, as in sampling."""
+
+    @property
+    def trained_rows(self) -> int:
+        return self.update_rows or self.rows
+
+    @property
+    def kept_latents(self) -> int:
+        """Latents of a sample that the rollout keeps for the update."""
+        if self.score_accumulation:
+            return 0
+        return 1 if self.regression else (self.stochastic_steps or self.num_steps) + 1
+
+    @classmethod
+    def of(cls, config) -> "Work":
+        """The work of a config's iterations."""
+        sample, train, algorithm = config.sample, config.train, config.algorithm
+        regression, stochastic = isinstance(algorithm, Regression), Window.of(sample.window, sample.num_steps).size
+        trained_steps = algorithm.num_timesteps if regression else max(1, round(train.timestep_fraction * stochastic))
+        return cls(
+            sample.num_samples, sample.batch_size, sample.num_steps, 1 if sample.guidance_scale == 1 else 2,
+            train.num_minibatches, train.inner_epochs, train.micro_batch, trained_steps, config.optimizer.name, config.zero.stage,
+            sample.decode_batch, score_accumulation=train.estimator == "score_accumulation", offload=config.zero.offload,
+            stochastic_steps=stochastic, regression=regression, update_rows=1 if config.training_guidance == 1 else 2,
+        )  # fmt: skip
+
+    def share(self, num_devices: int) -> int:
+        """Samples of a rank. Raises ValueError for a number of ranks that the trainer would refuse."""
+        multiple = num_devices * self.num_minibatches
+        if self.num_samples % multiple:
+            raise ValueError(f"sample.num_samples={self.num_samples}: valid is a multiple of {multiple} with {num_devices} ranks")
+        return self.num_samples // num_devices
+
+    def update_transitions(self, num_devices: int) -> int:
+        """Transitions of a rank that one update trains on."""
+        return self.share(num_devices) // self.num_minibatches * self.trained_steps
+
+    def trained_transitions(self, num_devices: int) -> int:
+        """Of a rank, those that an iteration trains on at least once, on average."""
+        population = self.stochastic_steps or self.num_steps
+        missed = (1 - self.trained_steps / population) ** self.inner_epochs
+        return round(self.share(num_devices) * population * (1 - missed))
+
+
+def shares_guidance(config) -> bool:
+    """Whether guidance's branches share what they have in common: every call has to have both."""
+    evaluation = config.sample.guidance_scale if config.eval.guidance_scale is None else config.eval.guidance_scale
+    return config.model.share_guidance and 1 not in (config.sample.guidance_scale, config.training_guidance, evaluation)
+
+
+def merges_lora(config, dtype: torch.dtype) -> bool:
+    """Whether a network of this compute dtype runs with LoRA's update merged into its weights: what lora.forward asks for.
+
+    In fp16 and bf16 a small update would be rounded away.
+    """
+    return config.lora.forward == "merged" or config.lora.forward == "auto" and dtype == torch.float32 and possible("merged", config)
