@@ -14,15 +14,15 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 
 
 def merges(forward: str, scope: str, dtype: torch.dtype, zero_stage: int) -> bool:
-    """Whether a UNet of this compute dtype runs with LoRA's update merged into its weights: what `forward` (lora.forward) asks for.
+    """Whether a UNet of this compute dtype runs with LoRA's update merged into its weights, given `forward` (lora.forward).
 
-    ZeRO 3 partitions the weights, so that there is nothing to merge into.
+    ZeRO 3 partitions the weights, so that there is no whole weight to merge into.
     """
     return forward == "merged" or (forward == "auto" and dtype == torch.float32 and scope != "none" and zero_stage < 3)
 
 
 def set_trainable(unet: nn.Module, scope: str, targets: list[str], rank: int, alpha: float) -> None:
-    """Makes a frozen UNet's trainable weights fp32: all of them where the scope is 'none', else those of the LoRA that it adds.
+    """Makes a frozen UNet trainable, in fp32: all of its weights if the scope is 'none', otherwise a LoRA that is added to it.
 
     Raises ValueError for a scope that names a block which this UNet lacks, or blocks without layers of the targets.
     """
