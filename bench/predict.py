@@ -1,10 +1,10 @@
-"""Iteration time on 1 to 64 devices, predicted from costs measured on one. On a CPU a device is one thread.
+"""Predicts the time of an iteration on 1 to 64 devices from costs measured on one. On a CPU a device is one thread.
 
     python -m bench.predict [any option of ddpo_fast/train.py]            # the table
     python -m bench.predict --check [any option of ddpo_fast/train.py]    # then really runs 1 and 2 ranks, and compares
 
 Costs come from the trainer's own functions, called at several sizes: a time is a t_call + b t_row + ..., fitted by least squares.
-What the model leaves out: ranks that slow each other down, in memory or by uneven work.
+The model leaves out that ranks slow each other down, by sharing memory or by uneven work.
 """
 
 import argparse
@@ -40,17 +40,17 @@ from ddpo_fast.schedule import Levels, Schedule
 from ddpo_fast.scoring.scorer import score_or_nan
 
 NUM_STEPS = 4
-"""Denoising steps of a calibration: enough that drawing the first noise hardly counts."""
+"""Denoising steps of a calibration. They are enough that drawing the first noise hardly counts."""
 REPEATS = 3
 SMALLEST_MESSAGE = 1 << 22
-"""Bytes below which latency would hide the bandwidth."""
+"""Bytes. With smaller messages, latency would hide the bandwidth."""
 NVLINK_LATENCY_S = 10e-6
-"""An estimate, where there is one GPU only."""
+"""An estimate, used if there is only one GPU."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Seconds of an iteration on so many ranks."""
+    """Seconds of an iteration on a number of ranks."""
 
     num_ranks: int
     predicted_s: float
@@ -87,7 +87,7 @@ def calibrate(config: Config) -> tuple[Work, Costs]:
 
 
 def _seconds(device: torch.device, call: Callable[[], object]) -> float:
-    """The shortest of several calls after a first."""
+    """The time of the shortest of several calls, without the first call."""
     timer, times = StageTimer(device), []
     for repeat in range(1 + REPEATS):
         with timer(str(repeat)):
@@ -101,7 +101,7 @@ def _sampling_costs(setup: trainer.Setup, largest: int) -> tuple[Rollout, dict[s
     rows, design, seconds = Work.of(config).rows, [], []
     for size in sorted({largest, max(1, largest // 2), max(1, largest // 8)}):
         prompts = setup.prompts[[i % len(setup.prompts) for i in range(size)]].texts
-        policy.encode_prompts(prompts)  # a run does it once
+        policy.encode_prompts(prompts)  # a run does this once
         ids = torch.arange(size, device=policy.device)
 
         def sample() -> tuple[Rollout, Tensor]:
@@ -141,7 +141,7 @@ def _update_costs(setup: trainer.Setup, engine: Engine, rollout: Rollout, larges
 
 
 def _serial_seconds(setup: trainer.Setup, engine: Engine) -> float:
-    """A checkpoint, the exported weights and the report of two iterations."""
+    """Seconds for a checkpoint, the exported weights and the report of two iterations."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder)
         write_text(run_dir / "config.yaml", setup.config.to_yaml())
@@ -157,7 +157,7 @@ def _serial_seconds(setup: trainer.Setup, engine: Engine) -> float:
 
 
 def measure_link(num_bytes: int) -> tuple[float, float]:
-    """Bandwidth (bytes/s) and latency (s) of an all-reduce of `num_bytes` between 2 processes, or by the specification of a lone GPU."""
+    """Bandwidth (bytes/s) and latency (s) of an all-reduce of `num_bytes` between 2 processes. For a single GPU, from its specification."""
     if torch.cuda.device_count() == 1:
         name = torch.cuda.get_device_name()
         known = [gpu for key, gpu in GPUS.items() if all(part in name for part in key.split("-"))]
@@ -186,7 +186,7 @@ def _link_rank(rank: int, folder: str, num_bytes: int) -> None:
 
 
 def measure(config: Config, num_ranks: int, iterations: int = 5) -> float:
-    """Seconds of an iteration without its evaluation, in a run of so many ranks: the median of all but the first."""
+    """Seconds of an iteration without its evaluation, in a run of `num_ranks` ranks: the median of all but the first."""
     environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES} | {"OMP_NUM_THREADS": "1"}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
