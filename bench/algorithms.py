@@ -1,15 +1,15 @@
-"""The paper's comparison in small: four algorithms, three rewards, as many reward queries each, held-out prompts.
+"""The paper's comparison, scaled down: four algorithms, three rewards, the same number of reward queries for each, held-out prompts.
 
     python -m bench.algorithms              # 3 seeds; hours
     OMP_NUM_THREADS=1 python -m bench.algorithms --jobs 2    # two runs at a time, of one thread each
 
 The paper (DDPO, arXiv:2305.13301, section 6.1) compares on Stable Diffusion and 51,200 queries. Here the embedded model's recipes are run,
-each with every algorithm of `ALGORITHMS` and, for reward-weighted regression (RWR), the ablations of `ABLATIONS`. What is compared is the
-reward after the last update, by the number of queries, not by hours: so runs may share the machine. Each run is evaluated before and after
-on the recipe's fixed set and on `HELDOUT`, with pictures' diversity beside it: a reward that rises while all pictures become alike is
-a collapse, no learning.
+each with every algorithm of `ALGORITHMS` and, for reward-weighted regression (RWR), the ablations of `ABLATIONS`. The reward after the
+last update is compared, by the number of queries, not by hours, so that runs may share the machine. Each run is evaluated before and
+after, on the recipe's fixed set and on `HELDOUT`. The diversity of the pictures is measured, too: if the reward rises while all pictures
+become alike, that is a collapse and not learning.
 
-A finished run is not run again, an interrupted one goes on, as in bench.reward, whose statistics these are.
+A finished run is not run again, and an interrupted one goes on, as in bench.reward. The statistics are those of bench.reward, too.
 """
 
 import argparse
@@ -31,17 +31,17 @@ HELDOUT = (
     "elephant giraffe penguin owl panda snail octopus crocodile lobster hippopotamus crab leopard "
     "apple banana car bus house guitar umbrella clock book cup chair tree"
 ).split()
-"""12 animals and 12 things that the model can draw, and the scorer knows, and no recipe trains on."""
+"""12 animals and 12 things that the model can draw and the scorer knows, but that no recipe trains on."""
 RWR = "--train.learning_rate=1e-4 --algorithm.inverse_temperature=8"
-"""At 4e-4 and above the denoising loss on own samples washes every picture out, whatever the reward. 8 is for rewards that differ by about
-0.4 (kB, or probability) within a prompt, as the paper's 0.2 is for some 20 kB."""
+"""At learning rates of 4e-4 and above, the denoising loss on the model's own samples washes every picture out, whatever the reward. An
+inverse temperature of 8 suits rewards that differ by about 0.4 (kB or probability) within a prompt; the paper's 0.2 suits some 20 kB."""
 ALGORITHMS = {
     "DDPO_IS": "--train.algorithm=ddpo_is",
     "DDPO_SF": "--train.algorithm=ddpo_sf --train.num_minibatches=1",
     "RWR": f"--train.algorithm=rwr {RWR}",
     "RWR_sparse": "--train.algorithm=rwr_sparse --train.learning_rate=1e-4",
 }
-"""Options of each algorithm, with every recipe; DDPO's learning rate is the recipe's."""
+"""Options of each algorithm, the same for every recipe. DDPO's learning rate is the recipe's."""
 ABLATIONS = {
     "compressibility": {
         "RWR at DDPO's rate": "--train.algorithm=rwr --algorithm.inverse_temperature=8",
@@ -52,14 +52,14 @@ ABLATIONS = {
         "RWR, no guidance in training": f"--train.algorithm=rwr {RWR} --algorithm.guidance_scale=1",
     },
 }
-"""What moves RWR: the rate, with the reward and without; sampling anew between the updates; guidance in the loss."""
+"""These show what RWR depends on: the learning rate, with the reward and without; new samples between updates; guidance in the loss."""
 OPTIONS = {"compressibility": "", "incompressibility": "", "alignment": "--run.iterations=8"}
-"""Tasks, the embedded model's recipes, and what is changed of them."""
+"""Tasks, which are the embedded model's recipes, and options that change them."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run came to."""
+    """The result of a finished run."""
 
     samples: np.ndarray
     """(I,) reward queries before each iteration."""
@@ -68,7 +68,7 @@ class Outcome:
     before: dict
     """The row of metrics.jsonl that evaluates the untrained model."""
     after: dict
-    """And the one after the last update."""
+    """The row that evaluates the model after the last update."""
     updates: int
 
     @staticmethod
@@ -80,7 +80,7 @@ class Outcome:
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
-    """Every run, all of a seed before the next seed's. Raises ValueError for what is not what is on the disk."""
+    """Every run, all runs of one seed before those of the next. Raises ValueError if a run on the disk has other options."""
     runs = []
     for seed in args.seeds:
         for task in args.tasks:

@@ -1,11 +1,11 @@
 """What the activation cache saves: the update of several inner epochs with it and without, for LoRA in all and in the later blocks.
-And what score accumulation does: a whole iteration of one update with it and with the ordinary update.
+Also what score accumulation saves: a whole iteration with one update, with it and with the ordinary update.
 
     python -m bench.cache                       # the embedded model and SD 1.5's blocks on a CPU, SD 1.5 at full size on a GPU
     python -m bench.cache --models sd15_small --rounds 9
 
-All settings of a table take turns in one run. Before anything is timed, the first iteration's change of the weights has to be the same
-with the cache and without it, and with both estimators.
+All settings of a table take turns in one run. Before anything is timed, it is checked that the weights' change in the first iteration is
+the same with the cache and without it, and with both estimators.
 """
 
 import argparse
@@ -31,13 +31,14 @@ SCOPES = {
     "sdxl": ("all", "mid_up", "up_blocks.1"),
 }
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
-"""Norm of the difference of the weights' changes over the norm of one, with the cache and without, above which nothing is reported.
+"""The largest difference of the weights' change with and without the cache: norm(difference) / norm(change). Above it nothing is reported.
 
-The rollout's calls may have other numbers of rows than the update's, and with them other bits, of which Adam makes more where a gradient
-is small: 2e-4 for sd15_small, whose rollout has 4 rows and its update 20; 0 for the embedded model.
+The rollout's calls may have other numbers of rows than the update's, and therefore other bits. Adam magnifies this where a gradient is
+small. Measured: 2e-4 for sd15_small, whose rollout has 4 rows and its update 20; 0 for the embedded model.
 """
 ESTIMATORS = 10
-"""How much more is tolerated of two estimators, which sum in another order: 1.8e-3 of sd15_small, whose gradients agree to 1e-6."""
+"""The tolerance is this much larger for two estimators, because they sum in another order. Measured: 1.8e-3 for sd15_small, whose
+gradients agree to 1e-6."""
 
 
 def contenders(work: Work) -> dict[tuple[str, str], tuple[str, list[str]]]:
@@ -48,7 +49,7 @@ def contenders(work: Work) -> dict[tuple[str, str], tuple[str, list[str]]]:
 
 
 def same_weights(workers: dict[tuple[str, str], Worker], reference: str, slack: float = 1.0) -> dict[tuple[str, str], float]:
-    """How far each one's change of the weights is from that of the `reference`, which the second name of the worker's key may be.
+    """How far each worker's change of the weights is from that of the reference, the worker whose key has `reference` as its second name.
 
     Raises GateError above TOLERANCE times `slack`.
     """
@@ -69,7 +70,7 @@ def same_weights(workers: dict[tuple[str, str], Worker], reference: str, slack: 
 
 
 def measure(work: Work, rounds: int, writer: Writer) -> list[dict]:
-    """Gates, then times, every setting; returns what it has written. Raises GateError before anything is timed."""
+    """Checks every setting, then times it; returns the rows written. Raises GateError before anything is timed."""
     with ExitStack() as stack:
         workers = start(stack, contenders(work))
         if missing := set(contenders(work)) - set(workers):
@@ -97,7 +98,7 @@ def measure(work: Work, rounds: int, writer: Writer) -> list[dict]:
 
 
 def measure_estimators(work: Work, rounds: int, writer: Writer) -> list[dict]:
-    """Gates, then times, whole iterations of one update with both estimators; returns what it has written. Raises GateError."""
+    """Checks, then times, whole iterations of one update with both estimators; returns the rows written. Raises GateError."""
     work = replace(work, options=(*work.options, "--train.num_minibatches=1"))
     estimators = {("all", name): ("ours", [*work.argv(), f"--train.estimator={name}"]) for name in ("ppo", "score_accumulation")}
     with ExitStack() as stack:

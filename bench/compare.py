@@ -1,11 +1,11 @@
-"""The last run of every benchmark against an earlier one of the same machine kind.
+"""Compares the last run of every benchmark with an earlier run on the same kind of machine.
 
     python -m bench.compare                                   # every table in bench/results
     python -m bench.compare --table kernels --against 40d9d96
 
 A change counts when the two spreads do not overlap and the medians differ by more than 5 %; anything less is `same`. Each row of ours
-in the last run is compared with the last row of its keys before that run, so a run of a few benchmarks is compared in those. `gone` is
-what the run before had and the last one has not. Exit status: 1 if anything is worse, 2 for bad input.
+in the last run is compared with the last earlier row with the same keys. So a run of only a few benchmarks is compared in those. `gone`
+is what the run before had and the last one has not. Exit status: 1 if anything is worse, 2 for bad input.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from pathlib import Path
 from bench.rows import ENVIRONMENT, RESULTS, TABLES, Table, read, runs
 
 NOISE = 0.05
-"""Medians that differ by less are the same: what a machine's state changes from one run to the next."""
+"""Medians that differ by less count as the same: a machine's state changes them that much from run to run."""
 Run = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one measurement; a number is empty where nothing was measured."""
+    """How one measurement has changed. A number is empty if nothing was measured."""
 
     keys: str
     old: str
@@ -41,12 +41,12 @@ def lines(changes: list[Change]) -> list[str]:
 
 
 def spread(table: Table, row: dict[str, str]) -> tuple[float, float]:
-    """Low and high; of a single repetition, which has no spread, the number itself."""
+    """Low and high. A single repetition has no spread, so both are the number itself."""
     return tuple(float(row.get(column) or row[table.metric]) for column in (table.low, table.high))
 
 
 def verdict(table: Table, old: dict[str, str], new: dict[str, str]) -> str:
-    """better, same or worse; having no number any more, such as for a reward that is not reached, is worse."""
+    """better, same or worse. If there is no number any more, such as for a reward that is not reached, that is worse."""
     if not (old[table.metric] and new[table.metric]):
         return "worse" if old[table.metric] else "better" if new[table.metric] else "same"
     before, now = float(old[table.metric]), float(new[table.metric])
@@ -71,13 +71,13 @@ def compare(table: Table, earlier: list[Run], last: Run) -> list[Change]:
 
 
 def matches(run: Run, against: str) -> bool:
-    """Whether a run is of that commit (its first digits, or more of them than the row has) or of a date that starts so."""
+    """Whether a run is of the commit `against` (its first digits, or more digits than the row has), or its date starts with `against`."""
     commits = [commit.partition("-dirty")[0] for commit in run[0]["commit"].split("+")]
     return run[0]["date"].startswith(against) or any(commit.startswith(against) or against.startswith(commit) for commit in commits)
 
 
 def heading(table: Table, before: dict[str, str], now: dict[str, str]) -> str:
-    """What is compared; the versions, if they differ: a change may be theirs."""
+    """What is compared, with the versions if they differ: they may have caused a change."""
     old, new = (f"{row['date'].removesuffix('+00:00')} ({row['commit']})" for row in (before, now))
     names = [name for name in ENVIRONMENT if name not in ("date", "commit", "device", "command") and before[name] != now[name]]
     versions = [f"{name} {before[name]} -> {now[name]}" for name in names]
@@ -85,12 +85,12 @@ def heading(table: Table, before: dict[str, str], now: dict[str, str]) -> str:
 
 
 def of_others(row: dict[str, str]) -> bool:
-    """A row of TRL or the textbook loop: that they got slower is no regression of ours."""
+    """Whether a row is of TRL or the textbook loop: if they get slower, that is not our regression."""
     return row.get("peer", "ours") != "ours" or row.get("technique") == "textbook loop"
 
 
 def report(tables: list[str], folder: Path, against: str | None) -> bool:
-    """Prints every comparison and then what is worse; returns whether anything is. Raises ValueError for bad input."""
+    """Prints every comparison and then what is worse. Returns whether anything is worse. Raises ValueError for bad input."""
     if unknown := [name for name in tables if name not in TABLES]:
         raise ValueError(f"--table {unknown[0]}: valid is {', '.join(TABLES)}")
     if not folder.is_dir():

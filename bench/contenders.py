@@ -49,16 +49,16 @@ from ddpo_fast.updates.replay import Replay
 from ddpo_fast.updates.transitions import Rollout
 
 STAGES = ("encode", "denoise", "decode", "reward", "update", "optimizer")
-"""Of an iteration. A contender's remaining time, the total less these, is its bookkeeping."""
+"""The stages of an iteration. The rest of a contender's total time is its bookkeeping."""
 PLAIN = (
     "--kernels.backend=reference", "--attention.backend=sdpa", "--lora.forward=separate", "--model.share_guidance=false",
     "--model.offload_text_encoder=false", "--cache.mode=off",
 )  # fmt: skip
-"""A pipeline as diffusers and peft have it."""
+"""A pipeline without our changes to diffusers and peft."""
 UNCLIPPED = 1e3
-"""The clip range while gradients are compared: rounding must not decide which transitions have one."""
+"""The clip range while gradients are compared: rounding must not decide which transitions have a gradient."""
 TIMED = ("encode", "sample", "decode", "reward", "train", "optimizer", "total")
-"""What is timed to know them: sample holds encode and decode, train holds optimizer."""
+"""What is timed to compute the STAGES: sample includes encode and decode, train includes optimizer."""
 
 
 class Stages(StageTimer):
@@ -77,7 +77,7 @@ class Stages(StageTimer):
             self.flop[stage] = self.flop.get(stage, 0) + self.counter.get_total_flops() - before
 
     def wrap(self, owner, name: str, stage: str, when: Callable[[], bool] = lambda: True) -> None:
-        """Times every call of a method from now on, or those `when` it says so."""
+        """Times every call of a method from now on, or only the calls for which `when` is true."""
         method = getattr(owner, name)
 
         def timed(*args, **kwargs):
@@ -87,7 +87,7 @@ class Stages(StageTimer):
         setattr(owner, name, timed)
 
     def split(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Seconds and FLOP by stage of STAGES and in total: what was timed as sample and train, less the stages inside them."""
+        """Seconds and FLOP by stage of STAGES and in total. Stages inside sample and train are subtracted from these."""
 
         def divide(parts: dict[str, float]) -> dict[str, float]:
             encode, sample, decode, reward, train, optimizer, total = (parts.get(stage, 0) for stage in TIMED)
@@ -147,7 +147,7 @@ class Contender:
             return self.work()
 
     def prompts(self) -> list[str]:
-        """This iteration's; the same for every contender."""
+        """This iteration's prompts, the same for every contender."""
         config = self.config
         return draw_prompts(
             self.task.prompts, config.sample.num_samples, config.prompts.samples_per_prompt, config.run.seed, self.iteration
@@ -155,7 +155,7 @@ class Contender:
 
     @contextmanager
     def perturbed(self):
-        """While it lasts, the trained parameters are away from their start, where half of LoRA's gradient is 0; alike in all contenders."""
+        """Inside, the trained parameters differ from their start, where half of LoRA's gradient is 0, in all contenders alike."""
         saved = {name: parameter.data.clone() for name, parameter in self.trainable().items()}
         with torch.no_grad():
             for name, parameter in self.trainable().items():
@@ -168,7 +168,7 @@ class Contender:
                 parameter.grad = None
 
     def gradient(self, file: Path) -> None:
-        """Computes the gradient of the mean loss of the trajectories in `file`, one minibatch, and saves it beside it."""
+        """Computes the gradient of the mean loss of the trajectories in `file`, one minibatch, and saves it beside `file`."""
         data = torch.load(file, map_location=self.device)
         with self.perturbed():
             result = self.loss_gradient(data)
@@ -185,10 +185,10 @@ class Contender:
 
 
 class Ours(Contender):
-    """ddpo_fast's trainer, with `changes` that no option makes: see CHANGES."""
+    """ddpo_fast's trainer, perhaps with CHANGES, which no option makes."""
 
     CHANGES = ("plain_norms", "contiguous")
-    """plain_norms: GroupNorm and GEGLU not fused; contiguous: not channels_last."""
+    """plain_norms: GroupNorm and GEGLU are not fused. contiguous: tensors are not channels_last."""
 
     def __init__(self, argv: list[str], changes: tuple[str, ...] = ()):
         plain = patch.object(assemble, "fuse", lambda *_: {}) if "plain_norms" in changes else nullcontext()
@@ -215,7 +215,7 @@ class Ours(Contender):
         return {key: row[key] for key in ("reward_mean", "reward_std", "ratio_error", "transitions")}
 
     def planned_memory(self) -> dict[str, float]:
-        """planned_mib: what --plan says the peak of these iterations is."""
+        """planned_mib: the peak memory of these iterations as --plan predicts it."""
         config, on_gpu = self.config, self.device.type == "cuda"
         counts, world_size = count_run(config, self.policy.dtype, on_gpu), self.ranks.world_size
         work = with_cache(Work.of(config), config, counts, free_mib(self.device, world_size), world_size, on_gpu)
@@ -265,7 +265,7 @@ def refuse(argv: list[str], **valid) -> None:
 
 
 class Textbook(Contender):
-    """The textbook loop with torch's AdamW; batches as large as a minibatch of samples and train.micro_batch allow."""
+    """The textbook loop with torch's AdamW. Batches are as large as a minibatch of samples and train.micro_batch allow."""
 
     def __init__(self, argv: list[str]):
         refuse(argv, train__algorithm="ddpo_is", optimizer__name="adamw", sample__eta=1.0, train__timestep_fraction=1.0)
@@ -407,9 +407,9 @@ class TRL(Contender):
         self.stages.wrap(self.trl, "compute_rewards", "reward")
         self.stages.wrap(self.trl, "_train_batched_samples", "train")
         for owner, name in ((self.trl.optimizer, "step"), (self.trl.optimizer, "zero_grad"), (self.trl.accelerator, "clip_grad_norm_")):
-            # all but the last of an update's calls do nothing, and timing them would have the device wait
+            # all calls of an update but the last do nothing, and timing them would make the device wait
             self.stages.wrap(owner, name, "optimizer", lambda: self.trl.accelerator.sync_gradients)
-        with torch.random.fork_rng():  # ours has evaluated before its first iteration: warm is warm
+        with torch.random.fork_rng():  # warms up, as ours has by its evaluation before the first iteration
             self.queue = iter(self.prompts())
             self.trl._generate_samples(1, sample_batch)
 

@@ -1,12 +1,12 @@
-"""What a GPU machine is asked, part by part, in a given time: `make gpu`.
+"""What is measured on a GPU machine, part by part, in a given time: `make gpu`.
 
     make gpu OUT=some/folder                # 8 minutes at most; rows go to the folder, each as soon as it is measured
     make gpu PART="waterfall sdxl"          # single parts
     python -m bench.gpu --rehearse          # the same parts at small sizes, on any machine
 
-A part measures what has no row yet of this commit on this device, in OUT or bench/results: called again, it goes on with what is missing.
-What failed has no row, or one that says so, and is tried again. A part is not begun with less time left than it needs, and is stopped
-when its time is up. Each is a process of its own. Exit status: 0 if nothing is missing, 1 if something is, 2 for bad input.
+A part measures what has no row yet for this commit on this device, in OUT or bench/results. Called again, it goes on with what is missing.
+What failed has no row, or one that says so, and is tried again. A part does not begin if less time is left than it needs, and is stopped
+when its time is up. Each part is a separate process. Exit status: 0 if nothing is missing, 1 if something is, 2 for bad input.
 """
 
 import time
@@ -34,34 +34,34 @@ from bench import ROOT, rows
 from bench.rows import RESULTS, Writer, measured, read
 
 STOPPING_S = 15
-"""What a part that is told to stop has for its last rows."""
+"""Time that a part has for its last rows after it is told to stop."""
 CLOSING_S = 10
-"""What a part keeps of its time to end its contenders and write."""
+"""Time that a part keeps to end its contenders and write."""
 Row = dict[str, str]
 Writers = Callable[[str], Writer]
-"""A table's name -> what writes its rows."""
+"""A table's name -> the writer of its rows."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured by one process. What a part needs is imported when it runs: the seconds of an import count."""
+    """What one process measures. A part imports what it needs when it runs, because every second counts."""
 
     table: str
     least_s: int
-    """Time without which it is not begun; an estimate."""
+    """It does not begin with less time left; an estimate."""
     most_s: int
-    """Time after which it is stopped, for the sake of the parts behind it."""
+    """Time after which it is stopped, so that later parts have time, too."""
 
     def wanted(self) -> list[str]:
-        """The names of what it measures, in that order."""
+        """The names of what it measures, in order."""
         raise NotImplementedError
 
     def name(self, row: Row) -> str | None:
-        """Which of these a row of the table is; None if it is none."""
+        """Which of these names a row of the table has; None if it has none of them."""
         raise NotImplementedError
 
     def run(self, missing: list[str], writers: Writers, deadline: float) -> None:
-        """Measures what is missing, by the deadline (of time.time) where it can choose. Raises what went wrong."""
+        """Measures what is missing, if possible by the deadline (of time.time). Raises what went wrong."""
         raise NotImplementedError
 
     def missing(self, out: Path) -> list[str]:
@@ -72,7 +72,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Tests(Part):
-    """Test files; a row a test function, which counts once all of its cases passed or were skipped."""
+    """Test files, one row a test function. The row counts if all of the function's cases passed or were skipped."""
 
     files: tuple[str, ...]
 
@@ -83,7 +83,7 @@ class Tests(Part):
         return row["step"] if row["failed"] == "0" else None
 
     def run(self, missing: list[str], writers: Writers, deadline: float) -> None:
-        workers = min(8, len(os.sched_getaffinity(0)))  # what takes time is compiling
+        workers = min(8, len(os.sched_getaffinity(0)))  # compiling takes most of the time
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         options = ["--numprocesses", str(workers), "--benchmark-disable", "-p", "no:cacheprovider", "--tb=short"]
         status = pytest.main([*options, *missing], plugins=[TestRows(writers("gpu"))])
@@ -92,7 +92,7 @@ class Tests(Part):
 
 
 class TestRows:
-    """Plugin of pytest that writes a test function's row once the last of its cases has ended, on whatever worker."""
+    """Plugin of pytest that writes a test function's row when the last of its cases has ended, on any worker."""
 
     __test__ = False
 
@@ -119,7 +119,7 @@ class TestRows:
         if report.failed and row["said"] is None:
             crash = getattr(report.longrepr, "reprcrash", None)
             row["said"] = f"{report.nodeid}: {crash.message if crash else report.longrepr}"[:300]
-        if report.when not in ("setup", "call"):  # of a worker that died it is neither these nor teardown
+        if report.when not in ("setup", "call"):  # it is teardown, or something else if the worker died
             self.waiting[function].discard(report.nodeid)
             if not self.waiting[function]:
                 self.writer.add(part="kernels", step=function, **row)
@@ -127,7 +127,7 @@ class TestRows:
 
 @dataclass(frozen=True)
 class Stages(Part):
-    """One work by stages, its peak of memory beside the plan's."""
+    """The stages of one work, with its peak memory beside that of the plan."""
 
     work: str
     rounds: int
@@ -147,7 +147,7 @@ class Stages(Part):
 
 @dataclass(frozen=True)
 class Peers(Part):
-    """Ours beside peers, in turns."""
+    """Ours and peers, which take turns."""
 
     work: str
     peers: tuple[str, ...]
@@ -245,11 +245,11 @@ REHEARSED = {
     "stages50": Stages("throughput", 10, 900, "tiny_small", 1),
     "peers50": Peers("peers", 10, 900, "tiny_small", ("trl",), 1),
 }
-"""The same code where there is no GPU."""
+"""The same code without a GPU."""
 
 
 def run_part(name: str, part: Part, out: Path, deadline: float, argv: list[str]) -> int:
-    """What a part's process does; returns the exit status. Its last row of the table `gpu` says what came of it."""
+    """What a part's process does; returns the exit status. The last row in the table `gpu` says how it ended."""
     missing, begun, said = part.missing(out), time.time(), ""
     writers = functools.cache(lambda table: Writer(table, out, argv))  # rows of one run share a date
     if missing:
@@ -270,7 +270,7 @@ def run_part(name: str, part: Part, out: Path, deadline: float, argv: list[str])
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ends a part with what it has started: its contenders are in sessions of their own."""
+    """Ends a part and what it has started: its contenders are in sessions of their own."""
     process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOPPING_S)
@@ -283,7 +283,7 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def supervise(name: str, part: Part, out: Path, deadline: float, rehearse: bool) -> str:
-    """Runs a part's process and stops it when its time is up; returns what came of it, nothing if it is complete."""
+    """Runs a part's process and stops it when its time is up. Returns how it ended, "" if it is complete."""
     left = deadline - time.time() - STOPPING_S
     if left < part.least_s:
         return f"not begun: {max(0, left):.0f} s are left, it needs {part.least_s}"
@@ -299,7 +299,7 @@ def supervise(name: str, part: Part, out: Path, deadline: float, rehearse: bool)
         *["--rehearse"] * rehearse,
     ]
     rows_before = len(read("gpu", out))
-    # Ctrl-C is for this process alone, which passes it on once
+    # Ctrl-C reaches only this process, which passes it on once
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True)
     try:
         process.wait(seconds)
@@ -355,6 +355,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a script's background job begins with it ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT, too: a script's background job starts with it ignored
         signal.signal(number, signal.default_int_handler)
     sys.exit(main())

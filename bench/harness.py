@@ -1,4 +1,4 @@
-"""Contenders taking turns: each a process of its own that runs one iteration when told, all gated for correctness before any is timed."""
+"""Lets contenders take turns. Each is a separate process that runs one iteration when told. All are checked before any is timed."""
 
 import json
 import math
@@ -18,12 +18,12 @@ from tqdm import tqdm
 from bench import ROOT
 
 GRADIENT_TOLERANCE = {"fp32": 5e-4, "fp16": 2e-2, "bf16": 1e-1}
-"""Norm of a gradient's difference from the textbook loop's in fp32, over its norm, above which nothing is reported.
+"""The largest difference between a gradient and the textbook loop's in fp32, as a fraction of its norm. Above it nothing is reported.
 
-Measured in fp32: 6e-5 of ours (the last steps' small variance amplifies rounding), 2e-6 of TRL, which rounds as the textbook loop does.
+Measured in fp32: 6e-5 for ours (the last steps' small variance amplifies rounding), 2e-6 for TRL, which rounds as the textbook loop does.
 """
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells a process of a group."""
+"""Variables that a launcher sets for a process of a group."""
 
 
 class GateError(RuntimeError):
@@ -56,7 +56,7 @@ def trl_python() -> str:
 
 
 class Worker:
-    """A contender in a process of its own. Its methods raise RuntimeError, with the contender's message, when it fails."""
+    """A contender in a separate process. Its methods raise RuntimeError, with the contender's message, when it fails."""
 
     def __init__(self, name: str, options: list[str], environment: dict[str, str] | None = None):
         """`environment`: variables to set; without a RANK among them the contender is alone."""
@@ -68,15 +68,15 @@ class Worker:
             env={k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | (environment or {}),
         )  # fmt: skip
         self.work: dict = {}
-        """Its dtype and num_samples, once it has loaded its model."""
+        """The contender's dtype and num_samples, once it has loaded its model."""
 
     def wait(self) -> None:
-        """Until the contender has loaded its model."""
+        """Waits until the contender has loaded its model."""
         if not self.work:
             self.work = self.answer()
 
     def answer(self) -> dict:
-        """What the contender returns for the command before."""
+        """What the contender returns for the last command."""
         line = self.process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"it ended with status {self.process.wait()}: {self._tail()}"}
         if "error" in answer:
@@ -88,7 +88,7 @@ class Worker:
         return self.log.read()[-2000:].strip()
 
     def send(self, method: str, **arguments) -> None:
-        """Has the contender begin a method, whose `answer` is to be fetched."""
+        """Makes the contender begin a method. The caller then has to fetch the `answer`."""
         self.wait()
         with suppress(BrokenPipeError):  # the answer tells why
             self.process.stdin.write(json.dumps({"call": method, **arguments}) + "\n")
@@ -106,10 +106,10 @@ class Worker:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
-        if error:  # such as an interrupt in the middle of an iteration: nothing of it is wanted any more
+        if error:  # such as an interrupt in an iteration, whose result is not wanted any more
             self.process.kill()
         with suppress(BrokenPipeError):
-            self.process.stdin.close()  # which ends a contender that waits for a command
+            self.process.stdin.close()  # this ends a contender that waits for a command
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -126,9 +126,9 @@ def leave_out(workers: dict[str, Worker], name: str, error: RuntimeError) -> Non
 
 
 def gradient_errors(workers: dict[str, Worker], oracle: Worker) -> dict[str, float]:
-    """Each contender's gradient on the same trajectories against the textbook loop's in fp32: norm of the difference over the norm.
+    """Compares each contender's gradient on the same trajectories with the textbook loop's in fp32: norm of the difference over the norm.
 
-    A contender that fails is left out, of `workers` too.
+    A contender that fails is left out, and removed from `workers`.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trajectories.pt")
@@ -157,9 +157,9 @@ def gradient_error(gradient: dict[str, torch.Tensor], expected: dict[str, torch.
 
 
 def gate(workers: dict[str, Worker], oracle: Worker) -> dict[str, float]:
-    """`gradient_errors`, where each must be within GRADIENT_TOLERANCE; raises GateError for one that is not.
+    """`gradient_errors`. Raises GateError if one is not within GRADIENT_TOLERANCE.
 
-    In half precision TRL's own error (it takes log-probs of latents that it then rounds) may be up to a half.
+    In half precision, TRL's error may be up to a half: it computes log-probs of latents that it rounds afterwards.
     """
     errors = gradient_errors(workers, oracle)
     for label, error in errors.items():
@@ -173,8 +173,8 @@ def gate(workers: dict[str, Worker], oracle: Worker) -> dict[str, float]:
 def take_turns(workers: dict[str, Worker], rounds: int, deadline: float = math.inf) -> dict[str, list[dict]]:
     """A B C, C B A, ...: every contender runs `rounds` iterations, one at a time, so that a drift of the machine hits all alike.
 
-    After the first, a round that would not end by the `deadline` (of time.time) is not begun. Interrupted, it returns the whole rounds
-    there are. A contender that fails is left out, of `workers` too.
+    After the first, a round that would not end by the `deadline` (of time.time) is not begun. After an interrupt, it returns the complete
+    rounds. A contender that fails is left out, and removed from `workers`.
     """
     results, longest = {name: [] for name in workers}, 0.0
     with tqdm(total=rounds * len(workers), desc="iterations", unit="it", dynamic_ncols=True) as bar:
@@ -201,7 +201,7 @@ def take_turns(workers: dict[str, Worker], rounds: int, deadline: float = math.i
 
 
 def warm_up(workers: dict[str, Worker], count_flop: bool = False) -> dict[str, dict]:
-    """One iteration of each, which is not timed; those that fail are left out, of `workers` too."""
+    """Runs one iteration of each, which is not timed. Workers that fail are left out, and removed from `workers`."""
     results = {}
     for name, worker in list(workers.items()):
         try:
@@ -220,7 +220,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def start(stack: ExitStack, contenders: dict[str, tuple[str, list[str]]]) -> dict[str, Worker]:
-    """Starts the processes, label -> (name, options), and waits until all have loaded their models; without those that fail."""
+    """Starts the processes, label -> (name, options), and waits until all have loaded their models. Leaves out those that fail."""
     workers = {label: stack.enter_context(Worker(name, options)) for label, (name, options) in contenders.items()}
     for label, worker in tqdm(list(workers.items()), desc="loading", unit="model", dynamic_ncols=True, leave=False):
         try:

@@ -1,9 +1,9 @@
-"""What README.md and docs/ show of the results, made from the rows alone.
+"""Makes what README.md and docs/ show of the results, from the rows alone.
 
     python -m bench.headline            # rewrites the pages between their two markers, docs/waterfall.png and docs/scaling.png
     python -m bench.headline --check    # exit status 1 if they are not what the rows give
 
-Of every benchmark the last run counts, for each machine kind, model and work by itself; what has no rows is left out.
+For every benchmark the last run counts, separately for each kind of machine, model and work. What has no rows is left out.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from bench.rows import PEERS, RESULTS, read, runs
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 IDEAL = {"batch": 1, "steps": 1, "inner_epochs": 1, "micro_batch": 0, "ranks": -1}
-"""The power of an axis' value with which the time of an iteration grows if all of its work, and nothing else, depends on it."""
+"""The ideal exponent: an iteration's time grows with this power of the axis' value if all of its work, and nothing else, depends on it."""
 IDEAL_NAMES = {1: "proportional", 0: "no change", -1: "inverse"}
 BLUE, PALE, RED = "#33587a", "#9db2c9", "#c2410c"
 Row = dict[str, str]
@@ -43,7 +43,7 @@ def grouped(rows: Rows, *columns: str) -> dict[tuple[str, ...], Rows]:
 
 
 def number(text: str) -> str:
-    """Three significant digits, whole from 100 on; nothing for nothing."""
+    """The number with three significant digits, whole from 100 on; "" for ""."""
     value = float(text or 0)
     if value == 0:
         return text and "0"
@@ -51,29 +51,29 @@ def number(text: str) -> str:
 
 
 def ratio(text: str) -> str:
-    """A ratio such as 1.25; nothing for nothing."""
+    """A ratio such as 1.25; "" for ""."""
     return text and f"{float(text):.2f}"
 
 
 def spread(row: Row, name: str, low: str, high: str, show: Callable[[str], str] = number, unit: str = "") -> str:
-    """A number with its low and high in parentheses, where it has them; nothing for nothing."""
+    """A number, with its low and high in parentheses if it has them; "" if there is no number."""
     return row[name] and show(row[name]) + unit + (f" ({show(row[low])} to {show(row[high])})" if row[low] and row[high] else "")
 
 
 def reward_change(row: Row) -> str:
-    """The reward before and after; nothing for nothing."""
+    """The reward before and after; "" if there is none."""
     return " -> ".join(number(row[name]) for name in ("reward_before", "reward_after") if row[name])
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table without the columns in which nothing is."""
+    """A Markdown table without empty columns."""
     kept = [i for i in range(len(header)) if i == 0 or any(line[i] for line in lines)]
     rule = ["---", *["--:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(line[i].replace('|', chr(92) + '|') for i in kept)} |" for line in (header, rule, *lines))
 
 
 def peers_section(rows: Rows) -> list[str]:
-    """Images/s, the seconds of each stage, and a list of the notes. Raises ValueError for a peer that is not known."""
+    """Images/s, the seconds of each stage, and a list of the notes. Raises ValueError for an unknown peer."""
     if unknown := {row["peer"] for row in rows} - set(PEERS):
         raise ValueError(f"peers: peer={min(unknown)}: valid is {', '.join(PEERS)}")
     cells = {(row["stage"], row["peer"]): row for row in rows if row["median_s"]}
@@ -124,7 +124,7 @@ def waterfall_section(rows: Rows) -> list[str]:
 
 
 def axes_of(rows: Rows) -> dict[str, Rows]:
-    """The rows of every axis by rising value. Raises ValueError for an axis that is not known."""
+    """The rows of every axis by rising value. Raises ValueError for an unknown axis."""
     axes = {axis: group for (axis,), group in grouped([row for row in rows if row["median_s"]], "axis").items()}
     if unknown := set(axes) - set(IDEAL):
         raise ValueError(f"scaling: axis={min(unknown)}: valid is {', '.join(IDEAL)}")
@@ -132,7 +132,7 @@ def axes_of(rows: Rows) -> dict[str, Rows]:
 
 
 def growth(rows: Rows) -> str:
-    """The exponent of seconds against the value, from the smallest to the largest; nothing for a single value."""
+    """The exponent with which seconds grow with the value, from the smallest to the largest value; "" for a single value."""
     by_value, by_time = (math.log(float(rows[-1][name]) / float(rows[0][name])) for name in ("value", "median_s"))
     return f"{by_time / by_value:.2f}" if by_value else ""
 
@@ -148,7 +148,7 @@ def scaling_section(rows: Rows) -> list[str]:
 
 
 def reward_section(rows: Rows) -> list[str]:
-    """A setting a row: the reward gained an hour and the device-hours to the target."""
+    """A setting a row: the reward gained per hour, and the device-hours to the target."""
     header = ["", "reward an hour", "hours to target", "target", "reached", "last reward", "evaluation", "samples", "device-hours"]
     lines = [
         [
@@ -213,9 +213,9 @@ class Section:
     title: str
     body: Callable[[Rows], list[str]]
     block: tuple[str, ...]
-    """Columns: a block for each combination of their values."""
+    """Columns. The page has a block for each combination of their values."""
     part: tuple[str, ...] = ()
-    """Further columns by which a block's rows may be from different runs."""
+    """Further columns. Rows of a block that differ in them may be from different runs."""
 
     def current(self, rows: Rows) -> Rows:
         """The rows that count: those of the last run, GPUs before CPUs."""
@@ -238,7 +238,7 @@ def on_cpu(device: str) -> bool:
 
 
 def source(rows: Rows) -> str:
-    """When, on what, from what and how the rows were measured; a line for each run."""
+    """When, on which device, from which commit and how the rows were measured; a line for each run."""
     lines = (f"<sub>{row['date'][:10]}, {row['device']}, commit {row['commit']}: `{row['command']}`</sub>" for row in rows)
     return "<br>".join(dict.fromkeys(lines))
 
@@ -332,12 +332,12 @@ PICTURES = {"waterfall": draw_waterfall, "scaling": draw_scaling}
 
 
 def fingerprint(rows: Rows) -> str:
-    """What a picture carries to say which rows it shows."""
+    """A hash of the rows, which their picture carries."""
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def shows(path: Path, rows: Rows) -> bool:
-    """Whether a picture is there and was drawn from the rows."""
+    """Whether there is a picture that was drawn from these rows."""
     if not path.exists():
         return False
     with Image.open(path) as picture:
@@ -345,7 +345,7 @@ def shows(path: Path, rows: Rows) -> bool:
 
 
 def filled(path: Path, content: str) -> tuple[str, str]:
-    """A file's text as it is, and with other content between the markers. Raises ValueError unless each is there once, in order."""
+    """A file's text as it is, and with `content` between the markers. Raises ValueError unless each marker is there once, in order."""
     old = path.read_text(encoding="utf-8")
     if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
         raise ValueError(f"{path}: it needs the markers {BEGIN} and {END}, once each and in this order")

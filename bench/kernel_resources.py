@@ -1,12 +1,12 @@
-"""What every Triton kernel takes of a GPU, compiled ahead of time for four architectures: no GPU is needed.
+"""The GPU resources that every Triton kernel uses, compiled ahead of time for four architectures: no GPU is needed.
 
     python -m bench.kernel_resources            # rewrites bench/results/kernel_resources.csv
     python -m bench.kernel_resources --check    # compares with it; exits 1 and names each row that regressed
 
-Host functions run under `record_launches`, so that a kernel is compiled for the very arguments, alignments and options of a launch.
-Columns: registers of a thread; spills, the bytes of local memory that a CUDA thread has (a stack frame counts as well), or, on AMD,
-spilled registers and bytes of scratch memory; shared memory of a program; the load instructions from global memory, and those among
-them of 16 bytes or more a thread.
+Host functions run under `record_launches`, so that a kernel is compiled for exactly the arguments, alignments and options of a launch.
+Columns: registers of a thread; spills, which are bytes of local memory of a CUDA thread (a stack frame counts, too) or, on AMD, spilled
+registers and bytes of scratch memory; shared memory of a program; the number of load instructions from global memory, and how many of
+these load 16 bytes or more a thread.
 """
 
 import argparse
@@ -40,7 +40,7 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 MORE_REGISTERS = 8
-"""What ptxas may take more before it counts as a regression."""
+"""ptxas may use this many more registers before that counts as a regression."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Row:
 
     @property
     def must_vectorise(self) -> bool:
-        """Whether 16-byte loads are there to be had: not where rows have an odd length or are gathered, and not of a few moments."""
+        """Whether 16-byte loads are possible. They are not if rows are odd in length or gathered, nor in kernels that merge."""
         return not re.search(r"\b(odd|gather)\b", self.configuration) and "merge" not in self.kernel
 
 
@@ -97,7 +97,7 @@ def _geglu(num_rows: int, width: int, dtype: torch.dtype) -> None:
 
 
 def configurations() -> dict[str, Callable[[], None]]:
-    """What is compiled: a name, and what launches the kernels. A name says "gather" where 4 channels lie next to each other."""
+    """What is compiled: names, and functions that launch the kernels. A name has "gather" if 4 channels lie next to each other."""
     names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
     out = {}
 
@@ -204,7 +204,7 @@ def rows_of(task: tuple[str, str]) -> list[Row]:
 
 
 def measure() -> list[Row]:
-    """The whole table, by two processes."""
+    """Measures the whole table, in two processes."""
     tasks = [(name, target) for name in configurations() for target in TARGETS]
     with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1)) as pool:
         rows = [row for part in pool.imap_unordered(rows_of, tasks) for row in part]
@@ -228,7 +228,7 @@ def read(file: Path = TABLE) -> list[Row]:
 
 
 def problems(row: Row) -> list[str]:
-    """What is wrong with a row, whatever it was before."""
+    """What is wrong with a row, independently of earlier rows."""
     found = []
     if row.spills:
         found.append(f"spills {row.spills}, not 0")

@@ -1,13 +1,13 @@
-"""Speed of every operation: the PyTorch twin run eagerly, the twin under torch.compile, and the Triton kernels.
+"""Speed of every operation: its PyTorch twin run eagerly, the twin under torch.compile, and the Triton kernels.
 
     python -m bench.kernels                 # the benchmarks; each appends a row to bench/results/kernels.csv as soon as it is done
     python -m pytest bench/kernels.py       # the same without the rows; any option of pytest and pytest-benchmark
 
-A benchmark first compares its provider's result with the eager twin's; if it is wrong the benchmark fails and there is no row. Ideal
-bytes: every tensor that the operation has to read or write, once. On a GPU a time is that of the device, from CUDA events: a sleeping
-kernel ahead of them lets the host queue all launches, and up to 16 sets of inputs take turns, so that the L2 cache holds none of a
-large one. On a CPU the shapes are small and the kernels are left out: Triton's interpreter has no speed. Caches make more than 100 % of
-the copy's bandwidth possible.
+A twin is the operation in ddpo_fast.kernels.reference. A benchmark first compares its provider's result with the eager twin's. If it is
+wrong, the benchmark fails and there is no row. Ideal bytes: every tensor that the operation has to read or write, once. On a GPU, a time
+is that of the device, from CUDA events: a sleeping kernel before them lets the host queue all launches. Up to 16 sets of inputs take
+turns, so that the L2 cache holds no part of a large one. On a CPU, the shapes are small and the kernels are left out, because Triton's
+interpreter is not made for speed. Caches make more than 100 % of the copy's bandwidth possible.
 """
 
 import argparse
@@ -34,9 +34,9 @@ from ddpo_fast.kernels.launch import interpreted
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 TOLERANCE = {torch.float32: (2e-4, 1e-4), torch.float16: (5e-3, 2e-3), torch.bfloat16: (4e-2, 8e-3)}
-"""By an output's dtype: the largest error over the largest element, and the norm of the error over that of the output. The twin rounds
-to the tensors' dtype between its steps, the kernels once at the end: single elements differ by more than a wrong factor might, but
-their errors have no common sign, so that the second number finds a factor that is off by 1 %."""
+"""By an output's dtype: the largest error over the largest element, and the norm of the error over that of the output. The twin rounds to
+the tensors' dtype between its steps, the kernels once at the end. So a single element may differ by more than a wrong factor would make
+it. These errors have no common sign, however, so that the second number finds a factor that is off by 1 %."""
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -55,7 +55,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """(B, C, H, W) of Stable Diffusion 1.5 and SDXL, guided for the latent operations, and (rows, D); small ones on a CPU."""
+    """(B, C, H, W) of Stable Diffusion 1.5 and SDXL, guided for the latent operations, and (rows, D). Shapes are small on a CPU."""
     if not ON_GPU:
         shapes = {"ddim_step": (8, 4, 64, 64), "ppo_loss": (8, 4, 64, 64), "group_norm_silu": (2, 128, 64, 64), "geglu": (1024, 640)}
         return [Case(op, shape, dtype) for op, shape in shapes.items() for dtype in (torch.float32, torch.bfloat16)]
@@ -74,7 +74,7 @@ def cases() -> list[Case]:
 
 
 def directions(op: str) -> tuple[str, ...]:
-    """What is differentiated, and what is not."""
+    """The directions in which an operation is timed: forward, and backward if it is differentiated."""
     return ("forward",) if op == "ddim_step" else ("forward", "backward")
 
 
@@ -101,7 +101,7 @@ def arguments(case: Case, seed: int) -> tuple:
     if case.op == "ddim_step":
         return noise_pred, normal(*case.shape), table, steps, 1, rows, 5.0
     latents = normal(batch, len(table) + 1, *inner)
-    advantages = normal(batch).abs() + 0.5  # of one sign: their sum, the loss, is not small, so that its relative error means something
+    advantages = normal(batch).abs() + 0.5  # of one sign, so that their sum, the loss, is not small and has a meaningful relative error
     zeros = torch.zeros(batch, len(table), device=DEVICE)
     log_probs = reference.ppo_loss(noise_pred, latents, zeros, advantages, table, rows, steps, 5.0, score_function=True)[1][0] / -advantages
     # a ratio of 1 is away from the ends of the clip range, and the weight keeps fp16 gradients from underflowing
@@ -110,7 +110,7 @@ def arguments(case: Case, seed: int) -> tuple:
 
 
 def ideal_bytes(case: Case, direction: str) -> int:
-    """What has to be read and written, each tensor once; tables and numbers of a row left out."""
+    """Bytes that have to be read and written, each tensor once. Tables and single numbers of a row do not count."""
     elements, size = math.prod(case.shape), case.dtype.itemsize
     if case.op == "ddim_step":
         return elements * (2 * size + 4 + 4 + 2 * size)
@@ -129,20 +129,20 @@ def provide(provider: str, op: str) -> Callable:
 
 
 def outputs(function: Callable, inputs: tuple, direction: str) -> tuple[Tensor, ...]:
-    """What is compared with the twin's."""
+    """The outputs that are compared with the twin's."""
     out = function(*inputs)
     out = out if isinstance(out, tuple) else (out,)
     return (gradient(out[0], inputs[0])(),) if direction == "backward" else out
 
 
 def gradient(out: Tensor, leaf: Tensor) -> Callable[[], Tensor]:
-    """What runs the backward pass; as often as wanted."""
+    """A function that runs the backward pass, as often as wanted."""
     upstream = torch.ones_like(out)
     return lambda: torch.autograd.grad(out, leaf, upstream, retain_graph=True)[0]
 
 
 def check(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Raises AssertionError for a provider whose result is not the eager twin's."""
+    """Raises AssertionError if a provider's result is not the eager twin's."""
     assert len(actual) == len(expected)
     for number, (one, other) in enumerate(zip(actual, expected)):
         assert one.dtype == other.dtype and one.shape == other.shape
@@ -154,7 +154,7 @@ def check(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 
 
 class CudaTime:
-    """A point in the time of the GPU's current stream; the difference of two is in seconds."""
+    """A point in time on the GPU's current stream. The difference of two is in seconds."""
 
     def __init__(self):
         self.event = torch.cuda.Event(enable_timing=True)
@@ -166,7 +166,7 @@ class CudaTime:
 
 
 def sleep() -> None:
-    """Keeps the GPU busy for some 10 ms, in which the host queues what is to be timed."""
+    """Keeps the GPU busy for some 10 ms, while the host queues what is to be timed."""
     torch.cuda.synchronize()
     torch.cuda._sleep(20_000_000)
 
@@ -185,7 +185,7 @@ def copy_bandwidth() -> float:
 
 
 def providers() -> dict[str, str]:
-    """Those that can run here, and, for those that cannot, why not."""
+    """All providers, each with the reason why it cannot run here, "" if it can."""
     compiler = ON_GPU or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     return {
         "fused": "" if ON_GPU and not interpreted() else "needs a GPU and no TRITON_INTERPRET: the interpreter has no speed",
@@ -195,7 +195,7 @@ def providers() -> dict[str, str]:
 
 
 def benchmarks() -> list[tuple[str, Case, str]]:
-    """(provider, case, direction) of each. What is compiled, at seconds a case, comes last: a run that is cut short has both others."""
+    """(provider, case, direction) of each benchmark. torch.compile takes seconds a case, so it comes last, after both other providers."""
     can_run = [provider for provider, missing in providers().items() if not missing]
     every = [(provider, case, direction) for case in cases() for direction in directions(case.op) for provider in can_run]
     compiled = torch.float16 if ON_GPU else torch.float32, "NCHW"
@@ -216,7 +216,7 @@ def pytest_generate_tests(metafunc) -> None:
     metafunc.parametrize("provider, case, direction", every)
 
 
-@pytest.mark.filterwarnings("default")  # those of torch.compile about itself are no failure of a kernel
+@pytest.mark.filterwarnings("default")  # torch.compile's warnings about itself are not a kernel's failure
 @pytest.mark.benchmark(disable_gc=True, **({"timer": CudaTime} if ON_GPU else {}))
 def test_speed(benchmark, provider, case, direction):
     functorch_config.donated_buffer = False  # a compiled backward pass is run more than once
@@ -256,7 +256,7 @@ class Rows:
     """Plugin of pytest that writes a benchmark's row as soon as it is done."""
 
     def __init__(self, writer: Writer, wanted: Callable[[dict], bool], deadline: float):
-        """wanted: whether a benchmark of these `keys` is; deadline: of time.time, by which the last one has to end."""
+        """wanted: whether a benchmark with these `keys` is wanted. deadline: of time.time, by which the last benchmark has to end."""
         self.writer, self.wanted, self.deadline = writer, wanted, deadline
         self.begun, self.longest = 0.0, 0.0
 
@@ -270,7 +270,7 @@ class Rows:
         self.begun = time.time()
 
     def pytest_runtest_teardown(self, item) -> None:
-        """Writes a benchmark's row; one that failed has none. Begins no other that would not end in time."""
+        """Writes the row of a benchmark unless it failed. Stops before a benchmark that would not end in time."""
         self.longest = max(self.longest, time.time() - self.begun)
         if time.time() + self.longest > self.deadline:
             item.session.shouldstop = "there is no time for more"
@@ -282,7 +282,7 @@ class Rows:
 
 
 def measure(writer: Writer, argv: list[str], wanted: Callable[[dict], bool] = lambda _: True, deadline: float = math.inf) -> int:
-    """Runs and writes the benchmarks that are `wanted`, by their `keys`, until the `deadline`; `argv` is pytest's. Its exit status."""
+    """Runs the benchmarks that are `wanted`, by their `keys`, until the `deadline`. `argv` is pytest's. Returns pytest's exit status."""
     print(f"{device_name()}: a copy moves {copy_bandwidth() / 1e9:.1f} GB/s, read and written")
     for provider, missing in providers().items():
         if missing:
@@ -294,7 +294,7 @@ def measure(writer: Writer, argv: list[str], wanted: Callable[[dict], bool] = la
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; options it does not know are pytest's. Returns the exit status."""
+    """The command line. Options that it does not know are pytest's. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     known, others = parser.parse_known_args(argv)

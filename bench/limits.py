@@ -1,4 +1,4 @@
-"""What a contender cannot do, found out by asking it to: each attempt ends with the error message that is the evidence.
+"""Finds out what a contender cannot do by trying it. The error message of each attempt is the evidence.
 
 python -m bench.limits ours|trl SDXL|ZeRO|"2 ranks"      # prints one line: what happened
 """
@@ -54,7 +54,7 @@ def attempt(contender: str, what: str) -> str:
 
 
 def in_rank(contender: str, what: str, model: str, folder: str) -> str:
-    """The attempt itself, in one of its processes; raises what goes wrong."""
+    """The attempt itself, in one of its processes. Raises what goes wrong."""
     argv = [f"--model.path={model}", f"--run.dir={folder}/run", "--kernels.backend=reference", *SMALL]
     if contender == "ours":
         return _ours([*argv, "--zero.stage=2"] if what == "ZeRO" else argv)
@@ -76,7 +76,7 @@ def _trl(argv: list[str], what: str) -> str:
     from bench.contenders import TRL
 
     if what == "SDXL":
-        PartialState(cpu=not torch.cuda.is_available())  # TRL logs before it has made its own
+        PartialState(cpu=not torch.cuda.is_available())  # TRL logs before it has made its own state
         pipeline = DefaultDDPOStableDiffusionPipeline(argv[0].partition("=")[2], use_lora=True)
         with torch.no_grad():
             pipeline(["cat"], num_inference_steps=2)
@@ -89,7 +89,7 @@ def _trl(argv: list[str], what: str) -> str:
 
 
 def _compare_ranks(parameters) -> str:
-    """Ranks that saw different samples have equal weights only if their gradients were synchronised."""
+    """Compares the ranks' weights: after different samples they are equal only if the gradients were synchronised."""
     mine = torch.cat([parameter.detach().flatten().double() for parameter in parameters])
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return WORKS

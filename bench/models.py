@@ -1,9 +1,10 @@
 """What is benchmarked: models and the work that is done with them. Nothing is downloaded.
 
-`embedded` is the model that ships with the package. The others have random weights and the architecture that their name says: `sd15` and
-`sdxl` in full, for a GPU, `sd15_small` and `sdxl_small` with the same blocks but fewer channels and smaller pictures, for a CPU;
-`tiny_small`, of two blocks, is for runs whose pictures do not matter, and to rehearse a benchmark. The textbook loop knows no SDXL
-pipeline, so `sdxl` is its UNet (less the added text and size conditions, under 0.1 % of its work) in a pipeline with one text encoder.
+`embedded` is the model that ships with the package. The others have random weights and the architecture that their name says. `sd15` and
+`sdxl` are full-sized, for a GPU. `sd15_small` and `sdxl_small` have the same blocks but fewer channels and smaller pictures, for a CPU.
+`tiny_small` has two blocks, for runs whose pictures do not matter, and to rehearse a benchmark. The textbook loop cannot run an SDXL
+pipeline, so `sdxl` is SDXL's UNet in a pipeline with one text encoder. It lacks the added text and size conditions, which are under 0.1 %
+of the UNet's work.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ _NO_ADDED_CONDITIONS = {"addition_embed_type": None, "addition_time_embed_dim": 
 
 
 def _changed(architecture: dict, unet: dict, vae: dict, text_encoder: dict) -> dict:
-    """An architecture with other values; what it does not say is as SD 1.5 has it."""
+    """An architecture with some values changed. Values that it does not have are those of SD 1.5."""
     base = SD15 | architecture
     return base | {"unet": base["unet"] | unet, "vae": base["vae"] | vae, "text_encoder": base["text_encoder"] | text_encoder}
 
@@ -105,12 +106,12 @@ WORKS = {
 
 
 def default_models() -> list[str]:
-    """Those that suit this machine."""
+    """The models that suit this machine."""
     return ["embedded", "sd15", "sdxl"] if torch.cuda.is_available() else ["embedded", "sd15_small", "sdxl_small"]
 
 
 def random_pipeline(name: str) -> Path:
-    """The folder of a pipeline with random weights, made once: build/models/<name>. fp16 where it is large."""
+    """The folder of a pipeline with random weights, made once: build/models/<name>. A large one is in fp16."""
     folder = ROOT / "build" / "models" / name
     if not folder.exists():
         architecture = RANDOM[name]
@@ -138,7 +139,7 @@ def _parts(architecture: dict):
 
 
 def tiny_sdxl(folder: Path) -> Path:
-    """Writes a real SDXL pipeline, two text encoders and added conditions, of toy size: for `bench.limits`."""
+    """Writes a real SDXL pipeline of toy size, with two text encoders and added conditions, for `bench.limits`."""
     small = _changed(
         SDXL, {"block_out_channels": (32, 64, 64), "sample_size": 8, "attention_head_dim": 4, "cross_attention_dim": 64}, {}, {}
     )

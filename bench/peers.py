@@ -1,12 +1,12 @@
-"""Ours against what one would use instead: TRL 0.23.1's DDPOTrainer and the textbook loop, on the same work, taking turns in one run.
+"""Compares ours with TRL 0.23.1's DDPOTrainer and the textbook loop, on the same work, taking turns in one run.
 
     python -m bench.peers                       # the embedded model on a CPU, SD 1.5 at full size on a GPU
     python -m bench.peers --model sd15_small --rounds 5 --peers textbook
 
 TRL runs in an environment of its own (`make .venv-trl/installed`) with the same versions of everything else. Its batches are as large as
 it can make them: it takes a forward and backward for every timestep of at most a minibatch of samples. `trl, its example's batches` is
-TRL with the batch sizes of its example script, 6 samples denoised and 3 trained at a time. A ratio is that of two iterations of one
-round; the table gives the median and the 20 and 80 % quantile over the rounds.
+TRL with the batch sizes of its example script, 6 samples denoised and 3 trained at a time. A ratio compares two iterations of the same
+round. The table gives the median and the 20 and 80 % quantile over the rounds.
 """
 
 import argparse
@@ -35,9 +35,9 @@ def contenders(work: Work, peers: list[str]) -> dict[str, tuple[str, list[str]]]
 
 
 def compare(work: Work, peers: list[str], rounds: int, writer: Writer, deadline: float = math.inf) -> list[dict]:
-    """Gates, then times, every contender; returns the rows it has written. Raises GateError before anything is timed.
+    """Checks every contender, then times it; returns the rows written. Raises GateError before anything is timed.
 
-    `deadline`: as of `take_turns`.
+    `deadline`: as for `take_turns`.
     """
     with ExitStack() as stack:
         workers = start(stack, contenders(work, peers))
@@ -69,7 +69,7 @@ def compare(work: Work, peers: list[str], rounds: int, writer: Writer, deadline:
 
 
 def limits(peers: list[str], writer: Writer) -> list[dict]:
-    """What ours and TRL cannot do, each with what happened when it was tried."""
+    """What ours and TRL cannot do, each with what happened in the attempt."""
     rows = []
     for label, python in {"ours": sys.executable, **({"trl": trl_python()} if "trl" in peers else {})}.items():
         for what in ATTEMPTS:

@@ -1,10 +1,10 @@
-"""Iteration time on 1 to 64 devices, predicted from costs measured on one. On a CPU a device is one thread.
+"""Predicts the time of an iteration on 1 to 64 devices from costs measured on one. On a CPU a device is one thread.
 
     python -m bench.predict [any option of ddpo_fast/train.py]            # the table
     python -m bench.predict --check [any option of ddpo_fast/train.py]    # then really runs 1 and 2 ranks, and compares
 
 Costs come from the trainer's own functions, called at several sizes: a time is a t_call + b t_row + ..., fitted by least squares.
-What the model leaves out: ranks that slow each other down, in memory or by uneven work.
+The model leaves out that ranks slow each other down, by sharing memory or by uneven work.
 """
 
 import argparse
@@ -48,17 +48,17 @@ from ddpo_fast.updates.replay import Replay
 from ddpo_fast.updates.transitions import Rollout
 
 NUM_STEPS = 4
-"""Denoising steps of a calibration: enough that drawing the first noise hardly counts."""
+"""Denoising steps of a calibration. They are enough that drawing the first noise hardly counts."""
 REPEATS = 3
 SMALLEST_MESSAGE = 1 << 22
-"""Bytes below which latency would hide the bandwidth."""
+"""Bytes. With smaller messages, latency would hide the bandwidth."""
 NVLINK_LATENCY_S = 10e-6
-"""An estimate, where there is one GPU only."""
+"""An estimate, used if there is only one GPU."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Seconds of an iteration on so many ranks."""
+    """Seconds of an iteration on a number of ranks."""
 
     num_ranks: int
     predicted_s: float
@@ -97,7 +97,7 @@ def calibrate(config: Config) -> tuple[Work, Costs]:
 
 
 def _seconds(device: torch.device, call: Callable[[], object]) -> float:
-    """The shortest of several calls after a first."""
+    """The time of the shortest of several calls, without the first call."""
     timer, times = StageTimer(device), []
     for repeat in range(1 + REPEATS):
         with timer(str(repeat)):
@@ -167,7 +167,7 @@ def _serial_seconds(run: Run) -> float:
 
 
 def measure_link(num_bytes: int) -> tuple[float, float]:
-    """Bandwidth (bytes/s) and latency (s) of an all-reduce of `num_bytes` between 2 processes, or by the specification of a lone GPU."""
+    """Bandwidth (bytes/s) and latency (s) of an all-reduce of `num_bytes` between 2 processes. For a single GPU, from its specification."""
     if torch.cuda.device_count() == 1:
         name = torch.cuda.get_device_name()
         known = [gpu for key, gpu in GPUS.items() if all(part in name for part in key.split("-"))]
@@ -196,7 +196,7 @@ def _link_rank(rank: int, folder: str, num_bytes: int) -> None:
 
 
 def measure(config: Config, num_ranks: int, iterations: int = 5) -> float:
-    """Seconds of an iteration without its evaluation, in a run of so many ranks: the median of all but the first."""
+    """Seconds of an iteration without its evaluation, in a run of `num_ranks` ranks: the median of all but the first."""
     environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES} | {"OMP_NUM_THREADS": "1"}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"

@@ -3,15 +3,15 @@
     python -m bench.reward      # ours against TRL's DDPOTrainer, 5 seeds
     python -m bench.reward --setting ours --setting "lr 2e-3: --train.learning_rate 2e-3" --setting trl --target -1.8 --seeds 0 1 2
 
-The reward of an iteration is that of training pictures drawn before its update, so it belongs to the samples, updates and hours of
-the iterations before. Hours are training time: evaluation and checkpoints are left out. Runs have one rank: a device-hour is an hour.
-A setting with smaller iterations may have more of them: its options may give --run.iterations.
-Ours has evaluated before its first iteration, so that start-up work of the first pictures is in TRL's hours only.
+The reward of an iteration is that of training pictures drawn before its update. So it belongs to the samples, updates and hours of the
+iterations before. Hours are training time, without evaluation and checkpoints. Runs have one rank, so a device-hour is an hour. A setting
+with smaller iterations may have more of them: its options may give --run.iterations. Ours evaluates before its first iteration, so that
+start-up work of the first pictures is in TRL's hours only.
 
-A finished run is not run again, an interrupted one goes on (TRL's starts again), so an interrupted comparison is continued by the
-same command. The device and every option must be what they were; the commits that runs were made with go to their row.
+A finished run is not run again. An interrupted run goes on (TRL's starts again), so the same command continues an interrupted comparison.
+The device and every option must be what they were. A row has the commits that its runs were made with.
 
-Intervals are Student's t of 95 % over the seeds; that of a ratio of hours is over the logarithms of the seeds' ratios.
+Intervals are Student's t of 95 % over the seeds. That of a ratio of hours is over the logarithms of the seeds' ratios.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from ddpo_fast.records.checkpoint import list_checkpoints
 from ddpo_fast.records.metrics import read_metrics
 
 NEVER = 1 << 30
-"""An interval of evaluations that leaves only those before the first and after the last iteration."""
+"""The interval of evaluations with which there are only those before the first and after the last iteration."""
 TARGETS = {"embedded_compressibility": -2.0}
 """Target rewards of recipes: about midway between the start and the end of their runs."""
 SPREAD = {
@@ -49,7 +49,7 @@ SPREAD = {
     "eval_reward": ("eval_low", "eval_high"),
     "area_samples": ("area_low", "area_high"),
 }
-"""Columns of the table that have an interval over seeds, and those of its ends."""
+"""Columns of the table that have an interval over seeds, each with the columns of the interval's ends."""
 SHOWN = (
     "seeds reached hours_to_target samples updates device_hours final_reward eval_reward area_samples area_hours reward_per_hour".split()
 )
@@ -58,14 +58,14 @@ COLORS = ("#c2410c", "#33587a", "#4d7c0f", "#7e22ce", "#a16207", "#0f766e")
 
 @dataclass(frozen=True)
 class Setting:
-    """A name and the options that it adds to the recipe's. What is called `trl` is run by TRL."""
+    """A name, and options that are added to the recipe's. TRL runs the setting with the name `trl`."""
 
     name: str
     options: tuple[str, ...] = ()
 
     @staticmethod
     def parse(text: str) -> "Setting":
-        """From the command line's text. Raises ValueError saying what is valid."""
+        """Makes a setting from the command line's text. Raises ValueError, which says what is valid."""
         name, colon, options = (part.strip() for part in text.partition(":"))
         if not name or not (colon or name in ("ours", "trl")):
             raise ValueError(f'--setting {text!r}: valid is ours, trl, or "NAME: --section.option value ..."')
@@ -100,7 +100,7 @@ class Run:
         return json.loads(json.dumps({"device": rows.device_name()} | options))
 
     def made(self) -> dict:
-        """The folder's options.json: what was `asked`, and the `commits` that the run was made with; empty if there is no such file."""
+        """The folder's options.json: what was `asked`, and the `commits` that the run was made with. {} if there is no such file."""
         path = self.folder / "options.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -109,7 +109,7 @@ class Run:
         return bool(metrics) and metrics[-1]["iteration"] == self.config.run.iterations
 
     def check(self) -> None:
-        """Raises ValueError for a wrong option, or if the folder holds a run made otherwise, naming the folder and what differs."""
+        """Raises ValueError for a wrong option, or, naming the folder and what differs, if the folder has a run with other options."""
         asked, made = self.asked, self.made().get("asked", {})
         differ = [f"{key}={made.get(key)}, not {asked.get(key)}" for key in made | asked if made.get(key) != asked.get(key)]
         if differ and read_metrics(self.folder):
@@ -117,7 +117,7 @@ class Run:
             raise ValueError(f"{self.folder} holds a run with {difference}: remove it or give another --runs")
 
     def execute(self) -> None:
-        """Runs, or continues, what is not finished. Raises RuntimeError with the end of the output of a run that fails."""
+        """Starts or continues the run if it is not finished. If it fails, raises RuntimeError with the end of its output."""
         if self.finished():
             return
         resume = self.setting.name != "trl" and bool(list_checkpoints(self.folder))
@@ -132,7 +132,7 @@ class Run:
 
 
 def run_process(command: list[str]) -> None:
-    """Runs a command to its end. Raises RuntimeError with the last lines of what it said if it fails."""
+    """Runs a command to its end. If it fails, raises RuntimeError with its last lines of output."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode:
         tail = "\n".join(done.stdout.splitlines()[-15:])
@@ -140,7 +140,7 @@ def run_process(command: list[str]) -> None:
 
 
 def run_trl(run: Run) -> None:
-    """Drives TRL's trainer for the run's iterations and writes metrics.jsonl with the keys that ours has. Raises RuntimeError."""
+    """Runs TRL's trainer for the run's iterations and writes metrics.jsonl with the same keys as ours. Raises RuntimeError."""
     with (run.folder / "metrics.jsonl").open("w", encoding="utf-8") as file, harness.Worker("trl", run.argv) as worker:
         for iteration in range(1, run.config.run.iterations + 1):
             figures = worker.iterate()
@@ -156,7 +156,7 @@ def run_trl(run: Run) -> None:
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's mean reward (iterations,) and the samples, updates and device-hours that came before it; then its evaluation at the end."""
+    """A run's mean reward by iteration, with the samples, updates and device-hours before it, (iterations,) each; then its evaluation."""
 
     seed: int
     samples: np.ndarray
@@ -168,7 +168,7 @@ class Curve:
 
     @staticmethod
     def read(run: Run) -> "Curve":
-        """From a finished run's metrics.jsonl."""
+        """Reads the curve from a finished run's metrics.jsonl."""
         metrics = read_metrics(run.folder)
         trained = [row for row in metrics if row["reward_mean"] is not None]
         seconds = np.array([row["time_total_s"] - row.get("time_eval_s", 0.0) for row in trained])
@@ -200,7 +200,7 @@ def mean_curve(curves: list[Curve]) -> Curve:
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of Student's 95 % interval of the mean over the first axis, the seeds; NaN where there is one seed or none."""
+    """Ends of Student's 95 % interval of the mean over the first axis, the seeds; NaN if there is one seed or none."""
     if len(values) < 2:
         nothing = np.full(values.shape[1:], np.nan)
         return nothing, nothing
@@ -210,18 +210,18 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean, low and high over seeds; NaN where there is no value."""
+    """Mean, low and high over seeds; NaN if there is no value."""
     values = np.array(values)
     return (float(values.mean()) if len(values) else math.nan, *map(float, interval(values)))
 
 
 def paired(ours: list[Curve], other: list[Curve]) -> list[tuple[Curve, Curve]]:
-    """The curves of the seeds that both have."""
+    """Pairs of curves, for the seeds that both have."""
     return [(one, two) for one in ours for two in other if one.seed == two.seed]
 
 
 def verdict_on_target(names: tuple[str, str], ours: list[Curve], other: list[Curve], target: float) -> str:
-    """Whose runs reach the target sooner, and by what factor: the geometric mean over the seeds with which both reach it."""
+    """Which runs reach the target sooner, and by what factor: the geometric mean over the seeds for which both reach it."""
     hours = np.array([[curve.hours_to(target) for curve in pair] for pair in paired(ours, other)]).reshape(-1, 2)
     hours = hours[np.isfinite(hours).all(1)]
     counts = f"{names[0]} in {reached(ours, target)} seeds, {names[1]} in {reached(other, target)}"
@@ -245,7 +245,7 @@ def verdict_on_target(names: tuple[str, str], ours: list[Curve], other: list[Cur
 
 
 def verdict_on_samples(names: tuple[str, str], ours: list[Curve], other: list[Curve]) -> str:
-    """Whether the curves against samples agree: our mean with the other's interval, and the paired differences with 0."""
+    """Whether the curves over samples agree: our mean is compared with the other's interval, and the paired differences with 0."""
     pairs = paired(ours, other)
     if min(len(pairs), len(other)) < 2:
         return "against samples nothing is said: one seed has no interval"
@@ -263,7 +263,7 @@ def verdict_on_samples(names: tuple[str, str], ours: list[Curve], other: list[Cu
 
 
 def verdict_on_hours(names: tuple[str, str], ours: list[Curve], other: list[Curve]) -> str:
-    """Whether our mean curve against hours is above the other's, which is left of it where both rise, over the hours that both have."""
+    """Whether our mean curve over hours is above the other's, for the hours that both have. Where both rise, that also means sooner."""
     mean, others = mean_curve(ours), mean_curve(other)
     end = min(mean.hours[-1], others.hours[-1])
     at = np.union1d(mean.hours, others.hours)
@@ -281,7 +281,7 @@ def reached(curves: list[Curve], target: float) -> str:
 
 
 def summarize(curves: list[Curve], target: float, end_hours: float) -> dict:
-    """A setting's columns of the table `reward`, all of them up to the last point; the area against hours ends at `end_hours`."""
+    """A setting's columns of the table `reward`. They count all points, but the area over hours ends at `end_hours`."""
     mean, to_target = mean_curve(curves), [curve.hours_to(target) for curve in curves]
     columns = {
         "hours_to_target": [hours for hours in to_target if math.isfinite(hours)],
@@ -346,7 +346,7 @@ def write_curves(curves: dict[str, list[Curve]], path: Path) -> None:
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
-    """The runs, in the order in which to do them. Raises ValueError for what cannot be run or is not what is on the disk."""
+    """The runs, in the order in which to do them. Raises ValueError for what cannot be run or differs from what is on the disk."""
     settings = [Setting.parse(text) for text in args.setting or ("ours", "trl")]
     for what, values in (("--setting", [setting.slug for setting in settings]), ("--seeds", args.seeds)):
         if len(set(values)) < len(values):
@@ -356,7 +356,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
     iterations = [] if args.iterations is None else [f"--run.iterations={args.iterations}"]
     runs = []
     for turn, seed in enumerate(args.seeds):
-        for setting in settings[:: (-1) ** turn]:  # in turns, so that a machine's drift hits all alike
+        for setting in settings[:: (-1) ** turn]:  # they take turns, so that a machine's drift hits all alike
             argv = ["--config", str(args.config), *iterations, *setting.options, f"--run.seed={seed}", f"--eval.every={NEVER}"]
             folder = args.runs / args.config.stem / f"{setting.slug}-seed{seed}"
             runs.append(Run(setting, seed, argv, folder))
@@ -430,5 +430,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the run in progress too, or a continuation would meet it in its folder
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the run in progress, which a continuation would meet in its folder
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Result files: one CSV file a benchmark in bench/results, to which every run appends rows with the environment they were measured in."""
+"""Result files: bench/results has one CSV file a benchmark. Every run appends rows with the environment that they were measured in."""
 
 import csv
 import datetime
@@ -27,7 +27,7 @@ PEERS = {
     "trl": "TRL",
     "trl, its example's batches": "TRL, its example's batches",
 }
-"""What the peers of table peers are called in it and for a reader."""
+"""The names of the peers in the table `peers`, and those for a reader."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Table:
 
     name: str
     keys: tuple[str, ...]
-    """Columns that say what was measured: rows of two runs with the same keys are comparable."""
+    """Columns that say what was measured. Rows of two runs with the same keys are comparable."""
     metric: str
     """The column that is compared between runs."""
     better: str
     """Which way the metric improves: lower or higher."""
     low: str = ""
     high: str = ""
-    """Columns with the spread of the metric over the repetitions of one run; empty for what is not repeated."""
+    """Columns with the spread of the metric over the repetitions of one run; empty if nothing is repeated."""
     others: tuple[str, ...] = ()
     """Further columns."""
 
@@ -118,9 +118,9 @@ def device_name() -> str:
 
 @functools.cache
 def commit() -> str:
-    """The checkout's commit, "-dirty-" and a `fingerprint` if its source is not what was committed; results themselves do not count.
+    """The checkout's commit; if its source is not what was committed, also "-dirty-" and a `fingerprint`. Results do not count as source.
 
-    A copy without git has the fingerprint alone: "source-12ab34cd".
+    A copy without git has only the fingerprint: "source-12ab34cd".
     """
     root = Path(__file__).parents[1]
     git = ["git", "-C", str(root)]
@@ -132,7 +132,7 @@ def commit() -> str:
 
 
 def fingerprint(root: Path) -> str:
-    """8 hex digits of what the Python files of the package, kernels and benchmarks hold: alike in a checkout and in a copy of it."""
+    """8 hex digits of the contents of the Python files of package, kernels and benchmarks. They are the same in a checkout and its copy."""
     digest = hashlib.sha256()
     for file in sorted(file for folder in ("bench", "ddpo_fast", "kernels") for file in (root / folder).rglob("*.py")):
         content = file.read_bytes()
@@ -141,15 +141,15 @@ def fingerprint(root: Path) -> str:
 
 
 def _text(value) -> str:
-    """A cell: nothing for None, floats with 5 significant digits and without an exponent where that is short."""
+    """The text of a cell: "" for None; floats with 5 significant digits, and without an exponent if that is short."""
     return f"{float(f'{value:.5g}'):.12g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 class Writer:
-    """Appends the rows of one run to a table, each as soon as it is measured. Raises ValueError for a file that is no such table."""
+    """Appends the rows of one run to a table, each as soon as it is measured. Raises ValueError for a file that is not such a table."""
 
     def __init__(self, table: str, folder: Path, argv: list[str]):
-        read(table, folder)  # better before anything is measured
+        read(table, folder)  # so that an error comes before anything is measured
         self.table, self.path = TABLES[table], folder / f"{table}.csv"
         self.date = datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
         self.command = shlex.join(argv)
@@ -157,7 +157,7 @@ class Writer:
     def add(self, **values) -> dict:
         """Writes a row and returns it. Columns left out are empty; floats are rounded to 5 significant digits.
 
-        Raises ValueError for a column that the table has not and for a metric that is not finite.
+        Raises ValueError for a column that the table does not have and for a metric that is not finite.
         """
         if unknown := set(values) - set(self.table.columns):
             raise ValueError(f"{self.path}: it has no column {', '.join(sorted(unknown))}")
@@ -205,14 +205,14 @@ def read(table: str, folder: Path = RESULTS) -> list[dict[str, str]]:
 
 
 def measured(table: str, folder: Path) -> list[dict[str, str]]:
-    """The rows of `folder` and of bench/results that are of this commit and device, oldest first."""
+    """The rows in `folder` and in bench/results for this commit and device, oldest first."""
     folders = {path.resolve(): None for path in (RESULTS, folder)}
     rows = [row for path in folders for row in read(table, path) if (row["commit"], row["device"]) == (commit(), device_name())]
     return sorted(rows, key=lambda row: row["date"])
 
 
 def runs(rows: list[dict[str, str]], device: str | None = None) -> list[list[dict[str, str]]]:
-    """Rows grouped into runs by their date, oldest first; only those of one device, if given."""
+    """Rows grouped into runs by their date, oldest first; only those of one device, if it is given."""
     dates: dict[str, list] = {}
     for row in rows:
         if device in (None, row["device"]):

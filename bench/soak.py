@@ -1,10 +1,10 @@
-"""A long run with a bad reward: 200 iterations of a small random model; finishes, memory flat, every bad reward counted.
+"""A long run with a bad reward, 200 iterations of a small random model: it has to finish, keep its memory and count every bad reward.
 
     python -m bench.soak [--iterations 200]
 
-The reward (`soak_reward`) raises in one call of ten, sometimes hangs until it is given up, sometimes gives NaN. Printed are the numbers of
-bad rewards given and counted and the growth of the trainer's resident memory: the slope of a straight line through the second half.
-Exit code 1 if a count differs or memory grows by more than 64 KiB an iteration.
+The reward (`soak_reward`) raises in one call of ten, sometimes hangs until it is given up, and sometimes gives NaN. The output is the
+numbers of bad rewards given and counted, and the growth of the trainer's resident memory: the slope of a straight line through the second
+half. The exit code is 1 if a count differs or memory grows by more than 64 KiB an iteration.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _watch(trainer: subprocess.Popen, run_dir: Path) -> dict[int, float]:
-    """Resident KiB of a trainer and its children by the iteration it has last reported, until it ends."""
+    """Resident KiB of a trainer and its children, by the iteration that it last reported. Returns when it has ended."""
     memory = {}
     while trainer.poll() is None:
         rows = read_metrics(run_dir)

@@ -1,4 +1,4 @@
-"""The reward of bench.soak: the mean of red, which one call in ten raises, sometimes hangs and sometimes is NaN for a picture."""
+"""The reward of bench.soak: the mean of red. It raises in one call of ten, sometimes hangs, and sometimes gives NaN for a picture."""
 
 import json
 import random
@@ -11,7 +11,8 @@ _random = random.Random(0)
 
 
 def flaky(images: torch.Tensor, prompts: list[str], log: str, hang_s: float) -> torch.Tensor:
-    """Does nothing wrong for the prompt `evaluation`; writes what it did, and how many pictures get no reward, to `log`, a line a call."""
+    """Works without faults for the prompt `evaluation`. For each call, writes a line to `log`: what it did, and for how many pictures there
+    is no reward."""
     fault = "none" if "evaluation" in prompts else _random.choices(("raises", "hangs", "nan", "none"), (10, 2, 10, 78))[0]
     rewards = images[:, 0].mean((1, 2)).double()
     bad = {"raises": len(rewards), "hangs": len(rewards), "nan": 1, "none": 0}[fault]

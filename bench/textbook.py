@@ -1,8 +1,8 @@
 """The plain loop that others run: DDPO one timestep at a time, eager, on diffusers' modules as they are loaded.
 
 It follows the structure of the authors' PyTorch port (kvablack/ddpo-pytorch): host-side step constants, every latent stored twice, a
-forward and backward for each timestep of each batch. Here it is a baseline to be faster than and, written without anything of
-ddpo_fast's steps and losses, an oracle to be equal to. Shape letters: B samples, S steps, (C, H, W) one's latents, L tokens.
+forward and backward for each timestep of each batch. It is the baseline that ours should beat in speed. It uses none of ddpo_fast's steps
+and losses, so it is also the oracle that ours must agree with. Shape letters: B samples, S steps, (C, H, W) a sample's latents, L tokens.
 """
 
 import math
@@ -22,7 +22,7 @@ class Trajectories:
     latents: Tensor
     """(B, S, C, H, W) before each step."""
     next_latents: Tensor
-    """(B, S, C, H, W) after it."""
+    """(B, S, C, H, W) after each step."""
     log_probs: Tensor
     """(B, S)."""
     prompt_embeds: Tensor
@@ -75,7 +75,7 @@ class TextbookLoop:
 
     @torch.no_grad()
     def rollout(self, prompt_embeds: Tensor, uncond_embeds: Tensor, generator: torch.Generator) -> Trajectories:
-        """Denoises B samples, noise from `generator`."""
+        """Denoises B samples with noise from `generator`."""
         unet = self.pipe.unet.config
         shape = (len(prompt_embeds), unet.in_channels, unet.sample_size, unet.sample_size)
         latents = [torch.randn(shape, generator=generator, device=self.pipe.device)]

@@ -3,9 +3,9 @@
     python -m bench.throughput                      # stages: the embedded model and, by machine, SD 1.5 and SDXL in full or scaled down
     python -m bench.throughput --scaling            # scaling with batch, steps, micro-batch, inner epochs and ranks
 
-FLOP are counted by torch's FlopCounterMode during a whole iteration; 100 % is what a large matrix product reaches on this machine in the
-same dtype. A run encodes each prompt once: `encode` is finding it again, `encode, first time` what it costs before. An iteration reports
-no time if its own ratio_error says that rollout and update disagree, or if the gradient is not the textbook loop's.
+torch's FlopCounterMode counts FLOP during a whole iteration. 100 % is what a large matrix product reaches on this machine in the same
+dtype. A run encodes each prompt once: `encode, first time` is the time for that, `encode` the time to find it again. No time is reported
+if an iteration's ratio_error says that rollout and update disagree, or if the gradient is not the textbook loop's.
 """
 
 import argparse
@@ -33,7 +33,7 @@ AXES = {
     "micro_batch": ("train__micro_batch",),
     "inner_epochs": ("train__inner_epochs",),
 }
-"""An axis of scaling and the options that take its value; of the pictures an iteration, all are one batch."""
+"""An axis of scaling, and the options that take its value. For `batch`, all pictures of an iteration are one batch."""
 VALUES = {
     "cpu": {"batch": (4, 12, 24), "steps": (2, 5, 10), "micro_batch": (4, 15, 60), "inner_epochs": (1, 2, 4)},
     "cuda": {"batch": (8, 16, 32, 64), "steps": (5, 10, 20, 50), "micro_batch": (1, 4, 16, 64), "inner_epochs": (1, 2, 4)},
@@ -56,15 +56,15 @@ START = {
         "train__micro_batch": 16,
     },
 }
-"""What is held while one axis varies."""
+"""By kind of device, the values of the options while their axis does not vary."""
 STAGE_COLUMNS = (
     *"stage median_s images_per_s transitions_per_s tflop_per_image tflop_per_s percent_of_matmul".split(), "peak_memory_mib", "planned_mib"
 )  # fmt: skip
-"""Of the table for a terminal."""
+"""Columns of the table for a terminal."""
 
 
 def stages(work: Work, rounds: int, writer: Writer, deadline: float = math.inf) -> list[dict]:
-    """Rows of one work's stages. Raises GateError before anything is timed. `deadline`: as of `take_turns`."""
+    """Rows of one work's stages. Raises GateError before anything is timed. `deadline`: as for `take_turns`."""
     with ExitStack() as stack:
         workers = start(stack, {work.model: ("ours", work.argv())})
         for worker in workers.values():
@@ -131,7 +131,7 @@ def _scaling_row(writer: Writer, work: Work, base: dict, axis: str, value: int, 
 
 
 def rank_times(work: Work, base: dict, rounds: int) -> dict[int, list[dict]]:
-    """The same iteration on 1, 2, 4, ... ranks: as many as there are GPUs, or, of one thread each, cores up to 2."""
+    """The same iteration on 1, 2, 4, ... ranks, up to the number of GPUs; on a CPU, with one thread each, up to 2 ranks or the cores."""
     if torch.cuda.is_available():
         most, environment = torch.cuda.device_count(), {}
     else:

@@ -1,12 +1,12 @@
-"""What each technique is worth: from the textbook loop one technique a row, each on top of those above it.
+"""What each technique gains: starts from the textbook loop and adds one technique a row to those above it.
 
     python -m bench.waterfall                   # the embedded model on a CPU, SD 1.5 at full size on a GPU
     python -m bench.waterfall --model sd15_small --rounds 6
 
-A row that begins with "or" is an alternative to the row above it, and the next row builds on the row above. All rows take turns in one
-run. In the same row as the speed: peak memory; ratio_error, the largest |ratio - 1| before an iteration's first update; the gradient's
-difference from the textbook loop's in fp32; and the reward of the first iteration and, on average, of the last half of them, since a
-row's iterations are real training on the same prompts.
+A row that begins with "or" is an alternative: the rows after it build on the row above it. All rows take turns in one run. A row has the
+speed, and also peak memory; ratio_error, the largest |ratio - 1| before an iteration's first update; and the gradient's
+difference from the textbook loop's in fp32. It also has the reward of the first iteration and the mean reward of the last half of them,
+since a row's iterations are real training on the same prompts.
 """
 
 import argparse
@@ -35,15 +35,15 @@ class Technique:
     name: str
     options: tuple[str, ...] = ()
     removes: tuple[str, ...] = ()
-    """Changes that the technique does away with."""
+    """Changes of Ours that the technique undoes."""
     adds: tuple[str, ...] = ()
     alternative: bool = False
     other_parameters: bool = False
-    """It trains other parameters than the baseline, so its gradient is compared with a textbook loop of its own."""
+    """Whether it trains other parameters than the baseline. If so, its gradient is compared with a separate textbook loop."""
 
 
 def techniques(compiled: bool = True) -> list[Technique]:
-    """Those that this machine can run; the compiled UNet last, since what builds on it would have to be compiled anew."""
+    """The techniques that this machine can run. The compiled UNet is last: rows that build on it would have to be compiled again."""
     on_gpu = torch.cuda.is_available()
     rows = [Technique("transition batching", PLAIN, adds=("contiguous", "plain_norms"))]
     if on_gpu:
@@ -52,7 +52,7 @@ def techniques(compiled: bool = True) -> list[Technique]:
             Technique("fused GroupNorm+SiLU, GEGLU", removes=("plain_norms",)),
         ]
     rows.append(Technique("channels_last", removes=("contiguous",)))
-    # in fp16, a GPU's default, an alternative: it rounds small updates away, so it is not what the trainer does by itself
+    # an alternative in fp16, a GPU's default: it rounds small updates away, so the trainer does not choose it by itself
     rows.append(Technique("or merged LoRA" if on_gpu else "merged LoRA", ("--lora.forward=merged",), alternative=on_gpu))
     rows.append(Technique("shared guidance", ("--model.share_guidance=true",)))
     rows += [Technique(f"or {name} attention", (f"--attention.backend={name}",), alternative=True) for name in attention_kernels()]
@@ -66,7 +66,7 @@ def techniques(compiled: bool = True) -> list[Technique]:
 
 
 def attention_kernels() -> list[str]:
-    """The attention back ends that PyTorch does not take by itself here."""
+    """The attention back ends that PyTorch does not choose by itself here."""
     return (
         ["flash", "efficient", "cudnn", *(["xformers"] if importlib.util.find_spec("xformers") else [])]
         if torch.cuda.is_available()
@@ -87,15 +87,15 @@ def contenders(work: Work, rows: list[Technique]) -> dict[str, tuple[str, list[s
 
 
 def select(rows: list[Technique], wanted: Callable[[Technique], bool]) -> list[Technique]:
-    """The rows that are wanted and what they build on; none if none is."""
+    """The rows that are wanted and the rows that they build on; none if none is wanted."""
     last = max((number for number, row in enumerate(rows) if wanted(row)), default=-1)
     return [row for row in rows[: last + 1] if wanted(row) or not row.alternative]
 
 
 def measure(work: Work, rows: list[Technique], rounds: int, writer: Writer, deadline: float = math.inf) -> list[dict]:
-    """Gates, then times, every row; returns what it has written. Raises GateError before anything is timed.
+    """Checks every row, then times it; returns the rows written. Raises GateError before anything is timed.
 
-    `deadline`: as of `take_turns`.
+    `deadline`: as for `take_turns`.
     """
     with ExitStack() as stack:
         workers = start(stack, contenders(work, rows))
@@ -134,7 +134,7 @@ def measure(work: Work, rows: list[Technique], rounds: int, writer: Writer, dead
 
 
 def seconds(turns: list[dict], *stages: str) -> float:
-    """The median over iterations of some stages' time together."""
+    """The median over iterations of the total time of some stages."""
     return spread([sum(turn["seconds"][stage] for stage in stages) for turn in turns])[0]
 
 

@@ -1,12 +1,12 @@
-"""What a GPU machine without a network lacks, as a folder of wheels: .whl/, for Python 3.12 on Linux (x86_64).
+"""Makes a folder of wheels, .whl/, with what a GPU machine without a network lacks, for Python 3.12 on Linux (x86_64).
 
     python -m bench.wheels              # `make wheels`, where there is a network: makes the folder, prints its size
     python3 -m bench.wheels --install   # on that machine, in `make gpu PY=python3`: installs what is missing there, and this checkout
 
 Such a machine has torch, triton, transformers, peft, accelerate, huggingface_hub, OpenCV, Pillow, psutil, tensorboard, matplotlib and
-pytest with what they need, and pandas, without which TRL cannot be imported. The versions are those of the environment that makes the
-folder. Not carried: bitsandbytes, which is as large as all of them together and only 8-bit AdamW needs; scipy, which only `bench.reward`
-needs.
+pytest with what they need, and pandas, without which TRL cannot be imported. The wheels' versions are those of the environment that makes
+the folder. Two packages are not carried: bitsandbytes, which only 8-bit AdamW needs and which is as large as all wheels together, and
+scipy, which only `bench.reward` needs.
 """
 
 import argparse
@@ -29,11 +29,11 @@ CARRIED = {
     "pytest-xdist": "execnet",
     "hypothesis": "sortedcontainers",
 }
-"""Packages, each with what it needs and such a machine may lack."""
+"""Packages, each with the packages that it needs and that such a machine may lack."""
 TRL = "trl==0.23.1"
-"""Has an environment of its own where there is a network, see the Makefile."""
+"""Where there is a network, it has an environment of its own, see the Makefile."""
 MOST_MIB = 60
-"""The folder and the tracked files together: what can be carried along."""
+"""The largest size of the folder and the tracked files together that can be carried along."""
 PLATFORMS = [f"--platform=manylinux{tag}_x86_64" for tag in ("_2_28", "_2_27", "_2_17", "2014")]
 
 
@@ -43,7 +43,7 @@ def names() -> list[str]:
 
 
 def make(folder: Path) -> None:
-    """Writes the folder anew. Raises CalledProcessError where pip fails, which has said why."""
+    """Makes the folder, replacing an old one. Raises CalledProcessError if pip fails; pip has then printed why."""
     shutil.rmtree(folder, ignore_errors=True)
     pip, quiet = [sys.executable, "-m", "pip"], ["--quiet", "--no-deps"]
     pinned = {name: f"{name}=={importlib.metadata.version(name)}" for name in names()}
@@ -55,7 +55,7 @@ def make(folder: Path) -> None:
 
 
 def tree_mib() -> float:
-    """The tracked files."""
+    """The size of the tracked files."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [ROOT / name for name in listed.split("\0") if name]
     return sum(file.stat().st_size for file in files if file.is_file()) / 2**20
@@ -71,7 +71,7 @@ def weigh(folder: Path) -> tuple[str, bool]:
 
 
 def install(folder: Path) -> int:
-    """One call of pip, for this Python, of what it lacks; returns the exit status."""
+    """Installs what this Python lacks, by one call of pip; returns the exit status."""
     options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--no-compile", "--root-user-action=ignore"]
     wanted = [*names(), TRL, f"--find-links={folder}", f"--editable={ROOT}"]
     done = subprocess.run([sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *options, *wanted])

@@ -1,4 +1,4 @@
-"""A run's claim to its directory: no other run writes there, and what could not be written there is known to the end."""
+"""A run's claim to its directory: no other run writes there. The claim also remembers what could not be written there."""
 
 import errno
 import fcntl
@@ -24,7 +24,7 @@ LOCK_FILE = ".lock"
 _one_run = threading.Lock()
 """Held by the run that is going on in this process."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-"""What flock says where the file system has no locks."""
+"""Errors of flock on a file system without locks."""
 
 _held: set[int] = set()
 """Descriptors of locks, which a forked child must not keep: it may outlive the run."""
@@ -39,9 +39,9 @@ os.register_at_fork(after_in_child=_drop_in_child)
 
 
 class Claim:
-    """Taken by rank 0, for as long as the process lives or until `release`; the other ranks' hold nothing.
+    """Taken by rank 0, until `release` or the end of the process. The claims of other ranks hold nothing.
 
-    The lock is the kernel's, on the file LOCK_FILE in the directory: a run that is killed leaves none. The file says whose it is.
+    The lock is the kernel's, on the file LOCK_FILE in the directory, so that a killed run leaves no lock. The file says whose it is.
     """
 
     def __init__(self):
@@ -49,7 +49,7 @@ class Claim:
         self.unwritten: dict[str, str] = {}
         """What could not be written when it was last tried, and why."""
         self.newest: dict[str, int] = {}
-        """Of which iteration the newest is of what this process has written."""
+        """For each thing that this process has written, the iteration of the newest."""
         self._descriptor: int | None = None
         self._mine = f"process {os.getpid()} on {socket.gethostname()} ({secrets.token_hex(4)})"
         self._made, self._lockable = False, True
@@ -61,9 +61,9 @@ class Claim:
         self.release()
 
     def take(self, folder: Path, new: bool) -> Path:
-        """Makes the directory where there is none, and locks it; returns its path. With `new`, one whose name is taken gets a number more.
+        """Makes the directory if there is none, locks it and returns its path. With `new`, a number is added to a name that is taken.
 
-        Raises ValueError, naming run.dir, for one that cannot be written to or in which a run is going on.
+        Raises ValueError, naming run.dir, for a directory that cannot be written to or in which a run is going on.
         """
         try:
             for number in count(1):
@@ -94,10 +94,10 @@ class Claim:
 
     @contextmanager
     def writing(self, what: str, iteration: int, faults: type[Exception] = OSError) -> Iterator[None]:
-        """Around what leaves a part of the run's record behind: a fault of it is logged and kept in `unwritten`, and the run goes on.
+        """A context in which a part of the run's record is written. A fault is logged and kept in `unwritten`, and the run goes on.
 
-        Not only a full disk: a folder may have been deleted, a disk be gone or read-only by now. What has been computed is worth more
-        than any of its record, and at the end there may be space again.
+        The disk may be full, gone or read-only by now, or a folder may have been deleted. What has been computed is worth more than any
+        of its record, and at the end there may be space again.
         """
         try:
             yield
@@ -113,7 +113,7 @@ class Claim:
             self.newest[what] = iteration
 
     def hold(self) -> None:
-        """Before anything is written: takes the directory again if it was deleted. Raises OSError if it is another run's by now."""
+        """Called before anything is written: takes the directory again if it was deleted. Raises OSError if it is another run's by now."""
         if self.folder is None or not self._lockable:
             return
         with suppress(FileNotFoundError):
@@ -138,7 +138,7 @@ class Claim:
                 os.pwrite(self._descriptor, self._mine.encode(), 0)
                 if self._owner() == self._mine:
                     return
-            except FileNotFoundError:  # a run that was just over has taken its file away
+            except FileNotFoundError:  # a run that has just ended has removed its file
                 pass
             except BlockingIOError:
                 self._close()
@@ -180,7 +180,7 @@ def only_run() -> Iterator[Claim]:
 
 
 def _reason(error: Exception) -> str:
-    """What a fault is, in some words."""
+    """What a fault is, in a few words."""
     if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors'
         return os.strerror(int(found[1]))
     if isinstance(error, OSError):

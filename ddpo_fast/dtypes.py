@@ -1,4 +1,4 @@
-"""What options call the dtypes that a model computes in."""
+"""The names that options have for the dtypes that a model computes in."""
 
 import torch
 

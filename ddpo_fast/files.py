@@ -18,7 +18,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Gives another name to write a file under, which takes the name `path` once the block has ended well; else it goes."""
+    """Gives another name to write a file under. The file is renamed to `path` if the block ends well; otherwise it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -32,7 +32,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which takes the name `path`, and the place of what has it, once the block has ended well; else it goes."""
+    """Gives a folder to fill. It replaces what is at `path` if the block ends well; otherwise it is removed."""
     partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -42,7 +42,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             flush(written)
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
-            path.rename(old)  # not removed: a disk that fails in the next line would leave neither
+            path.rename(old)  # not removed yet: a disk that fails at the next line would leave neither
         partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -54,12 +54,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's, or a folder's list of, contents are on the disk."""
+    """Waits until a file's contents, or a folder's list of files, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no fsync, or none of folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no fsync, or none for folders
             raise
     finally:
         os.close(descriptor)

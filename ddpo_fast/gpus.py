@@ -1,4 +1,4 @@
-"""What is known of GPUs without having one. Standard library only, so that the command line can check a name at once."""
+"""What is known about GPUs without having one. Imports only the standard library, so that the command line can check a name at once."""
 
 import re
 from dataclasses import dataclass

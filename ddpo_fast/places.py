@@ -1,4 +1,4 @@
-"""Values of options that say where something is: as absolute paths, and whether two of them may be the same thing in another place."""
+"""Options that say where something is: makes their values absolute paths, and tells whether two values may be the same thing, moved."""
 
 import json
 import os
@@ -6,14 +6,15 @@ import re
 from pathlib import Path
 
 PLACES = ("model.path", "model.config", "model.vae", "lora.init", "prompts.file", "reward.name", "deepspeed.config", "run.dir")
-"""The options that say where something is, which is not what a run is: --resume takes them anew. Once parsed they are absolute paths, so
-that they mean the same in every working directory; what is no path (a hub id, a server's address, a reward of a package) stays as it is."""
+"""The options that say where something is. --resume accepts new values, since a run does not depend on where things are. Once parsed they
+are absolute paths, so that they mean the same in every working directory. A value that is not a path (a hub id, a server's address, a
+reward of a package) stays as it is."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers and we call a LoRA's weights."""
+"""The name that diffusers and we give the file of a LoRA's weights."""
 
 
 def located(option: str, value: str) -> str:
-    """A place's absolute path, by the working directory, with ~ as the home directory; `value` where it is no path."""
+    """The absolute path of a place, from the working directory, with ~ as the home directory. `value` itself if it is not a path."""
     path, function = _path_and_function(option, value)
     if not path.strip() or (option.startswith("model.") and is_hub_id(path)):
         return value
@@ -21,7 +22,7 @@ def located(option: str, value: str) -> str:
 
 
 def typed_path(text: str) -> Path:
-    """A path of a command line, with ~ as the home directory, which a shell leaves alone after an equals sign."""
+    """A path from a command line, with ~ as the home directory. After an equals sign, a shell leaves ~ as it is."""
     return Path(os.path.expanduser(text))
 
 
@@ -32,7 +33,7 @@ def is_missing(option: str, value: str) -> bool:
 
 
 def located_kwargs(value):
-    """reward.kwargs with places as absolute paths: rewards that are named by their files, and texts with a / that name what is there."""
+    """reward.kwargs with absolute paths for rewards that are named by their files, and for texts with a / that name something there is."""
     if isinstance(value, dict):
         return {located("reward.name", key) if isinstance(key, str) else key: located_kwargs(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -42,7 +43,7 @@ def located_kwargs(value):
 
 
 def may_be_same(option: str, value, before) -> bool:
-    """Whether a place, or reward.kwargs, can be what it was before: the same thing, wherever that is now."""
+    """Whether a place, or reward.kwargs, can mean the same thing as before, wherever that is now."""
     if option == "reward.kwargs":
         return _may_be_same_kwargs(value, before)
     if not isinstance(value, str) or not isinstance(before, str):
@@ -51,7 +52,7 @@ def may_be_same(option: str, value, before) -> bool:
 
 
 def without_folders(config: dict) -> dict:
-    """A run's config as others may see it: of places, and of absolute paths in reward.kwargs, only the last part."""
+    """A run's config as others may see it: only the last part of each place, and of each absolute path in reward.kwargs."""
     shown = {section: dict(values) for section, values in config.items()}
     for section, key in (option.split(".") for option in (*PLACES, "reward.kwargs")):
         if key in shown.get(section, {}):
@@ -68,7 +69,7 @@ def _without_folders(value):
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a model is on the hub: nothing of that name is here, and it is a name such as org/name."""
+    """Whether a model has to be on the hub: nothing with that name is here, and it is a name such as org/name."""
     if os.path.exists(path) or Path(path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
         return False
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
@@ -88,7 +89,7 @@ def is_lora(path: str) -> bool:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             names = json.loads(opened.read(length)) if length <= os.path.getsize(file) else {}
-    except (OSError, ValueError, RecursionError):  # one that may not be read, or is damaged: who loads it says so
+    except (OSError, ValueError, RecursionError):  # not readable, or damaged: loading it says so
         return False
     return isinstance(names, dict) and any(re.search(r"lora_|\.lora\.|_lora\.", name) for name in names)
 
@@ -108,7 +109,7 @@ def _may_be_same_kwargs(value, before) -> bool:
 
 
 def _path_and_function(option: str, value: str) -> tuple[str, str]:
-    """Of path/to/file.py:function the path and :function; of another reward no path; of another option the path alone."""
+    """The path and :function for the reward path/to/file.py:function; no path for another reward; the path alone for another option."""
     if option != "reward.name":
         return value, ""
     path, colon, function = value.rpartition(":")
@@ -116,5 +117,5 @@ def _path_and_function(option: str, value: str) -> tuple[str, str]:
 
 
 def _called(reward: str) -> str:
-    """What of a reward's name is not where it is: its function's name, or that it is a server."""
+    """The part of a reward's name that does not say where it is: its function's name, or that it is a server."""
     return "http:" if is_address(reward) else "".join(reward.rpartition(":")[1:])

@@ -12,25 +12,25 @@ from contextlib import suppress
 from pathlib import Path
 
 Entry = tuple[str, float, dict]
-"""A prompt, its weight and its metadata, {} of one that has none."""
+"""A prompt, its weight and its metadata, {} if it has none."""
 
 MAX_CHARACTERS = 10_000
-"""Of a prompt. A text encoder reads some hundreds."""
+"""The longest prompt. A text encoder reads some hundreds of characters."""
 OTHER_SUFFIXES = (".yaml", ".yml", ".toml", ".xml", ".html")
-"""Of text that is no prompts."""
+"""Suffixes of text files that are not prompts."""
 VALID = "valid is .txt with a prompt a line, .jsonl, .json, .csv or .tsv"
 ENCODINGS = {
     codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, with which it begins
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's mark, with which this one begins
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-"""By the byte order mark that a file begins with; UTF-8 without one."""
+"""The encoding by the byte order mark that a file begins with. A file without one is UTF-8."""
 
 
 def read_entries(file: str) -> Iterator[Entry]:
-    """The prompts of a file one by one, in a format that its suffix names. Raises ValueError, naming the file and the line at fault."""
+    """The prompts of a file one by one. Its suffix names its format. Raises ValueError, naming the file and the line at fault."""
     suffix = Path(file).suffix.lower()
     try:
         if suffix in OTHER_SUFFIXES:
@@ -49,8 +49,8 @@ def read_entries(file: str) -> Iterator[Entry]:
 
 
 def _lines(file: str) -> Iterator[str]:
-    """Its lines, which end as on Unix, Windows or an old Mac; each ends with a \\n here."""
-    if not os.path.isfile(file):  # nor a device or a pipe, which may never end
+    """A file's lines. In the file they may end as on Unix, Windows or an old Mac; here each ends with a \\n."""
+    if not os.path.isfile(file):  # a device or a pipe is refused, too: it may never end
         raise ValueError(f"there is no such file; {VALID}")
     encoding = "utf-8"
     try:
@@ -64,7 +64,7 @@ def _lines(file: str) -> Iterator[str]:
                 yield line
     except OSError as error:
         raise ValueError(f"it cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:  # of a part of the file: where it is, all of it tells
+    except UnicodeDecodeError:  # it knows only a part of the file; to find the line, decode all of it
         try:
             (data := Path(file).read_bytes()).decode(encoding)
         except UnicodeDecodeError as error:
@@ -94,7 +94,7 @@ def _of_text(lines: Iterator[str]) -> Iterator[Entry]:
         weight, prompt = 1.0, stripped
         if "\t" in stripped or line.rstrip("\n ").endswith("\t"):
             before, _, after = line.lstrip().partition("\t")
-            if after.strip() or isinstance(_number(before), float):  # else the tab ends the line
+            if after.strip() or isinstance(_number(before), float):  # otherwise the tab ends the line
                 weight, prompt = _number(before), after
         if "--" in prompt and (flag := _FLAG.search(prompt)):
             raise ValueError(
@@ -166,11 +166,13 @@ _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite, object_
 
 
 def _entry(value: object, where: str) -> Entry:
-    """A text, or an object with a prompt, perhaps weight and metadata; its other members are metadata, too."""
+    """The entry of a text, or of an object with a prompt and perhaps weight and metadata. Its other members are metadata, too."""
     if isinstance(value, str):
         return _prompt(value, where), 1.0, {}
     if not isinstance(value, dict) or "prompt" not in value:
-        raise ValueError(f'{where} has no prompt; valid is {{"prompt": "...", "weight": 1, "metadata": {{...}}}}, the latter two or not')
+        raise ValueError(
+            f'{where} has no prompt; valid is {{"prompt": "...", "weight": 1, "metadata": {{...}}}}; weight and metadata are optional'
+        )
     others = {name: member for name, member in value.items() if name not in ("prompt", "weight", "metadata")}
     weight, metadata = value.get("weight"), value.get("metadata")
     if metadata is None:
@@ -183,7 +185,7 @@ def _entry(value: object, where: str) -> Entry:
 
 
 def _of_csv(lines: Iterator[str], delimiters: str) -> Iterator[Entry]:
-    """A row a prompt, below a header with a column `prompt`; another may be `weight`, the others are metadata, texts."""
+    """One prompt a row, below a header with a column `prompt` and perhaps a column `weight`. The other columns are metadata, as texts."""
     header, last = next(lines, ""), 0
     try:
         delimiter, names = next(((mark, names) for mark in delimiters if "prompt" in (names := _names(header, mark))), ("", []))
@@ -211,7 +213,7 @@ def _names(header: str, delimiter: str) -> list[str]:
 
 
 def _number(text: str) -> float | str:
-    """What `text` says, or, if that is no number, itself."""
+    """The number in `text`, or `text` itself if it is not a number."""
     with suppress(ValueError):
         return float(text)
     return text
@@ -232,7 +234,7 @@ def _prompt(prompt: object, where: str) -> str:
         raise ValueError(f"{where} has an empty prompt")
     if len(prompt) > MAX_CHARACTERS:
         raise ValueError(f"{where} has a prompt of {len(prompt):,} characters; valid is at most {MAX_CHARACTERS:,}")
-    if not prompt.isascii() and _HALF.search(prompt) or "\0" in prompt:  # JSON's escapes can say so
+    if not prompt.isascii() and _HALF.search(prompt) or "\0" in prompt:  # JSON's escapes allow both
         raise ValueError(f"{where} has a prompt with a null byte or half of a surrogate pair")
     return prompt
 

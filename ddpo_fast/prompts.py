@@ -1,4 +1,4 @@
-"""Prompt distributions: which prompts a run trains on and which of them each sample gets."""
+"""Prompt distributions: which prompts a run trains on, and which prompt each sample gets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ EVERYDAY_OBJECTS = (
     "chair table lamp cup bottle book shoe bicycle car clock umbrella backpack teapot guitar camera scissors candle pillow bucket ladder "
     "kettle toaster telephone suitcase"
 ).split()
-"""24 things that are no animals, for the same purpose."""
+"""24 things that are not animals, for the same purpose."""
 
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
-"""The paper's, section 5.3."""
+"""The paper's activities, section 5.3."""
 
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
 
@@ -66,19 +66,19 @@ PROMPT_SETS = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts with what belongs to each. The same text may stand there more than once, with other metadata."""
+    """Prompts with their weights and metadata. The same text may occur more than once, with different metadata."""
 
     texts: list[str]
     weights: list[float] | None = None
-    """How often each is drawn, relative to the others; None if all are alike."""
+    """How often each is drawn, relative to the others; None if all are equally likely."""
     metadata: list[dict] | None = None
-    """What the reward is told of each, a JSON object, {} of one that has nothing; None if there is no metadata at all."""
+    """What the reward is told about each prompt: a JSON object, {} if there is nothing; None if no prompt has metadata."""
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def __getitem__(self, rows: slice | Sequence[int]) -> "Prompts":
-        """Those of a slice, or of these numbers in this order."""
+        """The prompts of a slice, or those with these numbers, in this order."""
         picked = np.arange(len(self))[rows].tolist()
         return Prompts(*(column and [column[row] for row in picked] for column in (self.texts, self.weights, self.metadata)))
 
@@ -86,7 +86,7 @@ class Prompts:
 def load_prompts(
     name: str | None, file: str | None, limit: int | None = None, listed: list[str] | dict[str, float] | None = None
 ) -> Prompts:
-    """At most the first `limit` prompts of `listed` (a mapping has weights) or `file`, or else of the named set.
+    """At most the first `limit` prompts of `listed` (a mapping has weights) or `file`, otherwise of the named set.
 
     Raises ValueError, naming the file and the line at fault, see `read_entries`.
     """
@@ -108,7 +108,7 @@ def _different(weights: list[float]) -> list[float] | None:
 
 
 def evaluation_prompts(prompts: str | list[str] | Prompts, count: int) -> Prompts:
-    """The prompts of `count` evaluation pictures: those given, or those of the named set, in turn."""
+    """The prompts of `count` evaluation pictures, which take turns: those given, or those of the named set."""
     if not isinstance(prompts, Prompts):
         prompts = Prompts(PROMPT_SETS[prompts] if isinstance(prompts, str) else prompts)
     return prompts[[i % len(prompts) for i in range(count)]]
@@ -157,7 +157,7 @@ class EvaluationSet:
 def evaluation_sets(options, prompts: Prompts) -> list[EvaluationSet]:
     """The fixed evaluation sets that `options`, config.eval, asks for: `eval` and, with eval.heldout, `heldout`.
 
-    Raises ValueError for a held-out one that is among those trained on.
+    Raises ValueError for a held-out prompt that is also trained on.
     """
     evaluations = [EvaluationSet(EVALUATIONS["eval"], evaluation_prompts(options.prompts or prompts, options.num_samples))]
     if options.heldout is not None:
@@ -171,15 +171,15 @@ def evaluation_sets(options, prompts: Prompts) -> list[EvaluationSet]:
 
 
 def draw_prompts(prompts: Prompts, num_samples: int, samples_per_prompt: int, seed: int, iteration: int) -> Prompts:
-    """The prompts of all of an iteration's samples, each for `samples_per_prompt` samples in a row.
+    """The prompts of all samples of an iteration, each for `samples_per_prompt` samples in a row.
 
-    Drawn with a probability in proportion to its weight, uniformly without weights. A function of (seed, iteration): every rank draws
-    the whole list and takes its part of it.
+    A prompt's probability is in proportion to its weight; without weights all are equally likely. The result is a function of
+    (seed, iteration): every rank draws the whole list and takes its part of it.
     """
     generator, count = np.random.default_rng((0, seed, iteration)), num_samples // samples_per_prompt
     if prompts.weights is None:
         drawn = generator.integers(len(prompts), size=count)
     else:
-        shares = np.array(prompts.weights) / max(prompts.weights)  # whose sum is finite
+        shares = np.array(prompts.weights) / max(prompts.weights)  # their sum is finite
         drawn = generator.choice(len(prompts), size=count, p=shares / shares.sum())
     return prompts[drawn.repeat(samples_per_prompt)]

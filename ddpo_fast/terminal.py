@@ -10,7 +10,7 @@ from typing import NoReturn, TextIO
 
 
 class SteadyStream:
-    """A text stream that passes over what it cannot write. A run's result is in its files and its exit code."""
+    """A text stream that skips what it cannot write. A run's result is in its files and its exit code."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -33,10 +33,10 @@ class SteadyStream:
 
 
 def steady_streams() -> None:
-    """Makes sys.stdout and sys.stderr steady, for a process of its own: first of all in a command. Once is enough.
+    """Makes sys.stdout and sys.stderr steady. A command that has the process to itself calls this first. Once is enough.
 
-    A character that the encoding does not have is written as an escape. A stream that is closed becomes one of os.devnull: otherwise
-    the next file that is opened would get its number, and what other programs and libraries write there.
+    A character that the encoding does not have is written as an escape. A stream that is closed becomes a stream to os.devnull. Otherwise
+    the next file that is opened would get the stream's number, and what other programs and libraries write to that number.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -47,14 +47,14 @@ def steady_streams() -> None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):  # not yet, and no notebook's
+        if isinstance(stream, io.TextIOWrapper):  # not steady yet, and not a notebook's
             stream.reconfigure(errors="backslashreplace")
             setattr(sys, name, SteadyStream(stream))
             atexit.register(_end, stream)
 
 
 def _end(stream: TextIO) -> None:
-    """Flushes a stream; what is left in it would otherwise be the interpreter's last fault, and its exit code 120."""
+    """Flushes a stream at the end. Otherwise what is left in it could make the interpreter fail last of all, with exit code 120."""
     if stream.closed:
         return
     try:

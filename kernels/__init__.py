@@ -1,7 +1,7 @@
-"""Device operations of ddpo_fast: torch and Triton only, nothing else of the project is imported here.
+"""Device operations of ddpo_fast. They import torch and Triton only, and nothing else of the project.
 
-`select` is the one rule of which implementation runs. `reference` says what every operation computes; the file named after an
-operation holds its Triton kernels, with the same signature.
+`select` alone decides which implementation runs. `reference` says what every operation computes. The file named after an operation
+has its Triton kernels, behind a function with the signature of the one in `reference`.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Ops:
 def select(backend: str, device: torch.device) -> Ops:
     """The operations of a backend on a device: auto is Triton on a GPU and PyTorch elsewhere.
 
-    Raises ValueError where Triton is asked for and cannot run.
+    Raises ValueError if Triton is asked for but cannot run.
     """
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"kernels.backend={backend}: valid is auto, triton or reference")
@@ -40,5 +40,5 @@ def select(backend: str, device: torch.device) -> Ops:
             f"kernels.backend=triton: valid on a GPU, or, for tests, on a CPU with TRITON_INTERPRET=1 set; this run is on {device.type}"
         )
     if torch.cuda.is_available():
-        launch.reserve_counters(torch.empty(0, device=device).device)  # with its index, as tensors have it
+        launch.reserve_counters(torch.empty(0, device=device).device)  # a tensor's device has its index, `device` may not
     return Ops("triton", ddim_step.ddim_step, ppo_loss.ppo_loss, group_norm_silu.group_norm_silu, geglu.geglu)

@@ -1,10 +1,10 @@
-"""What the arguments of the operations must be: one line that names the argument, for every backend alike."""
+"""Checks of the operations' arguments, the same for every backend. Each error is one line that names the argument."""
 
 import torch
 from torch import Tensor
 
 TRITON_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_FLOATS = (*TRITON_FLOATS, torch.float64)  # fp64 is for the PyTorch twins alone
+_FLOATS = (*TRITON_FLOATS, torch.float64)  # only the operations of `reference` take fp64
 
 
 def _shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
@@ -26,7 +26,7 @@ def _same_device(**tensors: Tensor) -> None:
 
 
 def _wide(**tensors: Tensor) -> None:
-    """Latents and what is computed from them: fp32 (fp64 in tests), all the same."""
+    """Raises ValueError unless all tensors, which are latents or computed from latents, have the same dtype: fp32, or fp64 in tests."""
     (first, expected), *others = tensors.items()
     if expected.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{first}: dtype {expected.dtype}; valid is torch.float32: rounded latents have another log-prob")
@@ -88,16 +88,16 @@ def check_ppo_loss(
 
 
 def check_fp32(latents: Tensor, noise_pred: Tensor) -> None:
-    """Raises ValueError for fp64, which is for the PyTorch twins alone."""
+    """Raises ValueError for fp64, which only the operations of `reference` take."""
     for name, tensor in (("latents", latents), ("noise_pred", noise_pred)):
         if tensor.dtype == torch.float64:
             raise ValueError(f"{name}: dtype torch.float64; valid in Triton is torch.float32{', float16, bfloat16' * (name != 'latents')}")
 
 
 def check_values(coefficients: Tensor, *, steps: Tensor, rows: Tensor | None = None, num_rows: int = 0) -> None:
-    """Raises ValueError for an index out of range, on a CPU only: elsewhere looking would synchronise.
+    """Raises ValueError for an index out of range or a bad s. Checks on a CPU only: on a GPU, reading the values would synchronise.
 
-    With `rows`, a loss's, also for a step without a density.
+    rows: given for a loss. A step with s = 0 is then an error, too, because it has no density.
     """
     if coefficients.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -111,7 +111,7 @@ def check_values(coefficients: Tensor, *, steps: Tensor, rows: Tensor | None = N
     if not std.ge(0).all():
         raise ValueError(f"coefficients: a step's s is {float(std.min())}; valid is s >= 0")
     if (coefficients[steps, 3] * (std == 0)).any():
-        raise ValueError("coefficients: a step with s = 0 has a logarithm of s; valid is 0 in its place")
+        raise ValueError("coefficients: a step with s = 0 has a log(s sqrt(2 pi)) other than 0; valid is 0")
 
 
 def _check_floats(dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""The fused denoising step: guidance, mean, Philox noise, x_p, its copies for the next UNet call and the log-prob in one launch.
+"""The fused denoising step: one launch does guidance, mean, Philox noise, x_p, the copies of x_p for the next UNet call and the log-prob.
 
-Equations, shapes and errors: `reference.ddim_step`. Bytes per element of a guided fp16 row: 2 x 2 (noise_pred) + 4 (x_t) + 4 (x_p) +
-2 x 2 (UNet input) = 16; no noise tensor, no synchronisation. A row is cut into chunks of BLOCK elements, one program each; the
-last program of a row adds up its chunks' sums. Everything that rounds depends on the row alone, not on the batch.
+`reference.ddim_step` has the equations, shapes and errors. Bytes per element of a guided fp16 row: 2 x 2 (noise_pred) + 4 (x_t) +
+4 (x_p) + 2 x 2 (UNet input) = 16. The kernel stores no noise tensor and does not synchronise. A row is cut into chunks of BLOCK elements,
+one program each. The last program of a row adds up the chunks' sums. Everything that rounds depends on the row alone, not on the batch.
 """
 
 import math
@@ -21,7 +21,7 @@ from ddpo_fast.kernels.launch import block_and_warps, counters, dense, empty_lik
 def _box_muller(u1, u2):
     """sqrt(-2 ln u1) * (cos, sin)(2 pi u2), by polynomials on [-pi/4, pi/4].
 
-    tl.sin and tl.cos bring the reduction of huge angles with them: registers that made this kernel spill on sm_90.
+    tl.sin and tl.cos also reduce huge angles. The registers for that made this kernel spill on sm_90.
     """
     radius = tl.sqrt(-2.0 * tl.log(tl.maximum(u1, 1.0e-7)))
     quarter = tl.floor(tl.fma(u2, 4.0, 0.5))
@@ -82,7 +82,7 @@ def _ddim_step_kernel(
     if GUIDED:
         tl.store(unet_input_ptr + (num_rows + row) * ELEMENTS + noise_pred_offset, unet_input, mask=mask)
 
-    deviation = tl.where(mask, (x_p - mean) / tl.where(std == 0.0, 1.0, std), 0.0)  # of a step without noise 0 / 1
+    deviation = tl.where(mask, (x_p - mean) / tl.where(std == 0.0, 1.0, std), 0.0)  # 0 / 1 in a step without noise
     tl.store(partials_ptr + row * CHUNKS + chunk, tl.sum(deviation * deviation))
     if last_to_arrive(counters_ptr + row, CHUNKS):
         tl.store(log_probs_ptr + row, finish_log_prob(partials_ptr, row, log_norm, ELEMENTS, CHUNKS, CHUNKS_P2))

@@ -1,6 +1,7 @@
-"""The DDIM Gaussian in Triton: what `ddim_step` and `ppo_loss` compute alike, written once.
+"""The DDIM Gaussian in Triton: the computations that `ddim_step` and `ppo_loss` share.
 
-Shape letters and equations: `reference.ddim_step`. Elements of a row are numbered as if it were contiguous, whatever the memory layout.
+`reference.ddim_step` has the shape letters and equations. Elements of a row are numbered as if the row were contiguous, whatever the
+memory layout.
 """
 
 import triton
@@ -28,7 +29,7 @@ def load_guided(noise_pred_ptr, offset, row, num_rows, row_stride, guidance_scal
 
 @triton.jit
 def load_step(coefficients_ptr, step, NUM_STEPS: tl.constexpr, CLIP: tl.constexpr):
-    """A row of the table: c_x, c_out, s, log(s sqrt(2 pi)), q_x, q_out, bound; NaN for a step that it does not have."""
+    """A row of the coefficients: c_x, c_out, s, log(s sqrt(2 pi)), q_x, q_out, bound. For a step outside the table all are NaN."""
     WIDTH: tl.constexpr = 7 if CLIP else 4
     valid = (step >= 0) & (step < NUM_STEPS)
     base = coefficients_ptr + step * WIDTH
@@ -48,11 +49,11 @@ def load_step(coefficients_ptr, step, NUM_STEPS: tl.constexpr, CLIP: tl.constexp
 
 @triton.jit
 def mean_of_step(out, x, c_x, c_out, q_x, q_out, bound, CLIP: tl.constexpr):
-    """The mean of x_p, and d mean / d out. Both fma are spelled out: rollout and update have the same bits."""
+    """The mean of x_p, and d mean / d out. Each fma is written out, so that rollout and update get the same bits."""
     if CLIP:
         scaled_x0 = tl.fma(q_x, x, q_out * out)
         inside = (scaled_x0 <= bound) & (scaled_x0 >= -bound)
-        # a NaN is not inside and above no bound: it stays
+        # a NaN fails every comparison, so it stays NaN
         clamped = tl.where(scaled_x0 > bound, bound, tl.where(scaled_x0 < -bound, -bound, scaled_x0))
         mean = tl.fma(c_x - q_x, x, (c_out - q_out) * out) + clamped
         return mean, tl.where(inside, c_out, c_out - q_out)
@@ -62,7 +63,7 @@ def mean_of_step(out, x, c_x, c_out, q_x, q_out, bound, CLIP: tl.constexpr):
 
 @triton.jit
 def last_to_arrive(counter_ptr, num_programs):
-    """True in the last of `num_programs` programs to get here, which then sees what the others stored. The counter is left at 0."""
+    """True in the last of `num_programs` programs to get here. That program sees what the others stored, and sets the counter to 0."""
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_programs - 1
     if last:
@@ -73,7 +74,7 @@ def last_to_arrive(counter_ptr, num_programs):
 
 @triton.jit
 def finish_log_prob(partials_ptr, row, log_norm, ELEMENTS: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_P2: tl.constexpr):
-    """The row's log-prob from the sums of ((x_p - mean) / s)^2 over its chunks, added in the same order whoever adds them."""
+    """The row's log-prob from the sums of ((x_p - mean) / s)^2 over its chunks. Every program adds the sums in the same order."""
     chunk = tl.arange(0, CHUNKS_P2)
     partials = tl.load(partials_ptr + row * CHUNKS + chunk, mask=chunk < CHUNKS, other=0.0)
     return -0.5 * (tl.sum(partials) / ELEMENTS) - log_norm

@@ -1,4 +1,4 @@
-"""GEGLU in Triton: one kernel forward and one backward, and only the projection's output is saved."""
+"""GEGLU in Triton: one kernel forward and one backward. Only the projection's output is saved."""
 
 import torch
 import triton
@@ -10,12 +10,12 @@ from ddpo_fast.kernels.launch import launch, power_of_2
 
 TILE = 2048
 LARGEST_BLOCK_D = 256
-"""It divides the widths 1280, 2560 and 5120 of Stable Diffusion's feed-forwards: no lane of a tile is idle."""
+"""256 divides the widths 1280, 2560 and 5120 of Stable Diffusion's feed-forwards, so that no lane of a tile is idle."""
 
 
 @triton.jit
 def _tile(num_rows, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Offset of the tile's first element in y and in x, the offsets in either tile, and the mask."""
+    """Offsets of the tile's first element in y and in x, offsets within the tile in y and in x, and the mask."""
     D_TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     pid = tl.program_id(0)
     first = (pid // D_TILES).to(tl.int64) * BLOCK_R
@@ -106,8 +106,8 @@ def geglu(x: Tensor) -> Tensor:
 
     y = a * g * Phi(g), a = x[..., :D], g = x[..., D:], Phi the normal distribution function (erf, no tanh approximation).
 
-    x: (..., 2D) fp32, fp16 or bf16; one that is not contiguous is copied. Returns y (..., D) in x's dtype; all arithmetic is fp32.
-    Saves x alone if a gradient is wanted. Raises ValueError as `reference.geglu`, and for fp64.
+    x: (..., 2D) fp32, fp16 or bf16; copied if it is not contiguous. Returns y (..., D) in x's dtype; all arithmetic is fp32.
+    Saves only x, if a gradient is wanted. Raises ValueError as `reference.geglu` does, and for fp64.
     """
     check_geglu(x, TRITON_FLOATS)
     return _forward(x)

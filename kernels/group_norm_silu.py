@@ -1,9 +1,9 @@
-"""GroupNorm and the SiLU behind it in Triton: x is read twice and y written once, and only x and (B, groups) moments are saved.
+"""GroupNorm and the SiLU after it in Triton: x is read twice, y is written once, and only x and (B, groups) moments are saved.
 
-Forward: `_group_norm_moments_kernel` (mean and squared deviations of every channel of a pixel chunk), `_group_norm_merge_kernel`
-(Chan's merge of them), `_group_norm_silu_fwd_kernel`. Backward: the sums of dy' and dy' * xhat in the same tiles, their merge, dx.
-All work on tiles [BLOCK_P pixels, BLOCK_C channels] of one sample, whose size depends on the sample's shape alone: that makes a
-sample's result the same bits in any batch.
+Forward launches three kernels: `_group_norm_moments_kernel` (mean and squared deviations of every channel of a chunk of pixels),
+`_group_norm_merge_kernel` (which merges them by Chan's formula) and `_group_norm_silu_fwd_kernel`. Backward launches three, too: for the
+sums of dy' and dy' * xhat in the same tiles, to merge these sums, and for dx. A tile is [BLOCK_P pixels, BLOCK_C channels] of one sample.
+Its size depends on the sample's shape alone, so that a sample's result has the same bits in any batch.
 """
 
 import torch
@@ -16,7 +16,7 @@ from ddpo_fast.kernels.launch import block_and_warps, dense, empty_like, launch,
 
 LARGEST_TILE = 8192
 CHANNELS_LAST_CHANNELS = 64
-"""Channels of a channels_last tile: 128 bytes of fp16, a whole cache line; it divides most widths of Stable Diffusion's UNets."""
+"""Channels of a channels_last tile. 64 are 128 bytes of fp16, a whole cache line. 64 divides most widths of Stable Diffusion's UNets."""
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _tile(C: tl.constexpr, HW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.
     CHUNKS: tl.constexpr = (HW + BLOCK_P - 1) // BLOCK_P
     C_TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
-    if REVERSE:  # what the pass before has read last is what the L2 cache still holds
+    if REVERSE:  # the L2 cache still holds what the pass before read last
         pid = tl.num_programs(0) - 1 - pid
     if LAST:
         c_tile, chunk = pid % C_TILES, pid // C_TILES % CHUNKS
@@ -58,7 +58,7 @@ def _affine(weight_ptr, bias_ptr, c, C: tl.constexpr, HAS_WEIGHT: tl.constexpr, 
 
 @triton.jit
 def _gradients(x, dy, mean, rstd, weight, bias, SILU: tl.constexpr):
-    """xhat, and the gradient dy' of the affine result z, which is computed once more from x."""
+    """xhat, and dy', the gradient of the affine result z. z is recomputed from x."""
     xhat = (x - mean[None, :]) * rstd[None, :]
     if SILU:
         z = xhat * weight[None, :] + bias[None, :]
@@ -78,7 +78,7 @@ def _group_norm_moments_kernel(
     count = tl.minimum(HW - chunk * BLOCK_P, BLOCK_P).to(tl.float32)
     mean = tl.sum(x, 0) / count
     deviation = tl.where(mask, x - mean[None, :], 0.0)
-    rest = tl.sum(deviation, 0)  # what rounding left in the mean: with a large mean it would be the largest error of all
+    rest = tl.sum(deviation, 0)  # count times the mean's rounding error, which would be the largest error where the mean is large
     square = tl.maximum(tl.sum(deviation * deviation, 0) - rest * (rest / count), 0.0)
     out = (sample * CHUNKS + chunk) * C + c
     tl.store(mean_ptr + out, mean + rest / count, mask=c < C)
@@ -201,9 +201,9 @@ def _group_norm_silu_bwd_kernel(
 
 
 def _rows(x: Tensor) -> tuple[Tensor, bool]:
-    """x with samples one after another, each in NCHW or channels_last order, aligned to 16 bytes, and whether it is the latter.
+    """x with its samples one after another, aligned to 16 bytes, and whether they are in channels_last order; otherwise they are in NCHW.
 
-    Kernels that know the strides and the alignment sum in the same order whatever the batch.
+    The strides and the alignment are then the same for any batch, and so is the order in which the kernels sum.
     """
     x, stride, channels_last = dense(x)
     if stride != x[0].numel() and x.shape[0] > 1:
@@ -216,7 +216,7 @@ def _memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def _tiling(x: Tensor, channels_last: bool) -> tuple[int, int, int]:
-    """BLOCK_P, BLOCK_C and the number of tiles of a sample: at least 64 tiles before they grow to 8192 elements."""
+    """BLOCK_P, BLOCK_C and the number of tiles of a sample. A tile has about 1/64 of the sample's elements, from 512 to 8192."""
     _, c, h, w = x.shape
     elements = min(LARGEST_TILE, max(512, power_of_2(c * h * w) // 64))
     if channels_last:
@@ -274,7 +274,7 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, silu: bool,
     need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight and bias; one that is not needed is an empty tensor."""
+    """Gradients of x, weight and bias. A gradient that is not needed is an empty tensor."""
     x, channels_last = _rows(x)
     dy, _ = _rows(dy.contiguous(memory_format=_memory_format(channels_last)))
     batch, c, h, w = x.shape
@@ -338,14 +338,14 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = True) -> Tensor:
-    """GroupNorm with the SiLU behind it (`reference.group_norm_silu` specifies it); the output has x's memory format.
+    """GroupNorm and the SiLU after it (`reference.group_norm_silu` specifies them). The output has x's memory format.
 
     y = silu(z), z = xhat * weight + bias, xhat = (x - mean) / sqrt(var + eps) with the moments of a sample's group; y = z without silu.
 
     x: (B, C, H, W) fp32, fp16 or bf16, NCHW or channels_last (any other layout is copied). weight, bias: (C,) or None, of any of
-    these dtypes. Returns y in x's dtype; all arithmetic is fp32. A sample's y and dx are the same bits alone and in any batch.
+    these dtypes. Returns y in x's dtype; all arithmetic is fp32. A sample's y and dx have the same bits alone and in any batch.
     Saves x and fp32 (B, groups) moments if a gradient is wanted; weight gradients are not computed for frozen weights.
-    Raises ValueError as `reference.group_norm_silu`, and for fp64.
+    Raises ValueError as `reference.group_norm_silu` does, and for fp64.
     """
     check_group_norm(x, num_groups, weight, bias, TRITON_FLOATS)
     return _forward(x, num_groups, weight, bias, eps, silu)[0]

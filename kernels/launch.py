@@ -1,4 +1,4 @@
-"""The host side that all kernels share: how one is launched, and the memory layouts that they read."""
+"""The host code that all kernels share: how a kernel is launched, and which memory layouts kernels read."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ import triton
 from torch import Tensor
 
 ELEMENTS_PER_THREAD = 8
-"""16 bytes of fp16: the widest load there is."""
+"""8 elements are 16 bytes of fp16, the widest load there is."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: what `record_launches` keeps instead of running it."""
+    """One kernel launch, which `record_launches` keeps instead of running it."""
 
     kernel: object
     args: tuple
@@ -27,7 +27,7 @@ _recorded: list[Launch] | None = None
 
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Inside it kernels are not run but listed, with the very arguments they would get: for compiling them ahead of time."""
+    """Inside this context, launches are not run but listed with their arguments, so that the kernels can be compiled ahead of time."""
     global _recorded
     _recorded = []
     try:
@@ -39,8 +39,8 @@ def record_launches() -> Iterator[list[Launch]]:
 def launch(kernel, num_programs: int, *args, num_warps: int, **constexprs) -> None:
     """Runs `num_programs` programs of a kernel on the device of its first argument.
 
-    Contraction of a * b + c is off: where a kernel wants an fma it says so, so that two kernels with the same expression, or two
-    releases of Triton with different defaults, give the same bits.
+    The compiler may not contract a * b + c to an fma: a kernel that wants an fma writes it. So two kernels with the same expression
+    give the same bits, and so do two releases of Triton with different defaults.
     """
     if _recorded is not None:
         _recorded.append(Launch(kernel, args, num_warps, constexprs))
@@ -62,16 +62,16 @@ def power_of_2(n: int) -> int:
 def block_and_warps(num_elements: int) -> tuple[int, int]:
     """Elements of a one-dimensional block and its number of warps: 8 elements a thread, at most 2048 in all.
 
-    It depends on the length of a row alone, so that a row's sums do not depend on how many rows there are.
+    Both depend on the length of a row alone, so that a row's sums do not depend on how many rows there are.
     """
     block = max(16, min(2048, power_of_2(num_elements)))
     return block, max(1, block // (32 * ELEMENTS_PER_THREAD))
 
 
 def dense(tensor: Tensor) -> tuple[Tensor, int, bool]:
-    """A (B, *shape) tensor whose rows are dense, the stride between rows, and whether a row, (C, H, W) then, is in channels_last order.
+    """`tensor` (B, *shape) with dense rows, the stride between rows, and whether rows, then (C, H, W), are in channels_last order.
 
-    Slices of a batch come back as they are; a layout that is neither contiguous nor channels_last is copied.
+    A slice of a batch is returned as it is. A layout that is neither contiguous nor channels_last is copied.
     """
     row = tensor[:1]
     if row.is_contiguous():
@@ -83,7 +83,7 @@ def dense(tensor: Tensor) -> tuple[Tensor, int, bool]:
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor of the same shape with dense rows, channels_last if those of `tensor` are."""
+    """An uninitialised tensor of the same shape with dense rows, in channels_last order if `tensor`'s rows are."""
     layout = torch.channels_last if dense(tensor)[2] else torch.contiguous_format
     return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device, memory_format=layout)
 
@@ -102,10 +102,10 @@ def reserve_counters(device: torch.device) -> None:
 
 
 def counters(count: int, device: torch.device) -> Tensor:
-    """At least `count` int32 zeros for `last_to_arrive`, which leaves them at zero: no launch is spent on clearing them.
+    """At least `count` int32 zeros for `last_to_arrive`, which sets them back to zero, so that no launch is spent on clearing them.
 
-    Each stream has its own, since kernels on one stream do not overlap. A CUDA graph under capture gets new ones, and so does who
-    wants more than are reserved or comes without `reserve_counters`.
+    Each stream has its own counters, since kernels on one stream do not overlap. New counters are allocated while a CUDA graph is
+    captured, where more counters or streams are used than were reserved, and where `reserve_counters` was not called.
     """
     if device.type == "cpu":
         reserve_counters(device)

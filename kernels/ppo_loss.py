@@ -1,8 +1,8 @@
-"""The update's loss as one autograd node: log-prob, ratio, clipped surrogate and statistics; closed-form gradient for both branches.
+"""The update's loss as one autograd node: log-prob, ratio, clipped surrogate, statistics, and the closed-form gradient of both branches.
 
-Equations, shapes and errors: `reference.ppo_loss`. The trajectories are read where they lie: nothing is gathered. Bytes per element
-of a guided fp16 row: forward 2 x 2 (noise_pred) + 4 + 4 (x_t, x_p) = 12; backward the same and 2 x 2 for the gradient = 16. Saved for
-backward: the arguments, and one number a row. The log-prob is that of `ddim_step`: same expressions, chunks and order of sums.
+`reference.ppo_loss` has the equations, shapes and errors. The kernels read the trajectories in place and make no gathered copy. Bytes per
+element of a guided fp16 row: forward 2 x 2 (noise_pred) + 4 + 4 (x_t, x_p) = 12; backward the same and 2 x 2 for the gradient = 16.
+Backward needs the arguments and one number a row. The log-prob is that of `ddim_step`: same expressions, chunks and order of sums.
 """
 
 import math
@@ -20,7 +20,7 @@ from ddpo_fast.kernels.reference import MAX_LOG_RATIO
 
 @triton.jit
 def _load_index(rows_ptr, steps_ptr, index, num_samples, NUM_STEPS: tl.constexpr):
-    """A transition's (sample, step); (0, -1), which has no coefficients, for one that does not exist."""
+    """A transition's (sample, step). A transition that does not exist gets (0, -1); step -1 has no coefficients, so the result is NaN."""
     sample, step = tl.load(rows_ptr + index), tl.load(steps_ptr + index)
     valid = (sample >= 0) & (sample < num_samples) & (step >= 0) & (step < NUM_STEPS)
     return tl.where(valid, sample, 0), tl.where(valid, step, -1)
@@ -35,7 +35,7 @@ def _load_transition(
     """x_p - mean, d mean / d out, s and log(s sqrt(2 pi)) of a chunk of a transition."""
     ELEMENTS: tl.constexpr = CHANNELS * PIXELS
     c_x, c_out, std, log_norm, q_x, q_out, bound = load_step(coefficients_ptr, step, NUM_STEPS, CLIP)
-    std = tl.where(std > 0.0, std, float("nan"))  # a step without a density has nothing to train on
+    std = tl.where(std > 0.0, std, float("nan"))  # a step with s = 0 has no density to train on
     offset = memory_offset(element, CHANNELS, PIXELS, NOISE_PRED_CHANNELS_LAST)
     out = load_guided(noise_pred_ptr, offset, index, num_rows, noise_pred_stride, guidance_scale, mask, GUIDED)
     x_ptr = latents_ptr + (sample * (NUM_STEPS + 1) + tl.maximum(step, 0)) * ELEMENTS + element
@@ -136,7 +136,7 @@ def _ppo_loss(
     noise_pred: Tensor, latents: Tensor, old_log_probs: Tensor, advantages: Tensor, coefficients: Tensor, rows: Tensor, steps: Tensor,
     guidance_scale: float, clip_range: float, weight: float, score_function: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss, the statistics, and weight times each row's d loss / d log p, which is all that backward needs of the forward."""
+    """The loss, the statistics, and weight times each row's d loss / d log p, which is all that backward needs from forward."""
     check_values(coefficients, steps=steps, rows=rows, num_rows=len(latents))
     num_rows = len(rows)
     loss, statistics, slopes = _outputs(latents, rows)
@@ -189,7 +189,7 @@ def _setup_context(ctx, inputs, output):
     noise_pred, latents, _, _, coefficients, rows, steps, ctx.guidance_scale, *_ = inputs
     _, statistics, slopes = output
     ctx.mark_non_differentiable(statistics, slopes)
-    ctx.set_materialize_grads(False)  # else autograd fills zeros for the two
+    ctx.set_materialize_grads(False)  # otherwise autograd makes zero gradients for the two
     ctx.save_for_backward(slopes, noise_pred, latents, coefficients, rows, steps)
 
 
@@ -214,7 +214,7 @@ def ppo_loss(
     weight: float = 1.0,
     score_function: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.ppo_loss` in one Triton launch, and one for its gradient."""
+    """`reference.ppo_loss` in one Triton launch, and its gradient in another."""
     check_ppo_loss(noise_pred, latents, old_log_probs, advantages, coefficients, rows, steps)
     check_fp32(latents, noise_pred)
     loss, statistics, _ = _ppo_loss(

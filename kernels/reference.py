@@ -1,8 +1,8 @@
 """Pure-PyTorch definition of every operation: the specification, the CPU path, the test oracle, the benchmark baseline.
 
-Shape letters: B rows (samples or transitions), G network rows of a row (2 with guidance: the B unconditional ones come first; otherwise 1),
-*shape one row's latents, such as (C, H, W), N their number, S denoising steps, M samples. All arithmetic is at least fp32, whatever the
-network's dtype.
+Shape letters: B rows (samples or transitions); G network rows for each row (2 with guidance, the B unconditional rows first; otherwise
+1); *shape the shape of one row's latents, such as (C, H, W); N the number of elements in a row; S denoising steps; M samples. All
+arithmetic is at least fp32, whatever the network's dtype.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpo_fast.kernels.checks import check_ddim_step, check_geglu, check_group_norm, check_ppo_loss, check_values
 
 INITIAL_STEP = 0xFFFFFFFF  # the `step` under which the noise of the initial latents x_T is drawn
-MAX_LOG_RATIO = 20.0  # beyond it a ratio is taken as exp(+-20): finite, and without a gradient
+MAX_LOG_RATIO = 20.0  # a log ratio beyond it counts as +-20: the ratio is finite and has no gradient
 _U32 = 0xFFFFFFFF
 
 
@@ -43,7 +43,7 @@ def _uniform(word: Tensor) -> Tensor:
 
 
 def normal_noise(seed: int, sample_ids: Tensor, steps: Tensor, num_elements: int) -> Tensor:
-    """Standard normal noise as a function of (seed, sample id, step, element): batch and rank do not enter, but for the last bits.
+    """Standard normal noise as a function of (seed, sample id, step, element). Batch and rank can change its last bits at most.
 
     Element e of a row takes lane e % 4 of Philox at counter (e // 4, step, id mod 2^32, id div 2^32); lanes (0, 1) and
     (2, 3) go through Box-Muller: sqrt(-2 ln u1) * (cos, sin)(2 pi u2).
@@ -58,7 +58,7 @@ def normal_noise(seed: int, sample_ids: Tensor, steps: Tensor, num_elements: int
         radius, quarter = (-2.0 * u1.clamp(min=1e-7).log()).sqrt(), (4 * u2 + 0.5).floor()
         angle = 2 * math.pi * (u2 - 0.25 * quarter)  # within +-pi/4, where fp32 resolves it best
         cos, sin = angle.cos(), angle.sin()
-        for _ in range(4):  # then turned back by `quarter` right angles
+        for _ in range(4):  # adds `quarter` right angles to the angle: one of them turns (cos, sin) into (-sin, cos)
             cos, sin = (torch.where(quarter > 0, pair, one) for pair, one in ((-sin, cos), (cos, sin)))
             quarter = quarter - 1
         lanes += [radius * cos, radius * sin]
@@ -68,8 +68,8 @@ def normal_noise(seed: int, sample_ids: Tensor, steps: Tensor, num_elements: int
 def guide(noise_pred: Tensor, num_rows: int, guidance_scale: float) -> Tensor:
     """Classifier-free guidance: uncond + w * (cond - uncond); the gradient flows through both branches.
 
-    noise_pred: (2B, *shape), the B unconditional rows first; or (B, *shape), which is taken as it is. Returns (B, *shape), fp32 or
-    wider.
+    noise_pred: (2B, *shape), the B unconditional rows first; or (B, *shape), which is returned without guidance. Returns (B, *shape),
+    fp32 or wider.
     """
     noise_pred = noise_pred.to(torch.promote_types(noise_pred.dtype, torch.float32))
     if len(noise_pred) == num_rows:
@@ -117,12 +117,13 @@ def ddim_step(
         log p = mean over the N elements of -(x_p - mean)^2 / (2 s^2) - log(s sqrt(2 pi)); 0 where s = 0, a step without a density
 
     noise_pred: (G B, *shape) fp32, fp16 or bf16. latents x_t: (B, *shape) fp32. coefficients: (S, 4) fp32 rows of
-    (c_x, c_out, s, log(s sqrt(2 pi))), the last 0 where s is 0, or (S, 7) with (q_x, q_out, sqrt(a_p) r) behind for x0 clipping; the
-    prediction type is folded in. steps: (B,) int64, each row's row of the table. sample_ids: (B,) int64. Returns x_p (B, *shape) fp32;
-    log p (B,) fp32 in nats per element, that of the x_p returned, rounding included; and the next network input (G B, *shape): x_p in
-    `dtype` (default: noise_pred's) and noise_pred's memory layout, once for each branch. Nothing here has a gradient.
-    Raises ValueError for arguments that do not fit; a step outside the table is found where that costs no synchronisation, on a CPU,
-    and on a GPU gives that row NaN.
+    (c_x, c_out, s, log(s sqrt(2 pi))), the last one 0 where s is 0. For x0 clipping they are (S, 7), with (q_x, q_out, sqrt(a_p) r) after
+    those four. They account for the prediction type. steps: (B,) int64, for each row the number of its coefficients' row. sample_ids: (B,)
+    int64. Returns x_p (B, *shape) fp32; log p (B,) fp32 in nats per element, of x_p as it is returned, after rounding; and the next
+    network input (G B, *shape): x_p in `dtype` (default: noise_pred's) and noise_pred's memory layout, once for each branch. Nothing here
+    has a gradient.
+    Raises ValueError for arguments that do not fit. On a CPU it also does so for a step outside the table; on a GPU that check would
+    synchronise, and the row becomes NaN instead.
     """
     check_ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids, dtype)
     check_values(coefficients, steps=steps)
@@ -134,7 +135,7 @@ def ddim_step(
     row = noise_pred[:1]
     if row.dim() == 4 and not row.is_contiguous() and row.is_contiguous(memory_format=torch.channels_last):
         unet_input = unet_input.contiguous(memory_format=torch.channels_last)
-    log_prob = _log_prob(next_latents, mean, torch.where(std == 0, 1.0, std), log_norm)  # of a step without noise 0 / 1
+    log_prob = _log_prob(next_latents, mean, torch.where(std == 0, 1.0, std), log_norm)  # 0 / 1 in a step without noise
     return next_latents, log_prob, unet_input
 
 
@@ -158,12 +159,12 @@ def ppo_loss(
         loss  = weight * sum over the B transitions of max(-A rho, -A clip(rho, 1 - eps, 1 + eps))
                 or, with score_function, of -A log p, which is never clipped
 
-    noise_pred: (G B, *shape) fp32, fp16 or bf16, the only argument that gets a gradient: through log p, in closed form
+    noise_pred: (G B, *shape) fp32, fp16 or bf16, the only argument that gets a gradient. The gradient goes through log p, in closed form
     d log p / d out = d mean / d out (x_p - mean) / (N s^2), times (1 - w, w) for the two branches.
     latents: (M, S + 1, *shape) fp32. old_log_probs: (M, S) fp32. advantages: (M,) fp32. coefficients: see `ddim_step`.
     rows, steps: (B,) int64, the transitions. Returns the scalar loss, and (4, B) fp32 statistics without a gradient: each
     transition's loss, rho, whether |rho - 1| > eps, and (log p - old log p)^2 / 2, whose mean is the approximate KL divergence.
-    Raises ValueError as `ddim_step` does, and for a step with s = 0, which on a GPU gives NaN.
+    Raises ValueError as `ddim_step` does, and on a CPU for a step with s = 0; on a GPU such a step gives NaN.
     """
     check_ppo_loss(noise_pred, latents, old_log_probs, advantages, coefficients, rows, steps)
     check_values(coefficients, steps=steps, rows=rows, num_rows=len(latents))
@@ -188,14 +189,14 @@ def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None, bias: Ten
 
     mean and var (over n, not n - 1) are those of the C / num_groups * H * W elements of a sample's group.
 
-    x: (B, C, H, W) fp32, fp16 or bf16 (fp64 here alone). weight, bias: (C,) or None (1 and 0), each of any of these dtypes.
+    x: (B, C, H, W) fp32, fp16 or bf16 (here also fp64). weight, bias: (C,) or None (1 and 0), each of any of these dtypes.
     Returns y (B, C, H, W) in x's dtype.
     Raises ValueError for a shape, dtype or device that does not fit, an empty x, or a num_groups that does not divide C.
     """
     check_group_norm(x, num_groups, weight, bias)
     dtype = x.dtype
     if weight is None and bias is not None:
-        weight = torch.ones_like(bias)  # without it torch cannot differentiate the bias
+        weight = torch.ones_like(bias)  # without a weight torch cannot differentiate the bias
     for tensor in (weight, bias):
         dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
     weight, bias = (tensor if tensor is None else tensor.to(dtype) for tensor in (weight, bias))
@@ -204,9 +205,9 @@ def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None, bias: Ten
 
 
 def geglu(x: Tensor) -> Tensor:
-    """The gated linear unit of a transformer block's feed-forward (arXiv:2002.05202): y = a * gelu(g), gelu the exact one, with erf.
+    """The gated linear unit of a transformer block's feed-forward (arXiv:2002.05202): y = a * gelu(g), with the exact GELU (erf).
 
-    x: (..., 2D) fp32, fp16 or bf16 (fp64 here alone), a its first D columns and g the others. Returns y (..., D) in x's dtype.
+    x: (..., 2D) fp32, fp16 or bf16 (here also fp64); a is its first D columns and g the others. Returns y (..., D) in x's dtype.
     Raises ValueError for an odd last dimension, an empty x or another dtype.
     """
     check_geglu(x)

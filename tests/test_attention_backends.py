@@ -203,7 +203,7 @@ def test_a_kernel_that_refuses_the_shapes_is_an_error_with_them(policy, monkeypa
 def test_an_attention_that_does_more_is_refused(policy):
     attn = next(module for module in policy.unet.modules() if isinstance(module, Attention))
     attn.residual_connection = True
-    with pytest.raises(ValueError, match="attention.backend=math: .*attn1 is no plain attention; valid is sdpa"):
+    with pytest.raises(ValueError, match="attention.backend=math: .*attn1 is not plain attention; valid is sdpa"):
         set_attention(policy.unet, "math")
     assert resolve("auto", policy.unet, lambda: policy.example_call(2), 4, torch.float32, torch.device("cuda")) == ("sdpa", "")
 

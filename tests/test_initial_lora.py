@@ -144,7 +144,7 @@ def changed(add=None, drop="!", rename=lambda name: name):
 
 
 BAD = {
-    "text encoder": (changed({"text_encoder.x.lora_A.weight": torch.ones(1, 1)}), {}, "it is of the text_encoder, too, which is not"),
+    "text encoder": (changed({"text_encoder.x.lora_A.weight": torch.ones(1, 1)}), {}, "it also has layers of the text_encoder, which"),
     "DoRA": (changed({f"unet.{MID_Q}.lora_magnitude_vector": torch.ones(1)}), {}, "lora_magnitude_vector is of another kind"),
     "LoHa": (lambda t: {"lora_unet_x.hada_w1_a": torch.ones(1)}, {}, "lora_unet_x.hada_w1_a is of another kind than LoRA's A and B"),
     "difference": (lambda t: {"lora_unet_x.diff": torch.ones(1)}, {}, "lora_unet_x.diff is of another kind than LoRA's A and B"),
@@ -157,10 +157,10 @@ BAD = {
     ),
     "other names": (changed(rename=lambda name: name.replace("mid_block", "mid")), {}, "the model has no layer for unet.mid.attentions"),
     "other shapes": (changed({f"unet.{MID_Q}.lora_A.weight": torch.ones(4, 7)}), {}, r"is \(4, 7\), for a layer of \(32, 32\): it is of "),
-    "half of a layer": (changed(drop=f"{MID_Q}.lora_B"), {}, "it has no A and B of each of its layers"),
+    "half of a layer": (changed(drop=f"{MID_Q}.lora_B"), {}, "it has no layers, or one without A or B"),
     "bias": (changed({f"unet.{MID_Q}.lora_B.bias": torch.ones(32)}), {}, "the model has no layer for unet.*lora_B.bias"),
     "left over": (lambda t: {"lora_unet_x.alpha": torch.tensor(1.0)}, {}, "keys have not been correctly renamed: lora_unet_x.alpha"),
-    "empty": (lambda t: {}, {}, "it has no A and B"),
+    "empty": (lambda t: {}, {}, "it has no layers"),
 }  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def test_less_memory_is_the_same_run(options, scarce, caplog, changes, halved):
 
 def test_zero_says_what_to_lower(options, scarce):
     scarce(rollout=100, update=5)
-    with pytest.raises(RuntimeError, match="with zero.stage=1 an update cannot begin anew: lower train.micro_batch, then --resume"):
+    with pytest.raises(RuntimeError, match="with zero.stage=1 an update cannot start again: lower train.micro_batch, then --resume"):
         run(options(**SAME, zero__stage=1))
 
 

@@ -580,7 +580,7 @@ def test_vlm_counting_is_the_mean_of_both_answers_matches(vlm):
 
 @pytest.mark.parametrize("prompt", ["cat", "nine cats", "two", ""])
 def test_vlm_counting_wants_a_number_and_animals(prompt):
-    with pytest.raises(ValueError, match=re.escape(f"prompt {prompt!r}: vlm_counting's are a number from two to eight and a plural")):
+    with pytest.raises(ValueError, match=re.escape(f"prompt {prompt!r}: valid for vlm_counting is a number from two to eight")):
         parse_count(prompt)
 
 

@@ -274,7 +274,7 @@ def test_an_8_bit_optimizer_without_its_package_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # which makes it one that cannot be imported
     check_optimizer("adamw")
     for name in ("adamw_8bit", "paged_adamw_8bit"):
-        with pytest.raises(ValueError, match=f"optimizer.name={name}: it is bitsandbytes' and that is not installed; valid is adamw"):
+        with pytest.raises(ValueError, match=f"optimizer.name={name}: it needs bitsandbytes, which is not installed; valid is adamw"):
             check_optimizer(name)
 
 

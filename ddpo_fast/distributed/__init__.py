@@ -1,1 +1,1 @@
-"""Several processes as one run: DeepSpeed's engine and options, optimizers, launchers, signals."""
+"""Makes several processes one run: DeepSpeed's engine and options, optimizers, launchers, signals."""

@@ -1,12 +1,12 @@
-"""The user's own DeepSpeed JSON: what it may say, and what our options have said already."""
+"""The user's own DeepSpeed JSON: which keys it may have, and which keys our options decide."""
 
 import json
 from pathlib import Path
 
 BUCKET_ELEMENTS = 500_000_000
-"""Gradients are reduced in buckets of at most so many."""
+"""Gradients are reduced in buckets of at most this many elements."""
 LIVE_ELEMENTS = 100_000_000
-"""ZeRO 3 gathers at most so many weights ahead of their use and releases them behind it. DeepSpeed's own 1e9 is all of SD's UNet."""
+"""ZeRO 3 gathers at most this many weights before their use and releases them after it. DeepSpeed's default, 1e9, is all of SD's UNet."""
 PERSISTENT_ELEMENTS = 10_000
 """ZeRO 3 leaves tensors up to this size whole on every rank: biases, norms, much of LoRA."""
 
@@ -33,13 +33,13 @@ OURS = {
     "activation_checkpointing": "train.gradient_checkpointing",
     "compile": "model.compile",
 }
-"""What our options decide: a key of the JSON by its path, and the options."""
+"""The keys of the JSON that our options decide, each by its path, and these options."""
 FREE = (
     "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_allgather",
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "tensorboard",
     "wandb", "csv_monitor", "comet", "aio", "checkpoint", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 )  # fmt: skip
-"""Other keys that DeepSpeed knows and that leave the algorithm alone; it would pass over one that it does not know."""
+"""Other keys, which DeepSpeed knows and which leave the algorithm alone. DeepSpeed would ignore a key that it does not know."""
 
 
 def stated(stage: int, offload: str, max_grad_norm: float) -> dict:
@@ -49,13 +49,13 @@ def stated(stage: int, offload: str, max_grad_norm: float) -> dict:
     zero |= {"offload_optimizer": host} if offload != "none" else {}
     zero |= {"offload_param": host} if offload == "all" else {}
     return {
-        # a micro-batch here is a set of transitions and their number varies, so DeepSpeed is not told: the loss is already a mean
+        # DeepSpeed is not told of micro-batches: they are transitions whose number varies, and the loss is already a mean
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # its own would have to be compiled at the first start; torch's is fused, too
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's would be compiled at the first start; torch's is fused, too
     }
 
 
@@ -68,8 +68,8 @@ def merge(base: dict, over: dict) -> dict:
 def read(path: str, ours: dict) -> dict:
     """The user's JSON, to be merged over `ours`, the part of DeepSpeed's dict that our options state.
 
-    "auto", as Hugging Face's integration has it, is left to us, and so is a section that is not enabled. Raises ValueError for
-    what cannot be read, what contradicts our options and what DeepSpeed does not know.
+    The value "auto", known from Hugging Face's integration, is left to us, and so is a section that is not enabled. Raises ValueError
+    for what cannot be read, what contradicts our options and what DeepSpeed does not know.
     """
 
     def refuse(why: str):
@@ -106,6 +106,6 @@ def read(path: str, ours: dict) -> dict:
 
     try:
         DeepSpeedZeroConfig(**merge(ours, user)["zero_optimization"])
-    except ValueError as error:  # pydantic's, of several lines
+    except ValueError as error:  # an error of pydantic has several lines
         refuse(f"zero_optimization: {' '.join(str(error).split())}")
     return user

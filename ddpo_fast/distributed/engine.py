@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed does not have to guess it, with a warning
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed guesses it, with a warning
 
 import deepspeed
 import torch.distributed as dist
@@ -29,15 +29,15 @@ from ddpo_fast.distributed.optimizer import MOMENTS, settle_state
 from ddpo_fast.distributed.ranks import Ranks
 
 MEETING_S = 600
-"""What the ranks may take to find each other; some have been started later, or import more slowly."""
+"""Time for the ranks to find each other: some may have been started later, or import more slowly."""
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 def init_distributed(timeout_s: float) -> tuple[Ranks, torch.device]:
     """Joins the processes that the launcher started, or makes a group of one. Returns this rank and its device.
 
-    A rank may keep the others waiting for `timeout_s`, say with a slow reward; then the run is over. Raises ValueError where the
-    environment is not that of a rank, or where the ranks do not find each other.
+    A rank may keep the others waiting for `timeout_s`, for example with a slow reward; after that the run is over. Raises ValueError if
+    the environment is not that of a rank, or if the ranks do not find each other.
     """
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if not dist.is_initialized():
@@ -50,7 +50,7 @@ def init_distributed(timeout_s: float) -> tuple[Ranks, torch.device]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        # DeepSpeed would compile a C++ all-reduce at the first start (half a minute); gloo does for LoRA's few megabytes
+        # DeepSpeed would compile a C++ all-reduce at the first start (half a minute); gloo is enough for LoRA's few megabytes
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", 1))))
@@ -67,9 +67,9 @@ def init_distributed(timeout_s: float) -> tuple[Ranks, torch.device]:
 
 
 def _meet() -> tuple[dist.Store, int, int]:
-    """What the ranks find each other by, this rank's number and how many there are."""
+    """The store by which the ranks find each other, this rank's number, and the number of ranks."""
     rank, world_size = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if world_size == 1:  # through memory: a port that is free now may be taken a moment later, by another run
+    if world_size == 1:  # in memory: another run may take a port that is free now
         return dist.HashStore(), 0, 1
     port = os.environ["MASTER_PORT"]
     try:
@@ -116,7 +116,7 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on one rank at least; the same answer on all."""
+    """Whether the flag is set on at least one rank; all ranks get the same answer."""
     tensor = torch.tensor([flag], dtype=torch.int32, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     all_reduce(tensor, "max")
     return bool(tensor)
@@ -128,15 +128,15 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 
 class Engine:
-    """A model and its optimizer under DeepSpeed. An update is some `backward`s, the last with `last=True`, then `step`.
+    """A model and its optimizer under DeepSpeed. An update is one or more calls of `backward`, the last with `last=True`, then `step`.
 
     Trainable weights, their gradients and the optimizer state are fp32 whatever the compute dtype. In fp16 the loss is scaled up
-    so that gradients of activations do not underflow, and each weight's gradient scaled back as it arrives: DeepSpeed, its clipping
+    so that gradients of activations do not underflow. Each weight's gradient is scaled back as it arrives, so that DeepSpeed, its clipping
     and its shards see true gradients. (With torch_autocast, DeepSpeed 0.19 clips gradients at ZeRO 1 and 2 before it unscales them.)
     """
 
     FP16_LOSS_SCALE = 2.0**16
-    """What fp16's loss scale starts from; an overflow halves it."""
+    """The first loss scale in fp16. An overflow halves it."""
     SCALE_GROWTH_UPDATES = 500
     """Updates in a row without overflow after which the loss scale is doubled."""
 
@@ -151,9 +151,9 @@ class Engine:
         offload: str = "none",
         options: dict | None = None,
     ):
-        """offload: "none", "optimizer" (with its gradients, from stage 1 on) or "all" (the weights too, at stage 3) on the host.
+        """offload: what the host holds: "none", "optimizer" (with its gradients, from stage 1 on) or "all" (weights, too, at stage 3).
 
-        options: more of DeepSpeed's own, over those derived here, see `deepspeed_options.read`.
+        options: further options of DeepSpeed, which override those derived here, see `deepspeed_options.read`.
         """
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -165,7 +165,7 @@ class Engine:
         if self.adapts_scale:
             for parameter in self.parameters:
                 parameter.register_hook(lambda grad: grad / self.loss_scale)
-        # the bucket is allocated whole, by default 2 GB, however few parameters are trained
+        # DeepSpeed allocates the whole bucket, by default 2 GB, however few parameters are trained
         zero = {"reduce_bucket_size": min(deepspeed_options.BUCKET_ELEMENTS, self.num_trainable)}
         if zero_stage == 3:
             zero |= dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), deepspeed_options.LIVE_ELEMENTS)
@@ -173,7 +173,7 @@ class Engine:
         config = deepspeed_options.stated(zero_stage, offload, max_grad_norm)
         config = deepspeed_options.merge(deepspeed_options.merge(config, {"zero_optimization": zero}), options or {})
         self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        self._tell_change()  # they are rank 0's now
+        self._tell_change()  # they are now those of rank 0
 
     @property
     def adapts_scale(self) -> bool:
@@ -181,25 +181,28 @@ class Engine:
         return self.dtype == torch.float16
 
     def _tell_change(self) -> None:
-        """Counts a change of the trainable weights that torch has not seen: DeepSpeed writes some through `.data`."""
+        """Tells torch that the trainable weights have changed. It does not see this where DeepSpeed writes through `.data`."""
         torch.autograd.graph.increment_version(self.parameters)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Adds the gradient of a loss, given times `loss_scale`, to the update's; the ranks' mean is taken at the `last` one."""
+        """Adds a loss's gradient to the update's. The loss is given times `loss_scale`. The `last` call takes the mean of the ranks."""
         self.unfinished = True
         self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(loss, scale_wrt_gas=False)
 
     def forget_gradient(self) -> None:
-        """Has the update begin anew after a `backward` that failed. Raises RuntimeError at ZeRO 1 to 3, which may have sent a part."""
+        """Clears the update's gradient after a `backward` that failed. Raises RuntimeError at ZeRO 1 to 3, which may have sent a part."""
         if self.unfinished and self.zero_stage > 0:
-            raise RuntimeError(f"with zero.stage={self.zero_stage} an update cannot begin anew: lower train.micro_batch, then --resume")
+            raise RuntimeError(f"with zero.stage={self.zero_stage} an update cannot start again: lower train.micro_batch, then --resume")
         if self.unfinished:
             self.module.zero_grad()
         self.unfinished = False
 
     def step(self) -> float:
-        """Clips, updates, clears. Returns the gradient's norm before clipping; if it is not finite, no rank has updated."""
+        """Clips the gradient, updates the weights, clears the gradient.
+
+        Returns the gradient's norm before clipping. If it is not finite, no rank has updated its weights.
+        """
         self.unfinished = False
         if self.zero_stage == 0:
             norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
@@ -208,7 +211,7 @@ class Engine:
             else:
                 self.module.zero_grad()
         else:
-            self.module.step()  # ZeRO leaves out an update that is not finite by itself
+            self.module.step()  # ZeRO itself leaves out an update that is not finite
             norm = float(self.module.get_global_grad_norm())
         self._tell_change()
         if self.adapts_scale:
@@ -225,16 +228,16 @@ class Engine:
             self.loss_scale *= 2
 
     def gathered(self, change: bool = False) -> AbstractContextManager:
-        """Inside, the trainable weights are whole on every rank, all of which have to enter; only ZeRO 3 has anything to do for it.
+        """Inside, the trainable weights are whole on every rank. All ranks have to enter. Below ZeRO 3 the weights are always whole.
 
-        change: what rank 0 writes into them stays.
+        change: what rank 0 writes into the weights stays.
         """
         return deepspeed.zero.GatheredParameters(self.parameters, modifier_rank=0 if change else None, enabled=self.zero_stage == 3)
 
     def save(self, folder: Path) -> None:
         """Writes weights.safetensors, the trainable weights by name, and optimizer-<rank>.safetensors, a rank's shard of its state.
 
-        Not DeepSpeed's own files: they are pickles. Below ZeRO 1 every rank has all of the state and rank 0 writes it.
+        DeepSpeed's own files are not used, because they are pickles. Below ZeRO 1 every rank has all of the state and rank 0 writes it.
         """
         with self.gathered():
             if dist.get_rank() == 0:
@@ -249,7 +252,7 @@ class Engine:
             _save(folder / f"optimizer-{dist.get_rank()}.safetensors", tensors, numbers)
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, bit for bit, on any number of ranks. Raises WrongCheckpoint for what it did not write."""
+        """Restores what `save` wrote, bit for bit, on any number of ranks. Raises WrongCheckpoint for a checkpoint that does not fit."""
         weights, scaling = _load(folder / "weights.safetensors")
         with self.gathered():
             _check(weights, self.weights)
@@ -282,7 +285,7 @@ class Engine:
         if self.zero_stage < 3:
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         for index, shard in shards:
-            if self.zero_stage == 3:  # between steps it leaves the optimizer's groups empty
+            if self.zero_stage == 3:  # between steps ZeRO 3 leaves the optimizer's groups empty
                 values = state.get(index, {}).items()
                 self.optimizer.state[shard] = {k: v.to(shard.device) if isinstance(v, Tensor) and v.dim() else v for k, v in values}
             settle_state(self.optimizer, shard)
@@ -294,7 +297,7 @@ class Engine:
         return enumerate(parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
     def _my_shard(self, parts: list):
-        """This rank's shard of what ZeRO 1 and 2 cut up otherwise: all weights one after the other, zeros at the end."""
+        """This rank's shard of parts for another number of ranks. ZeRO 1 and 2 cut up all weights in a row, with zeros at the end."""
         if not isinstance(parts[0], Tensor) or parts[0].dim() == 0:
             return parts[0]
         ((_, shard),) = self._shards()
@@ -308,7 +311,7 @@ class WrongCheckpoint(ValueError):
 
 
 def _check(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raises WrongCheckpoint, naming the first tensor that is missing, too many or not of its shape and dtype."""
+    """Raises WrongCheckpoint, naming the first tensor that is missing, is not expected, or has another shape or dtype."""
     if different := sorted(given.keys() ^ expected.keys()):
         raise WrongCheckpoint(f"{different[0]} is {'not a weight of this run' if different[0] in given else 'missing'}")
     for name, tensor in expected.items():

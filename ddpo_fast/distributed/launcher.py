@@ -1,20 +1,21 @@
-"""What started this process: a launcher, whose variables make it one rank of a run; nothing; or what starts processes and no ranks."""
+"""Checks what started this process. A launcher's variables make it one rank of a run; other programs start processes that are not ranks."""
 
 from collections.abc import Mapping
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What deepspeed, torchrun and accelerate set, all of them."""
+"""deepspeed, torchrun and accelerate each set all of these."""
 STARTERS = (
     ("srun", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")),
     ("mpirun", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",)),
     ("mpirun", "MV2_COMM_WORLD_RANK", ("MV2_COMM_WORLD_SIZE",)),
     ("mpirun", "PMI_RANK", ("PMI_SIZE",)),
 )
-"""What starts several processes, its variable for a process's number, and those for how many there are, of which the first counts."""
+"""Programs that start several processes, with the variable for a process's number and those for how many there are. The first one that is
+set counts."""
 
 
 def check_launcher(environment: Mapping[str, str]) -> None:
-    """Raises ValueError where the process is one of several that would not know of each other, or a rank that is told too little."""
+    """Raises ValueError if the process is one of several that would not know of each other, or a rank that lacks variables."""
     if "RANK" in environment:
         _check_rank(environment)
         return

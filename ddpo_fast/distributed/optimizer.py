@@ -22,9 +22,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
 def keeps_fp32_state(shape: Iterable[int]) -> bool:
     """Whether an 8-bit optimizer keeps a trained tensor's state in fp32: biases, norms and what has less than 4,096 elements.
 
-    A block of 8-bit state has one scale, its largest element, so it wants neighbours of like size. (Dettmers et al. 2022, "8-bit
-    Optimizers via Block-wise Quantization", keep small tensors and embeddings in 32 bits.) Biases and norms are few, their gradients
-    are of another size than a matrix's, and a ZeRO shard, one flat tensor, would put them into a block with a matrix's end.
+    A block of 8-bit state has one scale, its largest element, so its elements should be of similar size. (Dettmers et al. 2022, "8-bit
+    Optimizers via Block-wise Quantization", keep small tensors and embeddings in 32 bits.) Biases and norms are few, and their gradients
+    are of another size than a matrix's. A ZeRO shard, which is one flat tensor, would put them into a block with a matrix's end.
     """
     shape = tuple(shape)
     return len(shape) < 2 or math.prod(shape) < MIN_8BIT_ELEMENTS
@@ -33,7 +33,7 @@ def keeps_fp32_state(shape: Iterable[int]) -> bool:
 def check_optimizer(name: str) -> None:
     """Raises ValueError for an optimizer that this machine cannot run."""
     if name != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"optimizer.name={name}: it is bitsandbytes' and that is not installed; valid is adamw, or install bitsandbytes")
+        raise ValueError(f"optimizer.name={name}: it needs bitsandbytes, which is not installed; valid is adamw, or install bitsandbytes")
     if name == "paged_adamw_8bit" and not torch.cuda.is_available():
         raise ValueError(
             f"optimizer.name={name}: it pages its state between GPU and host through CUDA's managed memory, and torch sees no GPU here; "
@@ -44,15 +44,16 @@ def check_optimizer(name: str) -> None:
 def make_optimizer(options, parameters: list[nn.Parameter], learning_rate: float, on_host: bool) -> Optimizer:
     """AdamW as `options` (name, betas, eps, weight_decay) ask for it.
 
-    on_host: the step will run on the CPU, for which the fused implementation is the fast one.
+    on_host: whether the step runs on the CPU, where the fused implementation is the fast one.
     """
     adam = dict(lr=learning_rate, betas=tuple(options.betas), eps=options.eps, weight_decay=options.weight_decay)
     if options.name == "adamw":
         return torch.optim.AdamW(parameters, **adam, fused=on_host or None)
-    from bitsandbytes.optim import AdamW  # only who asks for it needs a build of it that fits the GPU
+    from bitsandbytes.optim import AdamW  # here, so that only its users need a build that fits the GPU
 
     class AdamW8bit(AdamW):
-        """Chooses 8 or 32 bits by parameter group, which sharding keeps. bitsandbytes chooses by tensor, which a ZeRO shard hides."""
+        """bitsandbytes chooses 8 or 32 bits by tensor, which it cannot see in a ZeRO shard. We choose by parameter group, which sharding
+        keeps."""
 
         def get_config(self, gindex: int, pindex: int, group: dict) -> dict:
             return super().get_config(gindex, pindex, group) | {"optim_bits": group["optim_bits"]}
@@ -65,7 +66,7 @@ def make_optimizer(options, parameters: list[nn.Parameter], learning_rate: float
 
 
 def settle_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
-    """Moves state that was loaded for a parameter into a buffer as the optimizer makes them: paged, if it pages."""
+    """Moves state that was loaded for a parameter into a buffer that the optimizer makes, which is paged if the optimizer pages."""
     state = optimizer.state[parameter]
     for key in MOMENTS[2:]:
         if key in state:
@@ -73,9 +74,10 @@ def settle_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
 
 
 def state_bytes(optimizer: str, shapes: Iterable[tuple[int, ...]], num_shards: int = 1) -> int:
-    """Bytes of a device that the optimizer state of tensors of these shapes takes, or that of one of `num_shards` ZeRO shards.
+    """Bytes of a device that the optimizer state for tensors of these shapes takes, or one of `num_shards` ZeRO shards of that state.
 
-    Two moments: 8 bytes an element in fp32, 2 in 8 bits and an fp32 scale each for every 256 elements. What is paged does not count.
+    The two moments take 8 bytes an element in fp32. In 8 bits they take 2 bytes, and each an fp32 scale for every 256 elements. What is
+    paged does not count.
     """
     if optimizer not in ("adamw", "adamw_8bit", "paged_adamw_8bit"):
         raise ValueError(f"optimizer.name={optimizer}: valid is adamw, adamw_8bit or paged_adamw_8bit")

@@ -1,4 +1,4 @@
-"""How a run ends early: SIGTERM and SIGINT stop it at its next safe point, and the ranks of a launcher that is gone do not linger."""
+"""How a run ends early: SIGTERM and SIGINT stop it at its next safe point, and ranks end with their launcher."""
 
 import ctypes
 import logging
@@ -16,7 +16,7 @@ import psutil
 
 logger = logging.getLogger("ddpo_fast")
 SAME_REQUEST_S = 2.0
-"""A signal this soon after the first is the same request: the launcher forwards one that its ranks may have got already."""
+"""A signal this soon after the first is the same request: the launcher forwards a signal that its ranks may already have."""
 
 
 def die_with_launcher() -> None:
@@ -30,18 +30,18 @@ def _started_by_deepspeed() -> bool:
 
 
 _IN_CHILDREN: dict[int, Callable | int | None] = {}
-"""By signal that only this process handles, what handles it in a child that is forked."""
+"""For each signal that only this process handles, its handler in a forked child."""
 _forking = threading.local()
 
 
 def handle_here(number: int, handler: Callable) -> Callable[[], None]:
-    """Has this process handle a signal, but no child that is forked: there SIGTERM does what it did before, and Ctrl-C nothing.
+    """Handles a signal in this process, but not in forked children. There SIGTERM does what it did before, and Ctrl-C does nothing.
 
-    SIGTERM ends the workers of a process pool. Ctrl-C at a terminal reaches them, too, while this process may still want their work.
-    Returns what undoes it.
+    So SIGTERM still ends the workers of a process pool. Ctrl-C at a terminal reaches them, too, but this process may still need their
+    work. Returns a function that undoes this.
     """
     before = signal.signal(number, handler)
-    # no SIG_IGN, which a program that the child becomes would inherit
+    # not SIG_IGN, which a program that the child becomes would inherit
     _IN_CHILDREN[number] = (lambda number, frame: None) if number == signal.SIGINT else before
 
     def undo() -> None:
@@ -52,7 +52,7 @@ def handle_here(number: int, handler: Callable) -> Callable[[], None]:
 
 
 def _before_fork() -> None:
-    _forking.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _IN_CHILDREN)  # else Python loses what a child gets in its first moment
+    _forking.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _IN_CHILDREN)  # or Python loses what a child gets in its first moment
 
 
 def _after_fork() -> None:
@@ -70,10 +70,10 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 
 class StopRequest:
-    """While entered, SIGTERM and SIGINT only set `requested`; another one, SAME_REQUEST_S later, ends the process with 128 + its number.
+    """Inside, SIGTERM and SIGINT only set `requested`. A signal more than SAME_REQUEST_S later ends the process with 128 + its number.
 
-    In a thread other than the main one, where Python has no signals, it sets nothing up.
-    The command `deepspeed` does not pass a signal on: on the machine it was started on, its end is a request, too.
+    Outside the main thread, where Python handles no signals, it sets nothing up.
+    The command `deepspeed` does not pass a signal on. On the machine where it was started, its end is therefore a request, too.
     """
 
     def __init__(self):
@@ -105,10 +105,10 @@ class StopRequest:
         now, name = time.monotonic(), signal.Signals(number).name
         if self._received_at is None:
             self._received_at = now
-            # os.write: print may be what the signal has interrupted
+            # os.write, because the signal may have interrupted a print
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, f"\n{name}: saving a checkpoint after this iteration, then stopping; once more to stop at once\n".encode())
         elif now - self._received_at > SAME_REQUEST_S:
-            for child in multiprocessing.active_children():  # a reward's, which wait for work for ever
+            for child in multiprocessing.active_children():  # a reward's processes, which wait for work for ever
                 child.kill()
             os._exit(128 + number)

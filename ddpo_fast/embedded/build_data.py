@@ -5,7 +5,7 @@
 Packages come from `npm pack NAME@VERSION` (or, with --packages, from a folder of such .tgz files). SVGs are drawn with
 CairoSVG, which is needed here only: the result is shipped in `data/`, and training reads nothing else.
   data/train.png      64x64 RGB pictures on white, GRID_COLUMNS a row, of the training styles
-  data/heldout.png    the same for the style the scorer is tested on and nothing is trained on
+  data/heldout.png    the same for the style that the scorer is tested on; nothing is trained on it
   data/pictures.json  {"train"|"heldout": [[subject, style, emoji key], ...] in sheet order, "words": [...]}
 --all-pictures also writes every picture of the training styles (skin tones and flags left out): what the VAE learns from.
 """

@@ -1,9 +1,9 @@
 """How well a picture shows a subject: a linear head on the features of a pretrained EfficientNet-Lite0.
 
 The features see a picture at 128x128; the head was trained by `train_model.py scorer` on the shipped pictures, degraded
-and redrawn by the VAE so that it reads generated pictures too, and its softmax is calibrated on styles it had not seen.
-scorer/metadata.json has its accuracy on "fluent-flat", which it never saw but which shares outlines with "fluent-3d", and
-the stricter one on each training style with a head fitted on the other three ("left_out_styles").
+and redrawn by the VAE so that it reads generated pictures, too, and its softmax is calibrated on styles it had not seen.
+scorer/metadata.json has its accuracy on "fluent-flat", a style that it never saw but that shares outlines with "fluent-3d".
+A stricter test is there, too: the accuracy on each training style of a head fitted on the other three ("left_out_styles").
 Shape letters: B batch, S number of subjects (`vocabulary.SUBJECTS`, in that order).
 """
 

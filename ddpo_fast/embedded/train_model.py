@@ -4,15 +4,16 @@
 
 Each stage continues from its checkpoint in --work if there is one. Schedules follow the clock, so that a stage takes
 --minutes on any machine: the seed fixes data and initialisation, the number of steps depends on the machine. The shipped
-model: vae 23 minutes, decoder 50 minutes in what the others left, unet 70 minutes, on one to two cores of a busy machine.
-  tokenizer write data/tokenizer/; the shipped model goes with the shipped one, so only for training all anew
-  vae       AutoencoderKL 3x64x64 <-> 4x16x16 on --all-pictures (see build_data), else on the pictures in `data/`
-  decoder   the VAE's decoder alone for longer: it needs nothing of the unet stage, and can run beside it
+model took 23 minutes for vae, 50 minutes for decoder, in what the other stages left of the machine, and 70 minutes for unet,
+on one to two cores of a busy machine.
+  tokenizer write data/tokenizer/; the shipped model needs the shipped tokenizer, so run this only to train everything again
+  vae       AutoencoderKL 3x64x64 <-> 4x16x16 on --all-pictures (see build_data), otherwise on the pictures in `data/`
+  decoder   the VAE's decoder alone for longer; this needs nothing from the unet stage, and can run beside it
   unet      text tower and UNet, from scratch together, on latents encoded once
   scorer    the linear head of scorer.py on frozen features of the pictures and of their reconstructions
   export    write model/ in 16 bit
   grid      write samples.png, one sample for each subject
-  evaluate  write evaluation.json: what the scorer makes of samples, and the VAE's PSNR
+  evaluate  write evaluation.json: how the scorer judges samples, and the VAE's PSNR
 
 Shapes: B batch, N pictures.
 """
@@ -45,7 +46,7 @@ PACKAGE = Path(__file__).parent
 TOKENIZER = DATA / "tokenizer"
 MAX_TOKENS = 24  # of a prompt, with its start and end
 TEMPLATE_WEIGHTS = (0.5, 0.25, 0.1, 0.15)  # of TEMPLATES in training
-ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")  # the paper's: words that must not confuse
+ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")  # the paper's, as words that must not confuse the model
 
 
 def new_vae() -> AutoencoderKL:
@@ -104,7 +105,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's."""
+    """Stable Diffusion's scheduler."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -117,7 +118,7 @@ def new_scheduler() -> DDIMScheduler:
 
 
 class Clock:
-    """Share of a stage's time that is used up, over all the runs of the stage, with a progress bar."""
+    """The share of a stage's time that all runs of the stage have used up, with a progress bar."""
 
     def __init__(self, name: str, minutes: float, elapsed_s: float = 0.0):
         self.total_s, self.before_s, self.start = minutes * 60, elapsed_s, time.monotonic()
@@ -147,9 +148,9 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
 
 
 def fit_vae(args: argparse.Namespace, name: str, trained: str, learning_rate: float, draw_batch: Callable) -> None:
-    """Fit the parameters of the VAE whose names begin with `trained`, from and to the checkpoint `name`.
+    """Fit the parameters of the VAE whose names begin with `trained`. Continues from the checkpoint `name`, and writes it.
 
-    Loss: L1 + squared error + L1 of the gradients at two scales, and a small KL. Flips, shifts and now and then permuted
+    Loss: L1 + squared error + L1 of the gradients at two scales, and a small KL. Flips, shifts and sometimes permuted
     colours are drawn at random. `draw_batch(generator)` gives images (B, 3, 64, 64) in [-1, 1].
     """
     vae = new_vae().to(memory_format=torch.channels_last)
@@ -215,7 +216,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def train_decoder(args: argparse.Namespace) -> None:
-    """Go on with the decoder alone, every other batch of shipped pictures; the latents stay what they are."""
+    """Train the decoder alone further, half of the batches on shipped pictures. The latents stay as they are."""
     images, shipped = vae_pictures(args), to_tensor(read_sheet("train")[0])
 
     def draw_batch(generator: torch.Generator) -> torch.Tensor:
@@ -241,7 +242,7 @@ def place(picture: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 @torch.no_grad()
 def load_vae(args: argparse.Namespace) -> AutoencoderKL:
-    """The trained VAE, its latents brought to zero mean and unit standard deviation a channel on the shipped pictures.
+    """The trained VAE, changed so that each channel of its latents has mean 0 and deviation 1 on the shipped pictures.
 
     z' = (z - m) / s is folded into the 1x1 convolutions around the latents, so that scaling_factor is 1.
     """
@@ -254,7 +255,7 @@ def load_vae(args: argparse.Namespace) -> AutoencoderKL:
     m, s = z.mean((0, 2, 3)), z.std((0, 2, 3))
     vae.post_quant_conv.bias += torch.einsum("oc,c->o", vae.post_quant_conv.weight[:, :, 0, 0], m)
     vae.post_quant_conv.weight *= s[:, None, None]
-    vae.quant_conv.bias -= torch.cat([m, 2 * s.log()])  # of the means, of the log-variances
+    vae.quant_conv.bias -= torch.cat([m, 2 * s.log()])  # for the means, for the log-variances
     vae.quant_conv.weight[:4] /= s[:, None, None, None]
     vae.quant_conv.bias[:4] /= s
     return vae
@@ -297,7 +298,7 @@ def load_unet(args: argparse.Namespace, which: str = "ema") -> tuple[UNet2DCondi
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """Predict the noise (min-SNR-5 weights), with the text tower trained along; AdamW, linear decay over the last half."""
+    """Train UNet and text tower to predict the noise (min-SNR-5 weights); AdamW, linear decay over the last half."""
     latents, (_, subjects, _) = encode_pictures(args), read_sheet("train")
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     networks = torch.nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)})
@@ -360,8 +361,8 @@ def train_unet(args: argparse.Namespace) -> None:
 
 
 def degrade(images: torch.Tensor, vae: AutoencoderKL, generator: np.random.Generator) -> torch.Tensor:
-    """What generation does to pictures: images (B, 3, 64, 64) in [-1, 1] -> [0, 1], most of them redrawn by the VAE
-    from noisy latents, then tinted, faded, blurred and noised at random."""
+    """Degrade pictures as generation does: images (B, 3, 64, 64) in [-1, 1] -> [0, 1]. The VAE redraws most of them
+    from noisy latents. Then they are tinted, faded, blurred and noised at random."""
     if generator.random() < 0.7:
         latents = vae.encode(images).latent_dist.mean
         latents = latents + torch.randn_like(latents) * generator.uniform(0, 0.5)
@@ -403,7 +404,7 @@ def fit_head(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def rounded(tree: dict) -> dict:
-    """The same nested dict with four digits to its floats."""
+    """The same nested dict with floats rounded to four decimals."""
     return {
         key: rounded(value) if isinstance(value, dict) else round(value, 4) if isinstance(value, float) else value
         for key, value in tree.items()
@@ -411,7 +412,8 @@ def rounded(tree: dict) -> dict:
 
 
 def accuracy(logits: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    """Share of animal pictures whose name is first, or in the first five, of the 45; and of all pictures, of all names."""
+    """Share of animal pictures whose name is the best, or in the best five, of the 45 animals' names; and share of all
+    pictures whose name is the best of all names."""
     animal = y < len(ANIMALS)
     ranks = logits[animal, : len(ANIMALS)].argsort(dim=1, descending=True)
     hits = ranks == y[animal, None]
@@ -442,7 +444,7 @@ def scorer_features(args: argparse.Namespace) -> dict[str, torch.Tensor]:
 
 
 def train_scorer(args: argparse.Namespace) -> None:
-    """Fit the head on every training style; its temperature on each style with a head fitted on the other three."""
+    """Fit the head on all training styles. Fit its temperature on each style with a head fitted on the other three."""
     data = scorer_features(args)
     _, names, styles = read_sheet("train")
     _, heldout_names, _ = read_sheet("heldout")
@@ -534,7 +536,7 @@ def draw_grid(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def evaluate(args: argparse.Namespace) -> None:
-    """evaluation.json: does the scorer name the animal asked for; how far apart are its scores; how well does the VAE redraw."""
+    """evaluation.json: how often the scorer names the animal asked for, how far apart its scores are, how well the VAE redraws."""
     pipeline = StableDiffusionPipeline.from_pretrained(args.model)
     y = torch.arange(len(ANIMALS)).repeat(args.samples)
     results = {"samples_per_animal": args.samples, "num_inference_steps": 20, "eta": 1.0}

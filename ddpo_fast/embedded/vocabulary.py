@@ -18,7 +18,7 @@ OTHERS = (
 )  # fmt: skip
 SUBJECTS = ANIMALS + OTHERS
 
-# Keys of the emoji sets that show a subject, where they are not just its name.
+# Keys of the emoji that show a subject, if they are not just the subject's name.
 EMOJI_KEYS = {name: (name, f"{name}-face") for name in "cat dog horse monkey rabbit cow tiger mouse pig dragon".split()} | {
     "sheep": ("ewe", "ram"),
     "beetle": ("beetle", "lady-beetle"),

@@ -1,1 +1,1 @@
-"""What is done to a network: LoRA, merged weights, fused blocks, attention, the cut for the activation cache."""
+"""Changes to a network: LoRA, merged weights, fused blocks, attention, the split for the activation cache."""

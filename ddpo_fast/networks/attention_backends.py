@@ -1,7 +1,7 @@
-"""Attention back ends of a UNet: putting one in, and finding the fastest at a run's own shapes.
+"""Attention back ends of a UNet: installs one, and finds the fastest at a run's own shapes.
 
-A back end is one of diffusers' attention dispatcher, which PyTorch's kernels, xformers and flash-attn are reached through. Shape letters:
-R UNet rows, L queries, M keys, H heads, D channels of a head.
+The back ends are those of diffusers' attention dispatcher, which calls PyTorch's kernels, xformers or flash-attn. Shape letters: R UNet
+rows, L queries, M keys, H heads, D channels of a head.
 """
 
 import importlib
@@ -20,13 +20,13 @@ BACKENDS = {
     "sdpa": "native", "flash": "_native_flash", "cudnn": "_native_cudnn", "efficient": "_native_efficient", "math": "_native_math",
     "xformers": "xformers", "flash_attn": "flash", "flash_attn_3": "_flash_3", "flex": "flex",
 }  # fmt: skip
-"""Our names, those of attention.backend, and the dispatcher's. Its others have no backward pass or download their kernel."""
+"""Values of attention.backend, and the dispatcher's names for them. Its other back ends have no backward pass or download their kernel."""
 PACKAGES = {"xformers": "xformers", "flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface"}
-"""What a back end needs to be installed, beyond PyTorch."""
+"""The package that a back end needs besides PyTorch."""
 ON_CPU = ("auto", "sdpa", "flash", "math")
 """Values of attention.backend that have a backward pass on a CPU."""
 ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-"""Norm of a back end's difference from fp32 math, over that one's norm, above which it is not used."""
+"""A back end is used only if norm(its result - result of fp32 math) / norm(result of fp32 math) is at most this."""
 
 Shape = tuple[int, int, int, int]
 """(L, M, H, D) of one call."""
@@ -50,14 +50,14 @@ class DispatchedAttention:
 
 
 def set_attention(unet: nn.Module, backend: str) -> None:
-    """Makes a UNet's attention use one of BACKENDS; sdpa leaves it as diffusers made it, which is PyTorch's own choice of a kernel.
+    """Makes a UNet's attention use one of BACKENDS. sdpa changes nothing: diffusers then lets PyTorch choose the kernel.
 
     Raises ValueError for an attention that does more than project, attend and project.
     """
     if backend == "sdpa":
         return
     if special := not_plain(unet):
-        raise ValueError(f"attention.backend={backend}: {special} is no plain attention; valid is sdpa")
+        raise ValueError(f"attention.backend={backend}: {special} is not plain attention; valid is sdpa")
     for module in unet.modules():
         if isinstance(module, Attention):
             module.processor = DispatchedAttention(backend)
@@ -102,7 +102,7 @@ def _one_line(error: Exception) -> str:
 
 
 def fault(backend: str, device: torch.device) -> str | None:
-    """Why a value of attention.backend cannot run on a device with what is installed; None if nothing is known against it.
+    """Why a value of attention.backend cannot run on a device with the packages that are installed; None if no reason is known.
 
     A package whose kernels were built for another PyTorch fails when it is imported; xformers warns instead, and keeps the error.
     """
@@ -116,19 +116,22 @@ def fault(backend: str, device: torch.device) -> str | None:
     try:
         importlib.import_module(package)
         error = importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception if backend == "xformers" else None
-    except Exception as raised:  # whatever a linker or a package's own check says
+    except Exception as raised:  # a linker or a package's own check may raise anything
         error = raised
     return error and f"the package {package} does not load in PyTorch {torch.__version__}: {_one_line(error)}"
 
 
 def require(backend: str, device: torch.device) -> None:
-    """Raises ValueError for a value of attention.backend that cannot run on a device with what is installed."""
+    """Raises ValueError for a value of attention.backend that cannot run on a device with the packages that are installed."""
     if reason := fault(backend, device):
         raise ValueError(f"attention.backend={backend}: it cannot run here: {reason}; valid is auto or sdpa")
 
 
 def check(backend: str, shape: Shape, num_rows: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Tries a back end forward and backward; returns a function that does it again. Raises RuntimeError with the reason if it cannot."""
+    """Runs a back end forward and backward and checks its result. Returns a function that runs it again.
+
+    Raises RuntimeError, with the reason, for a back end that cannot run or is inexact.
+    """
     if reason := fault(backend, device):
         raise RuntimeError(reason)
     queries, keys, heads, channels = shape
@@ -146,7 +149,7 @@ def check(backend: str, shape: Shape, num_rows: int, dtype: torch.dtype, device:
         run()
         few = [tensor[:1].detach() for tensor in (q, k, v)]
         out = dispatch_attention_fn(*few, backend=AttentionBackendName(BACKENDS[backend])).float()
-    except Exception as error:  # each back end has its own
+    except Exception as error:  # each back end raises its own class of error
         call = f"{queries} queries, {keys} keys, {heads} heads of {channels} channels, {str(dtype).removeprefix('torch.')}"
         raise RuntimeError(f"it refuses {call}: {_one_line(error)}") from error
     exact = F.scaled_dot_product_attention(*(tensor.float().transpose(1, 2) for tensor in few)).transpose(1, 2)
@@ -180,10 +183,10 @@ def choose(backends: Iterable[str], shapes: Counter[Shape], num_rows: int, dtype
 def resolve(
     backend: str, unet: nn.Module, call: Callable[[], object], num_rows: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, str]:
-    """What attention.backend names, tried at the shapes that `call` of the UNet has: the back end, and for auto a line about the choice.
+    """The back end that attention.backend means, tried at the shapes that occur in `call`, and for auto a line about the choice.
 
-    auto is sdpa on a CPU, where nothing else is faster, and where another cannot be put in. Raises ValueError for a back end that cannot
-    run here, with the reason.
+    `call` runs the UNet. auto is sdpa on a CPU, where no other back end is faster, and for a UNet whose attention cannot be replaced.
+    Raises ValueError, with the reason, for a back end that cannot run here.
     """
     if backend == "sdpa" or (backend == "auto" and (device.type == "cpu" or not_plain(unet))):
         return "sdpa", ""
@@ -191,7 +194,7 @@ def resolve(
     if backend == "auto":
         candidates = [name for name in BACKENDS if name not in ("math", "flex") and _installed(name)]
         choice = choose(candidates, shapes, num_rows, dtype, device)
-        torch.cuda.empty_cache()  # what the trials took
+        torch.cuda.empty_cache()  # frees what the trials took
         return choice
     for shape in shapes:
         try:

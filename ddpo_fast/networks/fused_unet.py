@@ -14,10 +14,10 @@ from ddpo_fast.networks.patch import patch, unpatch
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """A GroupNorm that applies `fused_ops.group_norm_silu`, with the SiLU behind it where `fused_silu`."""
+    """A GroupNorm that applies `fused_ops.group_norm_silu`. If `fused_silu` is set, this includes the SiLU after it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W), or (B, C, L) as attention has it, to the same shape."""
+        """input: (B, C, H, W), or (B, C, L) in attention. Returns the same shape."""
         x = input.unsqueeze(3) if input.dim() == 3 else input
         y = self.fused_ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.fused_silu)
         return y.squeeze(3) if input.dim() == 3 else y
@@ -32,7 +32,7 @@ class FusedGEGLU(GEGLU):
 
 
 class AppliedSiLU(nn.Module):
-    """Stands where a SiLU was whose pictures arrive activated by a FusedGroupNorm: only a time embedding is left to activate."""
+    """Replaces a SiLU after FusedGroupNorms, which have activated its feature maps already. It still activates a time embedding."""
 
     def __init__(self, original: nn.SiLU):
         super().__init__()
@@ -40,12 +40,12 @@ class AppliedSiLU(nn.Module):
         self.train(original.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) comes back as it is; (B, E) activated."""
+        """Returns (B, C, H, W) as it is, and (B, E) activated."""
         return input if input.dim() == 4 else self.original(input)
 
 
 def _silu_sites(unet: nn.Module) -> list[tuple[nn.Module, str, tuple[str, ...]]]:
-    """Modules with a SiLU, its attribute, and the GroupNorms that it directly follows whenever it is given a picture."""
+    """Modules with a SiLU, the SiLU's attribute, and the GroupNorms that all feature maps leave directly before the SiLU."""
     sites = [
         (module, "nonlinearity", ("norm1", "norm2"))
         for module in unet.modules()
@@ -57,9 +57,9 @@ def _silu_sites(unet: nn.Module) -> list[tuple[nn.Module, str, tuple[str, ...]]]
 
 
 def fuse(unet: nn.Module, ops) -> dict[str, int]:
-    """Makes a diffusers UNet2DConditionModel compute its GroupNorms, the SiLUs right behind them and its GEGLUs with `ops`.
+    """Makes a diffusers UNet2DConditionModel compute its GroupNorms, the SiLUs right after them and its GEGLUs with `ops`.
 
-    A SiLU goes along only where it directly follows a GroupNorm: in residual blocks without scale and shift, and before the output
+    A SiLU is fused only where it directly follows a GroupNorm: in residual blocks without scale and shift, and before the output
     convolution. Subclasses of GroupNorm or GEGLU are left alone, since they may compute something else.
 
     ops: an `Ops` of ddpo_fast.kernels (of which `group_norm_silu` and `geglu` are used). Returns how many modules of each kind are

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: of a UNet's blocks, backward is left the inputs and computes the rest again."""
+"""Gradient checkpointing: a UNet's blocks keep only their inputs for backward, which computes the rest again."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,10 +8,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpoint_gradients(unet: UNet2DConditionModel, context: Callable[[], AbstractContextManager]) -> None:
-    """Makes a UNet keep, of its residual blocks and transformers, only the inputs for backward, which runs them again.
+    """Makes a UNet keep only the inputs of its residual blocks and transformers for backward, which runs these again.
 
-    They run again inside of `context()`, what the caller's forward pass runs in besides autocast, which is restored by itself.
-    Non-reentrant, so that the gradient reaches weights behind inputs that have none; and nothing in a UNet here draws random numbers.
+    They run again inside `context()`, the context of the caller's forward pass. torch restores autocast itself. The checkpoints are
+    non-reentrant, so that weights get a gradient also where the inputs need none. They keep no random state, because nothing in a UNet
+    here draws random numbers.
     """
 
     def run(module, *args):

@@ -1,4 +1,4 @@
-"""lora.init: a run that starts from a LoRA: one of ours, one of diffusers, or a single file as kohya's sd-scripts write it."""
+"""lora.init: starts a run from a LoRA of ours, of diffusers, or in a single file as kohya's sd-scripts write it."""
 
 from collections.abc import Iterable
 
@@ -15,16 +15,16 @@ from ddpo_fast.networks.merged_lora import ADAPTER, lora_weights
 from ddpo_fast.places import lora_file
 
 _OTHER_KINDS = ("dora_scale", "lora_magnitude", "hada_", "lokr_", "lora_mid", "oft_")
-"""In names of what is no A and B of a layer: DoRA, LoHa, LoKr, CP decomposition, OFT."""
+"""Parts of the names of tensors that are not LoRA's A and B: DoRA, LoHa, LoKr, CP decomposition, OFT."""
 _DIFFERENCES = (".diff", ".diff_b")
-"""At the end of names of whole differences."""
+"""Ends of the names of tensors that are the whole difference of a weight."""
 
 
 def start_from(pipe: DiffusionPipeline, init: str, scope: str) -> str:
-    """Puts a LoRA into the one that a pipeline's UNet has, so that the UNet computes what it does with that; says what it is.
+    """Copies the LoRA `init` into the LoRA of a pipeline's UNet, so that the UNet computes the same with either. Returns a line about it.
 
-    Its scale, alpha / r of each layer, goes into B. Where it has less rank, or a layer less, the rest stays as it was: A random, B zero.
-    Raises ValueError for what is not all of it a LoRA of layers that are trained, with at most their rank.
+    The scale of `init`, alpha / r of each layer, goes into B. Where `init` has a lower rank, or lacks a layer, the rest stays as it was:
+    A random, B zero. Raises ValueError unless `init` is a LoRA whose layers are all trained here, with at most their rank.
     """
     ours = {name: layer for name, layer in pipe.unet.named_modules() if isinstance(layer, lora.LoraLayer)}
     given = _read(pipe, init)
@@ -40,7 +40,7 @@ def start_from(pipe: DiffusionPipeline, init: str, scope: str) -> str:
 
 
 def _read(pipe: DiffusionPipeline, init: str) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """A (r, I, ...), B (O, r, ...), fp32, and scale of each layer of the UNet, from a file."""
+    """Reads a LoRA from a file: for each layer of the UNet A (r, I, ...) and B (O, r, ...), both fp32, and the scale."""
     file = lora_file(init)
     try:
         with safe_open(file, "pt") as opened:
@@ -57,8 +57,8 @@ def _read(pipe: DiffusionPipeline, init: str) -> dict[str, tuple[Tensor, Tensor,
             metadata = metadata and {f"unet.{name}": value for name, value in metadata.items()}
         if others := sorted({name.split(".")[0] for name in tensors} - {"unet"}):
             raise ValueError(
-                f"it is of the {' and '.join(others)}, too, which is not trained here; valid is one of the UNet alone, or, as model.path, "
-                "a pipeline that it has been fused into: load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained"
+                f"it also has layers of the {' and '.join(others)}, which is not trained here; valid is a LoRA of the UNet alone, or, as "
+                "model.path, a pipeline that it has been fused into: load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained"
             )
         tensors, alphas = _in_peft_s_names(tensors), _in_peft_s_names(alphas or {})
         _check_layers(tensors, pipe.unet)
@@ -70,20 +70,20 @@ def _read(pipe: DiffusionPipeline, init: str) -> dict[str, tuple[Tensor, Tensor,
             )
             for name, half in halves.items()
         }  # fmt: skip
-    except Exception as error:  # whatever a damaged or a foreign file brings about in the libraries that read it
+    except Exception as error:  # the libraries may raise anything for a damaged or foreign file
         raise ValueError(f"lora.init={init}: it cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def _in_peft_s_names(values: dict) -> dict:
-    """Of tensors, or of alphas, by diffusers' names, older and newer."""
+    """Tensors, or alphas, with diffusers' older or newer names changed to peft's."""
     values = {name.removesuffix(".alpha"): value for name, value in values.items()}
     return values if any("lora_A" in name for name in values) else convert_unet_state_dict_to_peft(values)
 
 
 def _scale(name: str, rank: int, alphas: dict[str, float], metadata: dict) -> float:
-    """A layer's alpha / r, of kohya's alphas, or of peft's config; 1 where a file has neither.
+    """A layer's alpha / r, from kohya's alphas or from peft's config; 1 if the file has neither.
 
-    diffusers' own loader (0.42) takes the commonest of kohya's alphas for all layers of attention.
+    diffusers' own loader (0.42) differs: it takes the commonest of kohya's alphas for all layers of attention.
     """
     if "lora_alpha" not in metadata:
         return alphas.get(name, alphas.get(f"{name}.lora_A.weight", rank)) / rank
@@ -93,7 +93,7 @@ def _scale(name: str, rank: int, alphas: dict[str, float], metadata: dict) -> fl
 
 
 def _check_layers(tensors: dict[str, Tensor], unet: nn.Module) -> None:
-    """Raises ValueError, naming the first, unless all tensors are A and B of layers that the UNet has, of their shapes."""
+    """Raises ValueError unless all tensors are A and B of layers that the UNet has, with fitting shapes; it names the first that is not."""
     modules, halves = dict(unet.named_modules()), {"lora_A": {}, "lora_B": {}}
     for full, tensor in tensors.items():
         name, _, half = full.removeprefix("unet.").removesuffix(".weight").rpartition(".")
@@ -105,11 +105,11 @@ def _check_layers(tensors: dict[str, Tensor], unet: nn.Module) -> None:
             raise ValueError(f"{full} is {tuple(tensor.shape)}, for a layer of {tuple(weight.shape)}: it is of another model")
         halves[half][name] = tensor
     if not tensors or halves["lora_A"].keys() != halves["lora_B"].keys():
-        raise ValueError("it has no A and B of each of its layers")
+        raise ValueError("it has no layers, or one without A or B")
 
 
 def _check(init: str, scope: str, given: dict[str, tuple[Tensor, Tensor, float]], ours: dict[str, nn.Module]) -> None:
-    """Raises ValueError, naming the option that would have to be another, unless all layers that are given are trained, with their rank."""
+    """Raises ValueError, naming the option to change, unless all given layers are trained, with at least the given rank."""
     kinds, have = _kinds(given), _kinds(ours)
     if missing := next((name for name in sorted(given) if name not in ours), None):
         it = f"lora.init={init} has {missing}, which"
@@ -125,5 +125,5 @@ def _check(init: str, scope: str, given: dict[str, tuple[Tensor, Tensor, float]]
 
 
 def _kinds(names: Iterable[str]) -> set[str]:
-    """The lora.targets that layers are of."""
+    """The lora.targets that these layers belong to."""
     return {kind for name in names for kind, ends in LORA_TARGETS.items() if name.endswith(tuple(f".{end}" for end in ends))}

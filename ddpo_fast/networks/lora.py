@@ -13,7 +13,7 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 
 
 def set_trainable(unet: nn.Module, scope: str, targets: list[str], rank: int, alpha: float) -> None:
-    """Makes a frozen UNet's trainable weights fp32: all of them where the scope is 'none', else those of the LoRA that it adds.
+    """Makes a frozen UNet trainable, in fp32: all of its weights if the scope is 'none', otherwise a LoRA that is added to it.
 
     Raises ValueError for a scope that names a block which this UNet lacks, or blocks without layers of the targets.
     """

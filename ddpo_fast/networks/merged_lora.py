@@ -1,4 +1,4 @@
-"""LoRA by one product a layer: its update goes into a copy of the layer's weight, the gradient stays of low rank.
+"""LoRA with one product a layer: the update is added to a copy of the layer's weight. The gradient stays of low rank.
 
 A layer keeps its parameters, its name and its place; only its class changes, to a subclass with another `forward`. So state_dict
 keys and peft's config stay, and `unmerge` leaves nothing behind.
@@ -59,7 +59,7 @@ class _Conv2dFunction(torch.autograd.Function):
             if needs_x:
                 x_grad, _ = convolution_backward(g, x, weight, *place, True, False)
             if needs_A or needs_B:
-                h = F.conv2d(x, low_A, None, *place)  # recomputed: saved, it would cost memory and no less time
+                h = F.conv2d(x, low_A, None, *place)  # recomputed: to save it would cost memory and gain no time
                 h_grad, B_grad = convolution_backward(g, h, scaled_B, (1, 1), (0, 0), needs_A, needs_B)
             if needs_A:
                 _, A_grad = convolution_backward(h_grad, x, low_A, *place, False, True)
@@ -70,25 +70,25 @@ class _Conv2dFunction(torch.autograd.Function):
 
 
 def convolution_backward(g, x, weight, stride, padding, needs_x: bool, needs_weight: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and weight where conv2d(x, weight, None, stride, padding) has the gradient g; None for one not needed."""
+    """The gradients of x and weight if y = conv2d(x, weight, None, stride, padding) has the gradient g; None where not needed."""
     wanted = (needs_x, needs_weight, False)
     return torch.ops.aten.convolution_backward(g, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, wanted)[:2]
 
 
 def lora_weights(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """W, A and B of a LoRA layer, by way of dictionaries: nn.Module's look-up takes five times as long, and every forward is here."""
+    """W, A and B of a LoRA layer. Every forward calls this, so it reads dictionaries: nn.Module's look-up takes five times as long."""
     modules = layer._modules
     layers = modules["base_layer"], modules["lora_A"]._modules[ADAPTER], modules["lora_B"]._modules[ADAPTER]
     return tuple(part._parameters["weight"] for part in layers)
 
 
 class _MergedLayer:
-    """What a peft LoRA layer becomes: y = layer(x; W', bias) with W' = W + s B A, which is formed when one of them has changed."""
+    """What a peft LoRA layer becomes: y = layer(x; W', bias) with W' = W + s B A. W' is computed again when W, s, B or A has changed."""
 
     def refresh(self) -> None:
         """Brings W' up to date, in place unless W has another dtype, device or memory format than before.
 
-        A change is seen by a weight's address and version: what writes through `.data` has to call
+        A weight has changed if its address or version has. Code that writes through `.data` has to call
         `torch.autograd.graph.increment_version`, as the engine does for DeepSpeed.
         """
         weight, A, B = lora_weights(self)
@@ -104,18 +104,18 @@ class _MergedLayer:
         self.merged_state = state
 
     def _apply(self, *args, **kwargs):
-        """Of `.to()` and its like: weights that have been to fp16 and back may have their old address."""
+        """Called by `.to()` and the like. W' is computed again, as weights that have been to fp16 and back may have their old address."""
         self.merged_state = None
         return super()._apply(*args, **kwargs)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """As peft's layer; where that has to do more than apply one adapter, it does it."""
+        """What peft's layer computes. If more is needed than to apply one adapter, peft's own forward does it."""
         if args or kwargs or self.disable_adapters or self.merged or self.active_adapters != [ADAPTER]:
             return super().forward(x, *args, **kwargs)
         if not torch.compiler.is_compiling():
             self.refresh()
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # before it is saved, not after
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # now, so that x is saved in this dtype
         _, A, B = lora_weights(self)
         return self._compute(x, A, B, torch.is_grad_enabled() and (A.requires_grad or B.requires_grad))
 
@@ -131,7 +131,7 @@ class MergedLinear(_MergedLayer, lora.Linear):
 
 
 class MergedConv2d(_MergedLayer, lora.Conv2d):
-    """With h = conv(x, A) and g the gradient of y: B_grad = s sum g h, and A_grad is that of a convolution whose output has s B^T g."""
+    """With h = conv(x, A) and g the gradient of y: B_grad = s sum g h, and A_grad follows from s B^T g, the gradient of h."""
 
     def _compute(self, x: Tensor, A: Tensor, B: Tensor, train: bool) -> Tensor:
         base = self.base_layer
@@ -147,9 +147,9 @@ _BASES = {lora.Linear: nn.Linear, lora.Conv2d: nn.Conv2d}
 def merge(unet: nn.Module) -> list[nn.Module]:
     """Makes every LoRA layer of a UNet add its update to a copy of its weight instead of to its output: y = layer(x; W + s B A, bias).
 
-    Exact to rounding in the weight's dtype: half precision rounds an update away that is less than about 1e-3 (fp16) or 1e-2 (bf16)
-    of the weight. It needs as much memory as the weights of those layers. They refresh themselves, except inside of a compiled
-    region, before which the caller has to `refresh` each of them.
+    Exact to rounding in the weight's dtype: half precision rounds away an update that is less than about 1e-3 (fp16) or 1e-2 (bf16)
+    of the weight. The copies need as much memory as the weights of those layers. The layers refresh their copies themselves, except
+    inside a compiled region: the caller has to `refresh` each layer before it.
 
     Returns the layers. Raises ValueError for a UNet without LoRA, or with a layer that is more than a plain LoRA called 'default'.
     """
@@ -184,7 +184,7 @@ def misfit(layer: nn.Module) -> str | None:
     if type(layer) not in _MERGED or type(layer.base_layer) is not _BASES[type(layer)]:
         return f"it is a {type(layer).__name__} on a {type(layer.base_layer).__name__}; valid is a LoRA on an nn.Linear or nn.Conv2d"
     if list(layer.lora_A) != [ADAPTER] or layer.merged:
-        return f"its adapters are {list(layer.lora_A)}, in its weight already {layer.merged_adapters}; valid is 'default' alone, not there"
+        return f"its adapters are {list(layer.lora_A)}, of which {layer.merged_adapters} are merged; valid is 'default' alone, not merged"
     if layer.lora_variant or layer.lora_bias[ADAPTER] or not isinstance(layer.lora_dropout[ADAPTER], nn.Identity):
         return "its LoRA is of another kind, or has a bias or dropout; valid is a plain one"
     base = layer.base_layer

@@ -1,6 +1,6 @@
-"""Gives a module another class and takes it back: the module keeps its parameters, its name and its place.
+"""Gives a module another class, and undoes that. The module keeps its parameters, its name and its place.
 
-So the keys of a state_dict and peft's config stay. Patches of one module lie on each other, and the newest is undone first.
+So the keys of a state_dict and peft's config stay. A module may have several patches; the newest is undone first.
 """
 
 from functools import cache
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def patch(module: nn.Module, kind: type, **attributes) -> None:
-    """Makes a module's class `kind`, a subclass of it or what is mixed into it, and sets attributes that go with it."""
+    """Changes a module's class to `kind` if that is a subclass of it, otherwise mixes `kind` into it. Sets `kind`'s attributes."""
     before = type(module)
     module.__class__ = kind if issubclass(kind, before) else _mixed(kind, before)
     module.__dict__.setdefault("_patches", []).append((before, kind, tuple(attributes)))
@@ -18,7 +18,7 @@ def patch(module: nn.Module, kind: type, **attributes) -> None:
 
 
 def unpatch(module: nn.Module, kind: type) -> bool:
-    """Undoes `patch(module, kind)`; whether there was such a patch. Raises ValueError if a newer one lies on it."""
+    """Undoes `patch(module, kind)` and returns whether there was such a patch. Raises ValueError if the module has a newer patch."""
     patches = module.__dict__.get("_patches", [])
     if kind not in [patched for _, patched, _ in patches]:
         return False

@@ -1,4 +1,4 @@
-"""Guidance runs the UNet on every latent twice, with the prompt and without: what comes before the prompt is looked at, once is enough.
+"""Guidance runs the UNet on every latent twice, with the prompt and without. Layers before the first use of the prompt need to run once.
 
 The modules that finish before the first cross-attention begins are changed to a subclass that can compute the first half of the rows
 and return it twice. A module keeps its parameters, its name and its place, and `undo` leaves nothing behind.
@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ddpo_fast.networks.patch import patch, unpatch
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Norm of what sharing may change of the UNet's output, over the output's norm: rounding, since a row's bits depend on its batch."""
+"""How much sharing may change the UNet's output: norm(change) / norm(output). It changes the rounding, which depends on the batch."""
 
 
 class _Shared:
-    """Mixed into a module's class. Rows are [unconditional; conditional], and until here both halves are the same."""
+    """Mixed into a module's class. Rows are [unconditional; conditional], and up to here both halves are the same."""
 
     def __call__(self, *args, **kwargs):
         if not self.shared_guidance.active:
@@ -33,7 +33,7 @@ class _Shared:
 
 
 def _before_cross_attention(unet: nn.Module, call: Callable[[], object]) -> list[nn.Module]:
-    """The outermost modules of the UNet's blocks that a call leaves before it enters a cross-attention for the first time."""
+    """The outermost modules of the UNet's blocks that finish before a call enters a cross-attention for the first time."""
     left, reached = [], False
 
     def enter(module, args, kwargs):
@@ -58,18 +58,18 @@ def _before_cross_attention(unet: nn.Module, call: Callable[[], object]) -> list
 
 
 class SharedGuidance:
-    """A context inside of which a UNet computes once what both branches of guidance have in common.
+    """A context inside which a UNet computes only once what both branches of guidance have in common.
 
-    Exact but for rounding: in a smaller batch a row may have other bits. Inside, every call must be of [unconditional; conditional] rows
+    Exact up to rounding: in a smaller batch a row may have other bits. Inside, every call must have [unconditional; conditional] rows
     of the same latents and timesteps.
     """
 
     @torch.no_grad()
     def __init__(self, unet: nn.Module, call: Callable[[], Tensor]):
-        """`call()` runs the UNet on such rows, always the same. Raises ValueError if inside of the context its result is another."""
+        """`call()` runs the UNet on such rows, always the same. Raises ValueError if its result is another one inside the context."""
         self.active = False
         self.modules = _before_cross_attention(unet, call) if unet.config.addition_embed_type is None else []
-        """The shared ones; none if the UNet has no cross-attention in its down blocks, or has the prompt in its time embedding, as SDXL."""
+        """The shared modules. There are none if no down block has cross-attention, or if the time embedding has the prompt, as in SDXL."""
         for module in self.modules:
             patch(module, _Shared, shared_guidance=self)
         if isinstance(next(unet.parameters()), FakeTensor):
@@ -89,6 +89,6 @@ class SharedGuidance:
         self.active = False
 
     def undo(self) -> None:
-        """Makes the modules what they were; whatever else changed their class since must be undone before."""
+        """Makes the modules what they were. Later changes of their classes must be undone first."""
         for module in self.modules:
             unpatch(module, _Shared)

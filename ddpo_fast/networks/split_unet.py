@@ -1,8 +1,7 @@
-"""A UNet's forward pass in two parts: the prefix, before the first trained layer, and the rest, which can start from its tensors.
+"""A UNet's forward pass in two parts: the prefix, before the first trained layer, and the rest, which can start from the prefix's tensors.
 
-Nothing of diffusers is repeated here: the UNet's own forward runs both parts. What it calls one after the other, its stages (conv_in,
-each down, mid and up block), is changed to a subclass whose call may be answered with tensors of an earlier one. `undo` leaves nothing
-behind.
+The UNet's own forward runs both parts, so that no code of diffusers is repeated here. It calls stages one after the other: conv_in, each
+down, mid and up block. These are changed to a subclass whose call can return the tensors of an earlier call. `undo` leaves nothing behind.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,18 +15,18 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from ddpo_fast.networks.patch import patch, unpatch
 
 ALIGNMENT = 64
-"""Bytes that every kept tensor of a row starts at a multiple of, where rows are stored."""
+"""Where rows are stored, every kept tensor of a row starts at a multiple of this number of bytes."""
 _BEHIND_STAGES = ("conv_norm_out", "conv_out")
-"""What a UNet runs behind its last stage. Everything else outside of the stages (the embeddings) may feed all of them."""
+"""What a UNet runs after its last stage. Everything else outside the stages (the embeddings) may feed all of them."""
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """What a kept tensor takes where it is stored."""
+    """Bytes that a kept tensor takes where it is stored."""
     return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class _Stage:
-    """Mixed into the class of a stage. A call, not a forward: a compiled stage stays compiled."""
+    """Mixed into the class of a stage. It replaces `__call__`, not `forward`, so that a compiled stage stays compiled."""
 
     def __call__(self, *args, **kwargs):
         handler = self.split.handler
@@ -40,16 +39,16 @@ class _PrefixDone(Exception):
 
 
 class SplitUNet:
-    """Where a UNet is split, and the ways to run it: `recording` the prefix's tensors, `replaying` them, `run_prefix` alone.
+    """Splits a UNet, which can then run in three ways: `recording` the prefix's tensors, `replaying` them, or as `run_prefix` alone.
 
-    The prefix is what the UNet calls before the first stage with a trained parameter. Of its outputs those are kept that the rest
-    takes as arguments. With a trained parameter that may feed every stage, or in the first of them, there is no prefix.
+    The prefix is all stages that the UNet calls before the first one with a trained parameter. The outputs that the rest takes as
+    arguments are kept. There is no prefix if the first stage has a trained parameter, or if one outside the stages may feed all of them.
     """
 
     def __init__(self, unet: nn.Module, call: Callable[[int], Tensor]):
         """`call(R)` runs the UNet on R rows as it will be run, with the same values every time.
 
-        Raises ValueError if the rest of this UNet cannot run from its prefix's tensors: it is tried, and must give the same bits.
+        Raises ValueError if the rest of this UNet cannot run from the prefix's tensors. This is tried, and must give the same bits.
         """
         self.unet, self.handler = unet, None
         children = dict(unet.named_children())
@@ -58,13 +57,13 @@ class SplitUNet:
         for stage in self.stages:
             patch(stage, _Stage, split=self)
         self.prefix: dict[nn.Module, TreeSpec] = {}
-        """Its stages in the order that they are called, and the structure of their outputs."""
+        """The prefix's stages in the order that they are called, and the structure of their outputs."""
         self.shapes: dict[nn.Module, list[torch.Size]] = {}
-        """Of each output's tensors, without the rows."""
+        """The shapes of the tensors in each stage's output, without the row dimension."""
         self.sources: dict[nn.Module, list[tuple[nn.Module, int]]] = {}
-        """Where each was seen first: a block's result may also be among the tensors that it leaves for a later one."""
+        """Which output first had each tensor: a block's result may also be among the tensors that it leaves for a later block."""
         self.wanted: list[tuple[nn.Module, int]] = []
-        """The kept tensors: the n-th of a stage's output."""
+        """The kept tensors, each as a stage and n: it is the n-th tensor of the stage's output."""
         try:
             with torch.no_grad():
                 self._trace(call)
@@ -80,7 +79,7 @@ class SplitUNet:
             unpatch(stage, _Stage)
 
     def compile(self) -> None:
-        """Compiles every stage: a whole compiled UNet could not be split."""
+        """Compiles every stage by itself: a UNet that is compiled as a whole could not be split."""
         for stage in self.stages:
             stage.compile()
 
@@ -147,7 +146,7 @@ class SplitUNet:
 
     @contextmanager
     def replaying(self, kept: list[Tensor]) -> Iterator[None]:
-        """Inside, a call of the UNet on as many rows runs only the rest, from these tensors. It does not look at the latents' values."""
+        """Inside, a call of the UNet on as many rows runs only the rest, from these tensors. It does not use the latents' values."""
         known = dict(zip(self.wanted, kept))
         nowhere = kept[0].new_full((), torch.nan)
 

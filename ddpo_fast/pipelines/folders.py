@@ -7,7 +7,7 @@ import diffusers
 import torch
 import transformers
 
-transformers.logging.set_verbosity_error()  # what is wrong with a model is raised, in one line
+transformers.logging.set_verbosity_error()  # errors of a model are raised instead, in one line
 transformers.logging.disable_progress_bar()
 diffusers.utils.logging.disable_progress_bar()
 
@@ -29,46 +29,47 @@ class Weights:
     source: str
     """Folder, hub id or single file."""
     part: str
-    """Its folder in there, or ""; of a file, what its names begin with."""
+    """The network's folder in `source`, or ""; in a single file, what the names of its weights begin with."""
     variant: str | None
-    """None for the plain ones."""
+    """None for the plain weights."""
     files: list[str]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of which all has been checked but the contents of the weights: what `open_pipeline` reads."""
+    """A model that has been checked except for the contents of its weights. `open_pipeline` opens it."""
 
     path: str
     """Folder, hub id or single file."""
     option: str
-    """What its configs are of: "model.path=..." or, of a single file, "model.config=..."."""
+    """The option that its configs come from: "model.path=..." or, for a single file, "model.config=..."."""
     kind: type
     """The pipeline's class."""
     folder: Path
     """Where its configs and tokenizers are."""
     configs: dict[str, dict]
-    """Of every network, by its part's name."""
+    """Every network's config, by the name of its part."""
     tokenizers: dict[str, transformers.PreTrainedTokenizerBase]
     scheduler: DDIMScheduler
-    """DDIM's of the model's betas, whatever sampler is saved with it."""
+    """A DDIM scheduler with the model's betas, whatever sampler the model was saved with."""
     weights: dict[str, Weights]
-    """Of every network."""
+    """Every network's weights, by the name of its part."""
     notes: list[str]
     """What a user has to be told."""
 
     def check_networks(self) -> None:
-        """Calls the networks without their weights, in some seconds. Raises ValueError if they do not go together."""
+        """Calls the networks without their weights, which takes some seconds. Raises ValueError if they do not fit together."""
         lengths = {part: self.tokenizers[name].model_max_length for part, name in TEXT_ENCODERS.items() if part in self.configs}
         model_parts.check_networks(self.option, self.kind, self.configs, lengths)
 
 
 def find_model(path: str, config: str | None = None, vae: str | None = None, variant: str | None = None) -> Model:
-    """Looks a model up and checks it by its configs and the names of its weights.
+    """Finds a model and checks it by its configs and the names of its weights.
 
-    path is a folder or hub id; or, if `config` is one, with the configs and the tokenizer of a pipeline of the same layout, a file of
-    weights as Stable Diffusion was first published. vae: folder, hub id or file of one instead of the pipeline's. variant: of the
-    weights, see `choose_weights`. Raises ValueError, naming the option, for what cannot be trained.
+    path: a folder or hub id. If `config` is given, path is a file of weights as Stable Diffusion was first published, and `config` is a
+    folder or hub id with the configs and the tokenizer of a pipeline of the same layout. vae: folder, hub id or file of a VAE to take
+    instead of the pipeline's. variant: that of the weights, see `choose_weights`. Raises ValueError, naming the option, for what cannot
+    be trained.
     """
     option, source = ("model.path", path) if config is None else ("model.config", config)
     folder, option = local_folder(option, source), f"{option}={source}"
@@ -90,7 +91,7 @@ def find_model(path: str, config: str | None = None, vae: str | None = None, var
         if not is_vae(names_in(vae_option, vae)):
             raise ValueError(f"{vae_option}: it holds no decoder.*; valid is a file of an AutoencoderKL's weights")
         weights["vae"] = Weights(vae_option, vae, "", None, [])
-        vae_option = option  # whose config it has
+        vae_option = option  # a VAE in a file has the config of the pipeline's
     elif vae is not None:
         vae_folder, vae_option = local_folder("model.vae", vae), f"model.vae={vae}"
         configs["vae"] = read_config(vae_option, vae_folder, "config.json")
@@ -112,7 +113,7 @@ def _find_weights(option: str, source: str, folder: Path, parts: list[str], vari
 
 
 def _notes(option: str, stated: dict, scheduler: DDIMScheduler, weights: dict[str, Weights]) -> list[str]:
-    """A line for what is not as the configs, or as one would expect."""
+    """Lines about what differs from the configs, or from what one would expect."""
     notes = []
     if changed := changed_steps(stated, scheduler):
         ours, theirs = (", ".join(f"{key}={values[key]}" for key in changed) for values in (changed, stated))
@@ -123,10 +124,10 @@ def _notes(option: str, stated: dict, scheduler: DDIMScheduler, weights: dict[st
 
 
 def open_pipeline(model: Model, dtype: torch.dtype) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    """The pipeline with its weights, of safetensors only, in `dtype`, and with DDIM's scheduler.
+    """The pipeline in `dtype`, with its weights, which are read from safetensors only, and with DDIM's scheduler.
 
-    SDXL's own VAE overflows in fp16 and says so by `force_upcast`; it is then in fp32, as diffusers has it. Raises ValueError, naming the
-    option, for weights that are damaged or another network's.
+    SDXL's own VAE overflows in fp16, and its config says so by `force_upcast`. The VAE is then in fp32, as in diffusers. Raises ValueError,
+    naming the option, for weights that are damaged or belong to another network.
     """
     parts = {part: _load(part, model, weights, dtype) for part, weights in model.weights.items()}
     parts |= {**model.tokenizers, "scheduler": model.scheduler, "feature_extractor": None, "image_encoder": None}
@@ -142,8 +143,8 @@ def open_pipeline(model: Model, dtype: torch.dtype) -> StableDiffusionPipeline |
 
 
 def _load(part: str, model: Model, weights: Weights, dtype: torch.dtype) -> nn.Module:
-    """A network with its weights. Raises ValueError for one whose files lack a weight, which transformers draws at random and tells
-    only who asks."""
+    """A network with its weights. Raises ValueError if its files lack a weight: transformers would draw it at random and say so only if
+    asked."""
     if Path(weights.source).is_file():
         return single_file.load(weights.option, weights.source, model.folder, part, weights.part, dtype)
     folder = local_folder(weights.option.split("=")[0], weights.source, [*CONFIGS, *weights.files])
@@ -161,7 +162,7 @@ def _load(part: str, model: Model, weights: Weights, dtype: torch.dtype) -> nn.M
 
 
 def _in_file(path: str, kind: type, parts: list[str]) -> dict[str, Weights]:
-    """The weights of a single file. Raises ValueError for one that lacks a part, by the names that Stable Diffusion was published with."""
+    """The weights in a single file. Raises ValueError if no name in it begins as the names of one of the parts do."""
     prefixes, option = SDXL_PREFIXES if kind is StableDiffusionXLPipeline else PREFIXES, f"model.path={path}"
     names = names_in(option, path)
     for part in parts:

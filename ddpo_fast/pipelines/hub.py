@@ -1,4 +1,4 @@
-"""Models by name, a folder here or a repository of the hub; their weights' files; what went wrong with them in one line."""
+"""Finds models, which are folders here or repositories of the hub, and the files of their weights. Each error is one line."""
 
 import errno
 import os
@@ -11,14 +11,14 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 CONFIGS = ["*.json", "*.txt", "*.model", "*.jinja"]
-"""What a model has beside its weights; a * is for folders, too."""
+"""The files that a model has besides its weights. A * stands for folders, too."""
 _ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 
 
 def local_folder(option: str, source: str, patterns: list[str] = CONFIGS) -> Path:
-    """The folder `source`, or where the files of the hub's repository `source` that fit `patterns` lie, once downloaded.
+    """The folder `source`; if it is a repository of the hub, the folder to which its files that fit `patterns` are downloaded.
 
-    Without a network it is the cache's. Raises ValueError, naming the option, if there is neither.
+    Without a network it is the folder of what is cached. Raises ValueError, naming the option, if nothing is found.
     """
     if Path(source).is_dir():
         if not os.access(source, os.R_OK | os.X_OK):
@@ -38,15 +38,15 @@ def _is_cached(repository: str) -> bool:
 
 
 def file_names(option: str, source: str, folder: Path) -> list[str]:
-    """Of all files of the folder, or of the hub's repository `source`, whose `local_folder` it is; without a network, of what is cached.
+    """The names of all files of `source`, a folder or a repository of the hub; without a network, of those that are cached.
 
-    Raises ValueError, naming the option, where there is no network and the cache has the configs alone.
+    folder: the `local_folder` of `source`. Raises ValueError, naming the option, if there is no network and only configs are cached.
     """
     lost = None
     if not Path(source).is_dir():
         try:
             return HfApi().list_repo_files(source)
-        except Exception as error:  # the network's or the hub's; what is in the cache will do
+        except Exception as error:  # of the network or the hub: take what is cached
             lost = error
     names = [path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern)]
     if lost is not None and not any(name.endswith((".safetensors", ".bin")) for name in names):
@@ -56,11 +56,11 @@ def file_names(option: str, source: str, folder: Path) -> list[str]:
 
 
 def choose_weights(option: str, names: list[str], part: str, stem: str, variant: str | None) -> tuple[str | None, list[str]]:
-    """The variant of a network's weights to be read, None for the plain ones, and its files.
+    """The variant of a network's weights to read, None for the plain weights, and its files.
 
-    option: "model.path=..." for errors. names: as `file_names` has them. part: the network's folder, or "". stem: what its files' names
-    begin with. variant: wanted; the plain ones are taken where there is none such, and without a wish where there are plain ones, else the
-    only variant. Raises ValueError where that does not decide.
+    option: "model.path=..." for errors. names: from `file_names`. part: the network's folder, or "". stem: what its files' names begin
+    with. variant: the wanted one. If it is None, or the network does not have it, the plain weights are taken. If there are no plain
+    weights and `variant` is None, the only variant is taken. Raises ValueError in all other cases.
     """
     inside, found = f"{part}/" if part else "", {}
     files = [name.removeprefix(inside) for name in names if name.startswith(inside) and "/" not in name.removeprefix(inside)]
@@ -70,7 +70,7 @@ def choose_weights(option: str, names: list[str], part: str, stem: str, variant:
     for name in files:
         if match := pattern.fullmatch(name):
             found.setdefault(match[1] or match[2] or match[3], []).append(inside + name)
-    found = {kind: parts for kind, parts in found.items() if any(name.endswith(".safetensors") for name in parts)}  # no index alone
+    found = {kind: parts for kind, parts in found.items() if any(name.endswith(".safetensors") for name in parts)}  # not an index alone
     where = f"its {part}/" if part else "it"
     if not found:
         pickles = [name for name in files if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
@@ -93,7 +93,7 @@ def choose_weights(option: str, names: list[str], part: str, stem: str, variant:
 
 
 def check_readable(option: str, folder: Path, names: list[str]) -> None:
-    """Raises ValueError for a file that may not be read, of which libraries say that there is no such file."""
+    """Raises ValueError for a file that may not be read. Libraries would say that there is no such file."""
     for name in names:
         if (folder / name).exists() and not os.access(folder / name, os.R_OK):
             raise ValueError(f"{option}: {name} cannot be read: {os.strerror(errno.EACCES)}")
@@ -101,16 +101,16 @@ def check_readable(option: str, folder: Path, names: list[str]) -> None:
 
 @contextmanager
 def in_one_line(option: str) -> Iterator[None]:
-    """Inside, what a library raises of a model's files becomes a ValueError of one line that names the option and says what to do."""
+    """Inside, what a library raises about a model's files becomes a ValueError of one line that names the option and says what to do."""
     try:
         yield
-    except Exception as error:  # whatever a damaged folder brings about in the libraries that read it
+    except Exception as error:  # the libraries may raise anything for a damaged folder
         what = of_hub(error) or f"it cannot be loaded: {type(error).__name__}: {error}"
         raise ValueError(f"{option}: {' '.join(what.split())}") from error
 
 
 def of_hub(error: Exception | None) -> str | None:
-    """What a user can do about an error that the hub, or its absence, is behind; None of another."""
+    """What a user can do about an error of the hub, or of not reaching the hub; None for another error."""
     chain = []
     while error is not None and error not in chain:
         chain.append(error)
@@ -120,7 +120,7 @@ def of_hub(error: Exception | None) -> str | None:
         page = f"on its page at {constants.ENDPOINT}"
         return f"the hub gives it only to those who have accepted its licence, {page}, and have logged in: {log_in}"
     if any(isinstance(error, RepositoryNotFoundError) or _status(error) in (401, 403) for error in chain):
-        return f"there is no such folder, and no such public model on the hub; a private one wants one to log in: {log_in}"
+        return f"there is no such folder, and no such public model on the hub; a private one needs a login: {log_in}"
     if constants.HF_HUB_OFFLINE and any(isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError) for error in chain):
         return (
             "there is no such folder, it is not in the hub's cache, and the offline mode (HF_HUB_OFFLINE=1) keeps the hub from being asked"

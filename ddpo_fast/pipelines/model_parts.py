@@ -1,7 +1,7 @@
-"""Whether a pipeline's parts are those of a text-to-image model that can be trained, as far as their classes and configs tell.
+"""Checks, by classes and configs, that a pipeline's parts are those of a text-to-image model that can be trained.
 
-Every check raises ValueError of one line that begins with `option`, such as "model.path=...". Networks are made of their configs as shapes
-without memory and called as the policy calls them, so that what no rule below knows of is found out as well.
+Every check raises ValueError of one line that begins with `option`, such as "model.path=...". Networks are made from their configs as
+shapes without memory and are called as the policy calls them. This also finds faults that no rule below knows.
 """
 
 import json
@@ -28,7 +28,7 @@ SCHEDULERS = tuple(
 )
 """Samplers of models that were trained to denoise at every step of their betas, which is what DDIM needs."""
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-"""What the parts of a pipeline may come from; anything else would be code that a folder brings, or a module that it picks."""
+"""Libraries that the parts of a pipeline may come from. Others would run code in the model's folder, or a module of its choice."""
 NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 TEXT_ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _TEXT_CLASSES = {"text_encoder": transformers.CLIPTextModel, "text_encoder_2": transformers.CLIPTextModelWithProjection}
@@ -40,7 +40,7 @@ _PLAIN_UNET = {
     "attention_type": "default",
     "dual_cross_attention": False,
 }
-"""What a UNet's config has where the UNet is given nothing but latents, time, text and, of SDXL, sizes."""
+"""The config of a UNet that takes nothing but latents, time, text and, for SDXL, sizes."""
 
 
 def check_index(option: str, index: dict) -> type:
@@ -71,14 +71,14 @@ def _is_class(origin: list) -> bool:
 
 
 def _of_transformers(index: dict, part: str, kind: type) -> type | None:
-    """The class of a part of model_index.json, if it is one of transformers' of this kind."""
+    """The class of a part in model_index.json, if it is a class of transformers and a subclass of `kind`."""
     origin = index.get(part)
     named = getattr(transformers, origin[1], None) if isinstance(origin, list) and origin[0] == "transformers" else None
     return named if isinstance(named, type) and issubclass(named, kind) else None
 
 
 def read_config(option: str, folder: Path, name: str, part: str = "") -> dict:
-    """A part's config as it lies there."""
+    """A part's config, as the file has it."""
     try:
         config = json.loads((folder / part / name).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -90,7 +90,7 @@ def read_config(option: str, folder: Path, name: str, part: str = "") -> dict:
 
 
 def check_scheduler(option: str, kind: type, index: dict, config: dict) -> DDIMScheduler:
-    """DDIM's scheduler of the model's betas, see `ddim_scheduler`; where its config is silent or old, as the pipeline has it."""
+    """A DDIM scheduler with the model's betas, see `ddim_scheduler`. The pipeline's values replace lacking or old ones in its config."""
     origin = index.get("scheduler")
     sampler = origin[1] if isinstance(origin, list) else None
     if sampler not in SCHEDULERS:
@@ -106,7 +106,7 @@ def check_scheduler(option: str, kind: type, index: dict, config: dict) -> DDIMS
         )
     if config.get("timestep_type") == "continuous":
         raise ValueError(
-            f"{option}: its scheduler has timestep_type=continuous, as EDM's do, whose levels of noise are no betas; valid is discrete"
+            f"{option}: its scheduler has timestep_type=continuous, as EDM's has: its levels of noise are not betas; valid is discrete"
         )
     config = {"clip_sample": sampler.startswith(("DDIM", "DDPM"))} | config
     if kind is StableDiffusionPipeline:
@@ -130,7 +130,7 @@ def check_scheduler(option: str, kind: type, index: dict, config: dict) -> DDIMS
 
 
 def check_unet(option: str, kind: type, config: dict, latent_channels: int) -> dict:
-    """The config with the `sample_size` that the pipeline gives it where it has none, or an old one."""
+    """Checks a UNet's config. Returns it with the pipeline's `sample_size` if it has none, or an old one."""
     is_sdxl, guided = kind is StableDiffusionXLPipeline, config.get("time_cond_proj_dim")
     if guided is not None:
         raise ValueError(
@@ -140,8 +140,8 @@ def check_unet(option: str, kind: type, config: dict, latent_channels: int) -> d
     for key, valid in (_PLAIN_UNET | {"addition_embed_type": "text_time" if is_sdxl else None}).items():
         if config.get(key, valid) != valid:
             raise ValueError(
-                f"{option}: unet/config.json has {key}={config[key]}; valid is {json.dumps(valid)}: a UNet that takes more or less than "
-                "latents, time, text and, of SDXL, sizes is no text-to-image model"
+                f"{option}: unet/config.json has {key}={config[key]}; valid is {json.dumps(valid)}: a text-to-image model's UNet takes "
+                "latents, time, text and, for SDXL, sizes, no more and no less"
             )
     for key in ("in_channels", "out_channels"):
         if config.get(key, 4) != latent_channels:
@@ -168,7 +168,7 @@ def latent_size(unet_config: dict) -> tuple[int, int]:
 
 
 def check_networks(option: str, kind: type, configs: dict[str, dict], lengths: dict[str, int]) -> None:
-    """That the networks of these configs go together and can be called. lengths: of each text encoder's prompts, in tokens."""
+    """Checks that networks with these configs fit together and can be called. lengths: each text encoder's prompt length, in tokens."""
     height, width = latent_size(configs["unet"])
     with torch.device("meta"), torch.no_grad():
         texts, pooled = [], None
@@ -207,7 +207,7 @@ def _check_text(option: str, unet: dict, embeds: Tensor, pooled: Tensor | None) 
 
 
 def check_vae(option: str, where: str, config: dict) -> int:
-    """The VAE's latent channels. where: its config's path in the model."""
+    """Checks a VAE's config and returns the number of latent channels. where: the config's path in the model."""
     channels, scale = config.get("latent_channels", 4), config.get("scaling_factor", 0.18215)
     if (name := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise ValueError(f"{option}: {where} is a {name}'s; valid is AutoencoderKL's")
@@ -227,7 +227,7 @@ def check_vae(option: str, where: str, config: dict) -> int:
 
 
 def text_encoder(part: str, config: dict) -> nn.Module:
-    """A text encoder of its config, on the default device; of a CLIP unless the config's `_class_name` is another class of transformers."""
+    """A text encoder with this config, on the default device. It is a CLIP unless `_class_name` is another class of transformers."""
     network = getattr(transformers, config.get("_class_name", _TEXT_CLASSES[part].__name__))
     return network(network.config_class(**{key: value for key, value in config.items() if key != "_class_name"}))
 
@@ -238,7 +238,7 @@ def load_tokenizer(option: str, folder: Path, part: str, index: dict, encoder: d
     files = {key: name for key, name in kind.vocab_files_names.items() if isinstance(name, str)}
     whole, pieces = files.pop("tokenizer_file", "tokenizer.json"), set(files.values())
     there = set(os.listdir(folder / part)) if (folder / part).is_dir() else set()
-    if whole not in there and not (pieces and pieces <= there):  # transformers would make one that knows no word
+    if whole not in there and not (pieces and pieces <= there):  # transformers would make a tokenizer that knows no word
         raise ValueError(f"{option}: {part}/ lacks the tokenizer's files; valid is {whole}, or {' and '.join(sorted(pieces))}")
     with _made_of(f"{option}: {part}/"):
         tokenizer = kind.from_pretrained(folder / part)
@@ -256,7 +256,7 @@ def load_tokenizer(option: str, folder: Path, part: str, index: dict, encoder: d
 
 @contextmanager
 def _made_of(what: str) -> Iterator[None]:
-    """Inside, whatever a bad config brings about in the libraries becomes a ValueError of one line."""
+    """Inside, whatever the libraries raise for a bad config becomes a ValueError of one line."""
     try:
         yield
     except Exception as error:

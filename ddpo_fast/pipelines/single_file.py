@@ -1,4 +1,4 @@
-"""Networks of a single file of weights: the names that Stable Diffusion was first published with, and those that files have had since."""
+"""Loads networks from a single file of weights, with the names that Stable Diffusion was first published with, or with later ones."""
 
 import re
 from pathlib import Path
@@ -21,10 +21,10 @@ _NEWER = (
     ),  # a training run's checkpoint
     (r"((?:cond_stage_model|conditioner\.embedders\.0)\.transformer\.)(?=embeddings\.|encoder\.|final_layer_norm\.)", r"\1text_model."),
 )
-"""Names as they were before transformers 4, or around others, and as diffusers knows them."""
+"""Patterns of names, and their replacements that diffusers knows: a prefix around other names, and names from before transformers 4."""
 _VAE = re.compile(r"(?:first_stage_model\.|vae\.)?((?:encoder|decoder|quant_conv|post_quant_conv)\..*)")
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""What a VAE's attention was called in diffusers before 0.18."""
+"""Names of layers in a VAE's attention in diffusers before 0.18, and their names now."""
 
 
 def renamed(name: str) -> str:
@@ -46,9 +46,9 @@ def is_vae(names: list[str]) -> bool:
 
 
 def load(option: str, path: str, folder: Path, part: str, prefix: str, dtype: torch.dtype) -> nn.Module:
-    """A network of a file, whose names begin with `prefix`, with the config of `folder`; a VAE's may be bare, or diffusers' own.
+    """A network from a file, with the config in `folder`. The names of its weights begin with `prefix`.
 
-    Raises ValueError for a file that lacks a weight.
+    A VAE's names may also have no prefix, or diffusers' own. Raises ValueError for a file that lacks a weight.
     """
     with in_one_line(option):
         with safe_open(path, "pt") as file:
@@ -59,14 +59,14 @@ def load(option: str, path: str, folder: Path, part: str, prefix: str, dtype: to
                 tensors = {_vae_name(found[1]): file.get_tensor(old) for name, old in names.items() if (found := _VAE.fullmatch(name))}
         try:
             network = _convert(tensors, folder, part)
-        except NotImplementedError:  # diffusers moves a weight that the file has not given
+        except NotImplementedError:  # diffusers moves a weight that the file lacks
             raise ValueError(f"it lacks weights of the {part}") from None
     check_complete(option, network)
     return network.to(dtype)
 
 
 def check_complete(option: str, network: nn.Module) -> None:
-    """Raises ValueError for a network of diffusers that lacks a weight."""
+    """Raises ValueError for a network of diffusers that still lacks a weight."""
     if missing := next((name for name, tensor in network.state_dict().items() if tensor.is_meta), None):
         raise ValueError(f"{option}: the weights of its {type(network).__name__} lack {missing}")
 

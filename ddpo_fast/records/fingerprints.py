@@ -1,5 +1,5 @@
-"""What a run is, in a few bytes: its prompts, its reward's code, its model's weights. Kept with checkpoints, so that --resume can say
-what has changed since: places may be given anew, and what is in a place may be another thing."""
+"""Hashes of a run's prompts, its reward's code and its model's weights. Checkpoints keep them, so that --resume can say what has changed
+since: options may name new places, and something else may be in an old place."""
 
 import hashlib
 import inspect
@@ -16,14 +16,14 @@ from ddpo_fast.places import is_address
 from ddpo_fast.scoring.function import reward_source
 
 _SAMPLES = 64
-"""Elements of each tensor whose place counts, too."""
+"""The number of elements of each tensor whose position counts, too."""
 
 
 def of_model(pipe: DiffusionPipeline, has_own_vae: bool) -> dict[str, str]:
     """Hashes of a pipeline's weights and configs.
 
-    Every element of every weight counts. Each is read once, on its device: a second for SD 1.5 in fp32 on a core that adds 4 GB/s, some
-    milliseconds for SDXL on a GPU.
+    Every element of every weight counts. Each is read once, on its device. This takes a second for SD 1.5 in fp32 on a core that adds
+    4 GB/s, and some milliseconds for SDXL on a GPU.
     """
     vae = "model.path" if has_own_vae else "model.vae"
     encoders = [part for part in ("text_encoder", "text_encoder_2") if isinstance(getattr(pipe, part, None), nn.Module)]
@@ -34,7 +34,7 @@ def of_model(pipe: DiffusionPipeline, has_own_vae: bool) -> dict[str, str]:
 
 
 def of_reward(name: str, kwargs: dict) -> dict[str, str]:
-    """Hashes of the text of a reward's modules, the parts of a weighted sum included, but not of what they import, and of its files."""
+    """Hashes of the text of a reward's modules and of its files. The parts of a weighted sum count; what the modules import does not."""
     parts = kwargs.get("rewards") if name == "weighted_sum" else None
     return {
         "reward.name (the text of its code)": _hash(*map(_code, [name, *(parts if isinstance(parts, dict) else ())])),
@@ -43,12 +43,12 @@ def of_reward(name: str, kwargs: dict) -> dict[str, str]:
 
 
 def of_text(what: str, text: object) -> dict[str, str]:
-    """A hash of what JSON can write."""
+    """A hash of `text`, which is anything that JSON can write."""
     return {what: _hash(json.dumps(text, default=str).encode())}
 
 
 def changes(now: dict[str, str], before: dict[str, str]) -> list[str]:
-    """What is there now and was another before."""
+    """The names of what was there before and is different now."""
     return [name for name, value in now.items() if before.get(name, value) != value]
 
 
@@ -57,7 +57,7 @@ def _hash(*parts: bytes) -> str:
 
 
 def _code(name: str) -> bytes:
-    """The text of a reward's module, without importing it; of a server its address."""
+    """The text of a reward's module, without importing it. For a server, its address."""
     source, _ = reward_source(name)
     if is_address(name):
         return name.encode()
@@ -65,7 +65,7 @@ def _code(name: str) -> bytes:
         files = [source]
     elif source in sys.modules:
         files = [getattr(sys.modules[source], "__file__", None)]
-    else:  # one in a process of its own
+    else:  # it is imported in another process
         path = source.replace(".", os.sep)
         files = [os.path.join(folder, path + end) for folder in [*sys.path, "."] for end in (".py", f"{os.sep}__init__.py")]
     return next((Path(file).read_bytes() for file in files if file and os.path.isfile(file)), b"")
@@ -78,7 +78,7 @@ def _files(value) -> list[str]:
 
 
 def _sampled(file: str) -> bytes:
-    """A file's size and some of it: the whole one may have gigabytes."""
+    """A file's size and some of its contents; all of them may be gigabytes."""
     size, block = os.path.getsize(file), 1 << 20
     with open(file, "rb") as opened:
         parts = [str(size).encode()]
@@ -89,21 +89,21 @@ def _sampled(file: str) -> bytes:
 
 
 def _configured(part: nn.Module) -> str:
-    """A hash of what a part's config has of its own: defaults that a new version of diffusers adds are no change."""
+    """A hash of the values in a part's config that are not defaults: a default that a new version of diffusers adds is not a change."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(type(part).__init__).parameters.items()}
     own = {name: value for name, value in part.config.items() if not name.startswith("_") and value != defaults.get(name)}
     return _hash(json.dumps(own, sort_keys=True, default=str).encode())
 
 
 def _differing(encoder: nn.Module) -> str:
-    """`_configured` of a network of transformers."""
+    """`_configured` for a network of transformers."""
     own = {name: value for name, value in encoder.config.to_diff_dict().items() if name not in ("transformers_version", "dtype")}
     return _hash(json.dumps(own, sort_keys=True, default=str).encode())
 
 
 @torch.no_grad()
 def _weights(module: nn.Module) -> str:
-    """A hash of a module's weights, LoRA's left out; names, which libraries change, are not part of it."""
+    """A hash of a module's weights without LoRA's. The weights' names are not part of it, since libraries change them."""
     tensors = [tensor for name, tensor in module.named_parameters() if ".lora_" not in name]
     sums, samples = zip(*map(_summed, tensors))
     digests = zip(torch.stack(sums).tolist(), torch.cat(samples).cpu().view(torch.uint8).view(len(tensors), -1).numpy())
@@ -112,7 +112,7 @@ def _weights(module: nn.Module) -> str:
 
 
 def _summed(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum, modulo 2^64, of a tensor's bytes taken as 64-bit integers, in any order; and some of its elements, (64,) fp64."""
+    """A tensor's bytes as 64-bit integers, added modulo 2^64 in any order, and some of its elements, (64,) fp64."""
     flat = tensor.contiguous().flatten()
     flat = flat.clone() if flat.data_ptr() % 8 else flat
     words, rest = flat.view(torch.uint8).split([len(flat) * flat.itemsize // 8 * 8, len(flat) * flat.itemsize % 8])

@@ -17,8 +17,8 @@ from ddpo_fast.terminal import steady_streams
 def write_kohya(run_dir: Path, output: Path | None = None) -> Path:
     """Writes <run_dir>/lora, or the LoRA in run_dir itself, under kohya's names: for a layer a.b.0.c of the UNet
 
-    lora_unet_a_b_0_c.lora_down.weight (r, I) or (r, I, k, k), .lora_up.weight (O, r) or (O, r, 1, 1) and .alpha, a scalar: the layer's
-    weight grows by alpha / r up down. Returns the file, by default <name of run_dir>.safetensors beside the LoRA's folder. Raises
+    lora_unet_a_b_0_c.lora_down.weight (r, I) or (r, I, k, k), .lora_up.weight (O, r) or (O, r, 1, 1) and .alpha, a scalar. They add
+    alpha / r up down to the layer's weight. Returns the file, by default <name of run_dir>.safetensors beside the LoRA's folder. Raises
     ValueError if there is no LoRA yet.
     """
     source = lora_file(str(run_dir))

@@ -42,7 +42,7 @@ def check_installed(names: list[str]) -> None:
 
 
 def tracker_fault(names: list[str]) -> str | None:
-    """What keeps a tracker from beginning: wandb switched off, or without a key. For the one rank that begins them."""
+    """Why a tracker cannot begin: wandb is switched off, or has no key. Only the rank that begins the trackers calls this."""
     if "wandb" not in names or os.environ.get("WANDB_MODE", "online") != "online":
         return None
     if (value := os.environ.get("WANDB_DISABLED", "")).lower() in ("1", "true", "yes", "on"):
@@ -60,9 +60,9 @@ def tracker_fault(names: list[str]) -> str | None:
 class MetricsWriter:
     """Appends one row an iteration to <run_dir>/metrics.jsonl and to the trackers. Rows after `iteration` are dropped from the file first.
 
-    tensorboard writes to <run_dir>/tensorboard/; wandb and trackio, imported when asked for, begin a run with `config`, or go on with it if
-    `iteration` is not -1. One of these two that raises later is left out from then on, with a warning.
-    Only the beginning raises: OSError, or ValueError for a tracker. What cannot be written later is said in `claim`.
+    tensorboard writes to <run_dir>/tensorboard/. wandb and trackio are imported when asked for. They begin a run with `config`, or go on
+    with it if `iteration` is not -1. If one of them raises later, it is left out from then on, with a warning.
+    Only the beginning raises: OSError, or ValueError for a tracker. `claim` has what cannot be written later.
     """
 
     def __init__(self, run_dir: Path, claim: Claim, iteration: int, trackers: list[str], config: dict):
@@ -97,11 +97,11 @@ class MetricsWriter:
 
     @property
     def _newest(self) -> int:
-        """The iteration of the last row; -1 where there is none: somebody may have deleted a finished run's."""
+        """The iteration of the last row; -1 if there is none, as somebody may have deleted the rows of a finished run."""
         return self.rows[-1]["iteration"] if self.rows else -1
 
     def _write(self, new: list[dict]) -> None:
-        """Appends the newest rows; or writes all of them where some are not in the file, which may have been deleted."""
+        """Appends the newest rows. If some rows are not in the file, which may have been deleted, it writes all of them."""
         whole = "the metrics" not in self.claim.unwritten
         with self.claim.writing("the metrics", self._newest):
             self.claim.hold()
@@ -120,7 +120,7 @@ class MetricsWriter:
         return SummaryWriter(self.path.with_name("tensorboard"), **options)
 
     def _tell_tensorboard(self, what: Callable[[SummaryWriter], object], iteration: int) -> None:
-        """Calls what(writer) where there is one; after a fault, when its thread has died, the next call has a new one."""
+        """Calls what(writer) if TensorBoard is used. After a fault the writer's thread is dead, so the next call makes a new writer."""
         if "tensorboard" not in self.trackers:
             return
         with self.claim.writing("TensorBoard's file", iteration):
@@ -138,19 +138,19 @@ class MetricsWriter:
 
     @contextmanager
     def _unless_it_raises(self, tracker: str) -> Iterator[None]:
-        """Around what a tracker does: a service that fails must not end a run, whose rows are in metrics.jsonl."""
+        """A context for what a tracker does: a service that fails must not end a run, since all rows are in metrics.jsonl."""
         try:
             yield
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            if isinstance(error, OSError) and error.errno in DISK_FULL:  # no fault of the tracker: it gets the next row
+            if isinstance(error, OSError) and error.errno in DISK_FULL:  # not the tracker's fault: it gets the next row
                 logger.warning("%s could not be told (%s); all numbers are in %s", tracker, reason, self.path)
                 return
             self.remote.pop(tracker, None)
             logger.warning("%s failed (%s); the run goes on without it, with all of its numbers in %s", tracker, reason, self.path)
 
     def _begin(self, trackers: list[str], run_dir: Path, iteration: int, config: dict) -> None:
-        """Begins, or goes on with, runs of wandb and trackio. What they are called there is in <run_dir>/tracker_id from the first time."""
+        """Begins, or goes on with, runs of wandb and trackio. From the first time on, <run_dir>/tracker_id has the run's name there."""
         id_file, name = run_dir / "tracker_id", run_dir.resolve().name
         if trackers and (iteration < 0 or not id_file.exists()):
             write_text(id_file, f"{re.sub(r'[^a-zA-Z0-9_-]', '-', name)}-{secrets.token_hex(4)}")
@@ -159,7 +159,7 @@ class MetricsWriter:
             if tracker == "wandb":
                 options |= {"name": name, "id": id_file.read_text(), "dir": str(run_dir)}
             else:
-                options["name"] = id_file.read_text()  # trackio goes by the name
+                options["name"] = id_file.read_text()  # trackio identifies a run by its name
             try:
                 self.remote[tracker] = import_module(tracker).init(**options)
             except Exception as error:
@@ -168,7 +168,7 @@ class MetricsWriter:
 
 
 def _say_what_nobody_else_does(fault: threading.ExceptHookArgs) -> None:
-    """`threading.excepthook`: a disk that fails TensorBoard's thread is said by the next call of its writer, in one line."""
+    """`threading.excepthook`, silent if a disk fails TensorBoard's thread: the next call of its writer reports that in one line."""
     if not (isinstance(fault.exc_value, OSError) and type(fault.thread).__module__.startswith("tensorboard.")):
         threading.__excepthook__(fault)
 
@@ -213,10 +213,10 @@ def picture_grid(images: Tensor, prompts: list[str], notes: list[str], columns: 
 
 
 def save_grid(grid: Image.Image, path: Path) -> None:
-    """Writes a grid as PNG, with its `info["grid"]` as text of that name, so that whoever opens the file has that, too."""
+    """Writes a grid as PNG. The file also has `info["grid"]`, as a text with the name grid."""
     text = PngInfo()
     text.add_itxt("grid", grid.info["grid"])
-    with new_file(path) as partial:  # a kill or a full disk would leave half a picture, which nobody can open
+    with new_file(path) as partial:  # otherwise a kill or a full disk could leave half a picture
         grid.save(partial, "PNG", pnginfo=text)
 
 

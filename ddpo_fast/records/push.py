@@ -14,13 +14,13 @@ from ddpo_fast.records.report import read_run
 from ddpo_fast.terminal import steady_streams
 
 _FAULTS = (ValueError, OSError, *HfHubHTTPError.__bases__)
-"""What the hub raises; the last is that of its HTTP library, of which no connection is one, too."""
+"""Errors of using the hub. The last ones are those of its HTTP library, which raises them also without a connection."""
 
 
 def push(run_dir: Path, repo_id: str, private: bool) -> str:
     """Makes the repository if there is none, and one commit: the weights, README.md, pictures, config.yaml, metrics.jsonl. Returns its URL.
 
-    Raises ValueError for what is no run with weights, one of `_FAULTS` where the hub cannot be reached or says no.
+    Raises ValueError if `run_dir` is not that of a run with weights, and one of `_FAULTS` if the hub cannot be reached or refuses.
     """
     run, folder = read_run(run_dir), weights_folder(run_dir)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) is None:

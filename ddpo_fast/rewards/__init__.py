@@ -1,8 +1,8 @@
-"""One reward a file: what scores pictures.
+"""Rewards, which score pictures: one reward a file.
 
-The reward that a file holds has the file's name: in clip_score.py, a function `clip_score` or a class `ClipScore`. It is
-(images (B, 3, H, W) fp32 in [0, 1], prompts: B strings) -> (B,) numbers, higher is better; a class is made once and called so. One that
-takes `metadata` gets B JSON objects, where the prompts have them.
+A reward has the name of its file: in clip_score.py it is a function `clip_score` or a class `ClipScore`. The function, or an instance of
+the class, which is made once, is called as (images (B, 3, H, W) fp32 in [0, 1], prompts: B strings) -> (B,) numbers, higher is better.
+A reward that takes `metadata` also gets B JSON objects, if the prompts have them.
 """
 
 import pkgutil

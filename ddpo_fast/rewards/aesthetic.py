@@ -1,4 +1,4 @@
-"""How much people like a picture: DDPO (arXiv:2305.13301) section 5.2, "aesthetic quality", by the LAION aesthetics predictor."""
+"""How much people like a picture, judged by the LAION aesthetics predictor: DDPO (arXiv:2305.13301) section 5.2, "aesthetic quality"."""
 
 import os
 import pickle
@@ -15,7 +15,7 @@ from ddpo_fast.scoring.pretrained import ClipPixels, check_batch_size, check_dev
 CLIP = "openai/clip-vit-large-patch14"
 WIDTHS = (768, 1024, 128, 64, 16, 1)
 LAYERS = (0, 2, 4, 6, 7)
-"""The predictor's linear layers as its file numbers them; between them was dropout, in training."""
+"""The numbers of the predictor's linear layers in its file. The numbers between them were dropout in training."""
 _VALID = (
     "the file sac+logos+ava1-l14-linearMSE.pth, or its tensors as .safetensors: download it from "
     "https://github.com/christophschuhmann/improved-aesthetic-predictor and give its path, anywhere on this machine"
@@ -34,7 +34,7 @@ class Aesthetic:
         dtype: str = "fp32",
         batch_size: int = 32,
     ):
-        """weights: the predictor's file. clip: folder or hub id. device: auto is the pictures'. dtype: CLIP's, fp32, fp16 or bf16.
+        """weights: the predictor's file. clip: folder or hub id. device: auto is the pictures' device. dtype: CLIP's, fp32, fp16 or bf16.
 
         Raises ValueError for what is missing or damaged, before it is needed.
         """
@@ -61,7 +61,7 @@ class Aesthetic:
 
 
 def load_predictor(path: str) -> nn.Sequential:
-    """The predictor's five layers, fp32, of its file. Raises ValueError if the file is missing, damaged or another's."""
+    """The predictor's five layers, fp32, from its file. Raises ValueError if the file is missing, damaged or of another model."""
     option = f"reward.kwargs.weights={path}"
     if not os.path.isfile(path):
         raise ValueError(f"{option}: there is no such file; valid is {_VALID}")

@@ -1,4 +1,4 @@
-"""How well a picture fits its prompt by a CLIP: CLIPScore (arXiv:2104.08718)."""
+"""How well a picture fits its prompt, judged by a CLIP: CLIPScore (arXiv:2104.08718)."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from ddpo_fast.scoring.pretrained import ClipPixels, check_batch_size, check_dev
 
 
 class ClipScore:
-    """cos(picture, prompt), the cosine of a CLIP's two embeddings; with `scaled`, exp(logit_scale) cos(picture, prompt), its logit."""
+    """cos(picture, prompt), the cosine of a CLIP's two embeddings; with `scaled` CLIP's logit, exp(logit_scale) cos(picture, prompt)."""
 
     def __init__(
         self,
@@ -20,9 +20,9 @@ class ClipScore:
         dtype: str = "fp32",
         batch_size: int = 32,
     ):
-        """model: folder or hub id of a CLIP. processor: of one with its tokenizer and preprocessor_config.json, the model's own by default.
+        """model: folder or hub id of a CLIP. processor: folder or hub id of a tokenizer and preprocessor_config.json, by default `model`.
 
-        device: auto is the pictures'. dtype: fp32, fp16 or bf16. Raises ValueError for what is missing or damaged, before it is needed.
+        device: auto is the pictures' device. dtype: fp32, fp16 or bf16. Raises ValueError at once for what is missing or damaged.
         """
         if not isinstance(scaled, bool):
             raise ValueError(f"reward.kwargs.scaled={scaled}: valid is true or false")

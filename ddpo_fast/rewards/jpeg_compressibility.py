@@ -6,5 +6,5 @@ from ddpo_fast.scoring.jpeg import jpeg_kilobytes
 
 
 def jpeg_compressibility(images: Tensor, prompts: list[str]) -> Tensor:
-    """Minus the JPEG size in kB: pictures that compress well. Returns (B,)."""
+    """Minus the JPEG size in kB, which is highest for pictures that compress well. Returns (B,)."""
     return -jpeg_kilobytes(images)

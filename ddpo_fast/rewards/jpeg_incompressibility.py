@@ -6,5 +6,5 @@ from ddpo_fast.scoring.jpeg import jpeg_kilobytes
 
 
 def jpeg_incompressibility(images: Tensor, prompts: list[str]) -> Tensor:
-    """The JPEG size in kB: pictures full of detail, noise in the end. Returns (B,)."""
+    """The JPEG size in kB, which is high for pictures full of detail and highest for noise. Returns (B,)."""
     return jpeg_kilobytes(images)

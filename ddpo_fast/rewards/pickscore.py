@@ -4,7 +4,7 @@ from ddpo_fast.rewards.clip_score import ClipScore
 
 
 class PickScore(ClipScore):
-    """The logit of PickScore v1, a CLIP ViT-H/14 trained on which of two pictures for a prompt people had picked; near 20 for good ones."""
+    """The logit of PickScore v1, near 20 for good pictures. It is a CLIP ViT-H/14 trained on which of two pictures people had picked."""
 
     def __init__(
         self,
@@ -14,5 +14,5 @@ class PickScore(ClipScore):
         dtype: str = "fp32",
         batch_size: int = 32,
     ):
-        """As `ClipScore`'s, scaled."""
+        """As for `ClipScore`, which is scaled here."""
         super().__init__(model, processor, True, device, dtype, batch_size)

@@ -1,4 +1,4 @@
-"""DDPO (arXiv:2305.13301) section 5.3, "prompt-image alignment": a model says what it sees, and a text encoder compares."""
+"""DDPO (arXiv:2305.13301) section 5.3, "prompt-image alignment": a model says what it sees, a text encoder compares that to the prompt."""
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ class VlmAlignment:
         dtype: str = "fp16",
         batch_size: int = 16,
     ):
-        """vlm, bert: folders or hub ids. layer: of bert, 40 being bert-score's for DeBERTa-xlarge-MNLI. dtype: the vlm's; bert's is fp32.
+        """vlm, bert: folders or hub ids. layer: of bert; bert-score takes 40 for DeBERTa-xlarge-MNLI. dtype: the vlm's; bert's is fp32.
 
-        device: auto is the pictures'. Raises ValueError for what is missing or damaged, before it is needed.
+        device: auto is the pictures' device. Raises ValueError for what is missing or damaged, before it is needed.
         """
         self.recall = BertRecall(bert, layer)
         self.vlm, self.question = VisionLanguageModel(vlm, device, dtype, batch_size), question

@@ -1,4 +1,4 @@
-"""Whether a picture shows as many animals as its prompt says, by a model that is asked."""
+"""Whether a picture shows as many animals as its prompt says, judged by asking a vision-language model."""
 
 import re
 
@@ -10,10 +10,10 @@ from ddpo_fast.scoring.vlm import VLM, VisionLanguageModel
 
 
 class VlmCounting:
-    """Of a prompt such as "five wolves", how many of the two, number and animal, a vision-language model names when asked: 0, 1/2 or 1."""
+    """0, 1/2 or 1 for a prompt such as "five wolves": half for the number and half for the animal, if a vision-language model names it."""
 
     def __init__(self, vlm: str = VLM, device: str = "auto", dtype: str = "fp16", batch_size: int = 16):
-        """vlm: folder or hub id. device: auto is the pictures'. Raises ValueError for what is missing or damaged, before it is needed."""
+        """vlm: folder or hub id. device: auto is the pictures' device. Raises ValueError at once for what is missing or damaged."""
         self.vlm = VisionLanguageModel(vlm, device, dtype, batch_size)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -34,7 +34,7 @@ def parse_count(prompt: str) -> tuple[str, str]:
     """Number and animals of a prompt: ("five", "wolves"). Raises ValueError for another kind of prompt."""
     number, _, animals = prompt.partition(" ")
     if number not in NUMBERS or not animals:
-        raise ValueError(f"prompt {prompt!r}: vlm_counting's are a number from two to eight and a plural, as in prompts.name=counting")
+        raise ValueError(f"prompt {prompt!r}: valid for vlm_counting is a number from two to eight and a plural (prompts.name=counting)")
     return number, animals
 
 
@@ -44,7 +44,7 @@ def names_number(answer: str, number: str) -> bool:
 
 
 def names_animal(answer: str, animals: str) -> bool:
-    """Whether an answer contains the animal, in the plural or, for those of the prompt sets, in the singular."""
+    """Whether an answer contains the animal, in the plural or, for animals of the prompt sets, in the singular."""
     return any(_contains(answer, form) for form in (animals, _SINGULAR.get(animals, animals)))
 
 

@@ -14,10 +14,10 @@ class WeightedSum:
     """sum over rewards i of weight_i reward_i(images, prompts)."""
 
     def __init__(self, rewards: dict, timeout_s: float = 600.0):
-        """rewards: by its name, each one's weight, or {weight: ..., kwargs: {...}} for one that takes arguments; a server by its address.
+        """rewards: names with weights, or with {weight: ..., kwargs: {...}} if a reward takes arguments. A server's name is its address.
 
-        timeout_s: what a server may take. Raises ValueError, naming the reward at fault, for one that cannot be loaded, before any picture
-        is made.
+        timeout_s: what a server may take. Raises ValueError, naming the reward at fault, for a reward that cannot be loaded, before any
+        picture is made.
         """
         if not isinstance(rewards, dict) or not rewards:
             raise ValueError(f"reward.kwargs.rewards={rewards}: valid is {{name: weight, ...}} with at least one reward")
@@ -25,7 +25,7 @@ class WeightedSum:
             raise ValueError(f"reward.kwargs.timeout_s={timeout_s}: valid is a finite number > 0")
         self.parts = []
         self.needs_metadata = None
-        """The name of a part that cannot be called without metadata."""
+        """The name of a part that cannot be called without metadata; None if there is no such part."""
         for name, part in rewards.items():
             if not isinstance(name, str):
                 raise ValueError(f"reward.kwargs.rewards: {name} is no name of a reward")
@@ -41,14 +41,14 @@ class WeightedSum:
             self.needs_metadata = self.needs_metadata or needs_metadata(reward, name)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
-        """(B,) fp64 on the CPU; a picture that one of the rewards has no number for has none."""
+        """Returns (B,) fp64 on the CPU. A picture has no number if one of the rewards has none for it."""
         # a reward may change its images
         scores = [weight * call(reward, images.clone(), prompts, metadata) for weight, reward in self.parts]
         return torch.stack(scores).sum(0)
 
 
 def _weight(name: str, part: object, with_arguments: bool = True) -> float:
-    """What `rewards` says the weight is of one of them. Raises ValueError if it does not, or says more than there is."""
+    """The weight of one of the rewards. Raises ValueError if `rewards` has none, or has keys that do not exist."""
     keys = {"weight", "kwargs"} if with_arguments else {"weight"}
     given = part if isinstance(part, dict) else {"weight": part}
     weight = given.get("weight")

@@ -1,1 +1,1 @@
-"""How a reward is called: in this process, in one of its own, or on a server; and what rewards share."""
+"""Calls rewards: in this process, in a separate one, or on a server. Also has the code that rewards share."""

@@ -1,4 +1,4 @@
-"""What a reward may return: one number for each picture, in the forms that people return numbers in."""
+"""What a reward may return: one number for each picture, in any form that is usual for numbers."""
 
 import math
 import numbers
@@ -17,8 +17,8 @@ class NotNumbers(ValueError):
 def to_numbers(answer: object, count: int) -> Tensor:
     """The `count` numbers in a reward's answer: (count,) fp64 on the CPU. NaN stands for None, infinity for what fp64 cannot hold.
 
-    A list, tuple, array or tensor of any kind; axes of length 1 do not matter. Of (numbers, info), the form of ddpo-pytorch and TRL, the
-    dict or None `info` is left out. Raises NotNumbers.
+    answer: a list, tuple, array or tensor of any kind; axes of length 1 do not matter. It may also be (numbers, info), as in ddpo-pytorch
+    and TRL; info, a dict or None, is left out. Raises NotNumbers.
     """
     if isinstance(answer, tuple) and len(answer) == 2:
         several = isinstance(answer[0], list | tuple) or getattr(answer[0], "ndim", 0) > 0
@@ -39,13 +39,13 @@ def to_numbers(answer: object, count: int) -> Tensor:
 
 
 def _nested(answer: object, count: int, valid: str) -> object:
-    """Lists in lists, of what may be arrays, or lists of arrays."""
+    """The answer, which may be an array or lists of arrays, as lists in lists."""
     if isinstance(answer, Tensor):
         answer = answer.detach()
     elif hasattr(answer, "__array__"):
         answer = np.asanyarray(answer)
     if isinstance(answer, Tensor | np.ndarray):
-        if math.prod(answer.shape) > count:  # pictures, say: millions of numbers
+        if math.prod(answer.shape) > count:  # perhaps pictures, which have millions of numbers
             raise NotNumbers(f"{_named(answer)} of shape {tuple(answer.shape)}{valid}")
         if isinstance(answer, np.ndarray) and answer.dtype.kind in "mM":
             raise NotNumbers(f"{_named(answer)} of {answer.dtype}{valid}")

@@ -1,4 +1,4 @@
-"""How much of a sentence another one says, by a text encoder: the recall of BERTScore (arXiv:1904.09675)."""
+"""How much of a sentence another sentence says, judged by a text encoder: the recall of BERTScore (arXiv:1904.09675)."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ from ddpo_fast.scoring.pretrained import load, load_model
 class BertRecall:
     """1/|x| sum over tokens i of the reference x of max over tokens j of the candidate y of cos(x_i, y_j), in fp32.
 
-    x_i, y_j are the hidden states of one layer. The reference's first and last token, [CLS] and [SEP], do not count; no idf weights, no
-    rescaling. The bert-score package gives the same numbers; it does not run with transformers 5 (0.3.13).
+    x_i, y_j are the hidden states of one layer. The reference's first and last token, [CLS] and [SEP], do not count. There are no idf
+    weights and no rescaling. The bert-score package gives the same numbers, but its version 0.3.13 does not run with transformers 5.
     """
 
     def __init__(self, bert: str, layer: int):
-        """bert: folder or hub id of a BERT, RoBERTa or DeBERTa. layer: which one's output. Raises ValueError for what is not there."""
+        """bert: folder or hub id of a BERT, RoBERTa or DeBERTa. layer: whose output is used. Raises ValueError for what is not there."""
         valid = "a folder or hub id of a text encoder such as microsoft/deberta-xlarge-mnli"
         self.tokenizer = load(AutoTokenizer.from_pretrained, bert, "reward.kwargs.bert", valid)
         self.model = load_model(AutoModel, bert, "reward.kwargs.bert", valid, "fp32", unused=("pooler.",))

@@ -1,4 +1,4 @@
-"""A reward, (images (B, 3, H, W) fp32 in [0, 1], prompts: B strings) -> (B,) numbers: finding it by its name and calling it."""
+"""Finds a reward by its name and calls it. A reward is (images (B, 3, H, W) fp32 in [0, 1], prompts: B strings) -> (B,) numbers."""
 
 import asyncio
 import copy
@@ -23,7 +23,7 @@ from ddpo_fast.memory import is_out_of_memory
 from ddpo_fast.rewards import CHOICES, attribute
 from ddpo_fast.scoring.answer import NotNumbers, to_numbers
 
-# a process that is forked has none of the threads that this one computes with, and would wait for them
+# a forked process lacks the threads that torch computes with here, and would wait for them
 os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
@@ -31,8 +31,8 @@ def load_reward(name: str, kwargs: dict, without_metadata: str | None = None) ->
     """The reward (images, prompts) of a name, given its arguments.
 
     The name is that of a file in rewards/, `path/to/file.py:function` or `package.module:function`.
-    In place of a function there may be a class, what must be loaded once: the reward is then its instance, made with the arguments.
-    Either may take `metadata` besides. without_metadata: an option whose prompts have none, so that a reward must not need it.
+    A class may take the function's place if something has to be loaded once. The reward is then an instance, made with the arguments.
+    Either may also take `metadata`. without_metadata: the option of prompts that have no metadata; the reward must not need it then.
     Raises ValueError, naming the option, when there is no such function or it does not take (images, prompts, **kwargs).
     """
     source, function_name = reward_source(name)
@@ -40,7 +40,7 @@ def load_reward(name: str, kwargs: dict, without_metadata: str | None = None) ->
         raise ValueError(f"reward.name={name}: {_VALID}")
     if source.endswith(".py") and not os.path.isfile(source):
         raise ValueError(f"reward.name={name}: there is no file {source}")
-    # where the module's own imports are looked for, after everything else
+    # the module's own imports are looked for here, after all other places
     folder = str(Path(source).resolve().parent if source.endswith(".py") else Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
@@ -74,7 +74,7 @@ def load_reward(name: str, kwargs: dict, without_metadata: str | None = None) ->
 
 
 def reward_source(name: str) -> tuple[str, str]:
-    """The file or module of a reward, and the function or class in it; both are empty where the name is no reward's."""
+    """The file or module of a reward, and the function or class in it; both are empty if the name is not that of a reward."""
     source, _, function_name = (f"ddpo_fast.rewards.{name}:{name}" if name in CHOICES else name).rpartition(":")
     return source, function_name
 
@@ -83,7 +83,7 @@ def _make(name: str, reward: type, kwargs: dict) -> Callable:
     try:
         instance = reward(**kwargs)
     except (Exception, SystemExit) as error:
-        if isinstance(error, ValueError) and str(error).startswith("reward."):  # one of ours, which names the option
+        if isinstance(error, ValueError) and str(error).startswith("reward."):  # an error of our own rewards, which names the option
             raise
         raise ValueError(f"reward.name={name}: {reward.__name__}(**kwargs) raised {_said(error)}") from error
     try:
@@ -94,7 +94,7 @@ def _make(name: str, reward: type, kwargs: dict) -> Callable:
 
 
 def _metadata_parameter(reward: Callable) -> inspect.Parameter | None:
-    """The parameter `metadata`; None if there is none, or reward.kwargs sets it."""
+    """A reward's parameter `metadata`; None if it has none, or if reward.kwargs sets it."""
     if isinstance(reward, partial) and "metadata" in reward.keywords:
         return None
     parameter = inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward).parameters.get("metadata")
@@ -102,12 +102,12 @@ def _metadata_parameter(reward: Callable) -> inspect.Parameter | None:
 
 
 def _with_metadata(reward: Callable, metadata: list[dict] | None) -> dict:
-    """The argument that a reward takes besides: copies, which it may change; none if it takes no metadata."""
+    """The argument `metadata` for a reward, as copies, which it may change; empty if it takes no metadata."""
     return {} if _metadata_parameter(reward) is None else {"metadata": metadata and [copy.deepcopy(entry) for entry in metadata]}
 
 
 def needs_metadata(reward: Callable, name: str) -> str | None:
-    """The name of what cannot be called without metadata: the reward, or a part of it."""
+    """The name of what cannot be called without metadata, the reward or a part of it; None if there is nothing."""
     parameter = _metadata_parameter(reward)
     return name if parameter is not None and parameter.default is parameter.empty else getattr(reward, "needs_metadata", None)
 
@@ -116,10 +116,10 @@ _of_thread = threading.local()
 
 
 def event_loop() -> asyncio.AbstractEventLoop:
-    """This thread's event loop, the same for all calls: what a reward opens in one, such as a session, it may use in the next."""
+    """This thread's event loop, the same in all calls: what a reward opens in one call, such as a session, it can use in the next."""
     if not hasattr(_of_thread, "loop") or _of_thread.loop.is_closed():
         _of_thread.loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(_of_thread.loop)  # which asyncio.run takes away
+    asyncio.set_event_loop(_of_thread.loop)  # asyncio.run takes it away
     return _of_thread.loop
 
 
@@ -132,8 +132,8 @@ def close_event_loop() -> None:
 def _load_file(file: Path) -> ModuleType:
     """The module in a file, which is executed once for all parts of a reward.
 
-    The module has the name that `import` finds it by, as the workers of a process pool do. Where another module has that name, it has a
-    name of its own, which no worker can import.
+    The module gets the name by which `import` finds it, because the workers of a process pool import it. If that name belongs to another
+    module, it gets a different one, which no worker can import.
     """
     files = vars(_of_thread).setdefault("files", {})
     if file in files:
@@ -151,7 +151,7 @@ def _finds(file: Path) -> bool:
     """Whether `import` of a file's name finds that file."""
     try:
         spec = importlib.util.find_spec(file.stem)
-    except (ImportError, ValueError):  # what is before a dot is no package; the main module
+    except (ImportError, ValueError):  # what is before a dot is not a package; or it is the main module
         return False
     return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == file
 
@@ -167,7 +167,7 @@ def _said(error: BaseException) -> str:
 
 
 def place(frames: traceback.StackSummary) -> str:
-    """Which line of the user's own code is the last one in the frames: neither Python's, nor a package's, nor ours."""
+    """The last line in the frames that is the user's own code, not Python's, a package's or ours."""
     others = (*sysconfig.get_paths().values(), str(Path(__file__).parents[1]), "<")
     own = [frame for frame in frames if not frame.filename.startswith(others)]
     return f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
@@ -178,18 +178,18 @@ class RewardError(RuntimeError):
 
 
 class RewardMemoryError(RewardError):
-    """A call that ran out of memory; it may do better when nothing is denoised beside it."""
+    """A call that ran out of memory. It may succeed later, while nothing is being denoised."""
 
 
 def call(reward: Callable, images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
     """Calls a reward on the images' device, without gradient, and checks its answer. Returns (B,) fp64 on the CPU.
 
-    metadata: B JSON objects for one that takes them; None where the prompts have none, then it is called without.
+    metadata: B JSON objects for a reward that takes them; None if the prompts have none; then the reward is called without.
     An `async def` is awaited. What fp32 cannot hold becomes infinite. Raises RewardError, caused by what the function raised,
-    sys.exit() included; that is a RewardMemoryError if memory ran out.
+    sys.exit() included. It is a RewardMemoryError if memory ran out.
     """
     if images.is_cuda:
-        torch.cuda.set_device(images.device)  # the current device is a thread's own
+        torch.cuda.set_device(images.device)  # each thread has its own current device
     try:
         with torch.no_grad():
             loop = event_loop()

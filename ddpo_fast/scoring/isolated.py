@@ -1,6 +1,6 @@
-"""A reward function in a process of its own: a crash, an exit or a hang of it costs one batch.
+"""Runs a reward function in a separate process, so that a crash, an exit or a hang costs one batch.
 
-The process is started anew for the next batch. It ends with the trainer, whatever ends that.
+A new process is started for the next batch. It ends when the trainer ends, whatever the reason.
 """
 
 import faulthandler
@@ -25,13 +25,13 @@ from ddpo_fast.scoring.function import RewardError, call, load_reward
 from ddpo_fast.terminal import steady_streams
 
 START_TIMEOUT_S = 300.0
-"""What the process may take to start and to import the function's module, unless reward.timeout_s is longer."""
+"""Time for the process to start and to import the function's module, unless reward.timeout_s is longer."""
 
 
 class IsolatedReward:
-    """Calls a reward function in a process of its own, on the same device and with as many threads, so with the same answer.
+    """Calls a reward function in a separate process, on the same device and with as many threads, so that the answer is the same.
 
-    Not by multiprocessing's spawn: that would import the trainer, DeepSpeed and all, 5 s more of every start.
+    multiprocessing's spawn does not start it: that would import the trainer with DeepSpeed, 5 s more for every start.
     """
 
     def __init__(self, name: str, kwargs: dict, timeout_s: float, without_metadata: str | None = None):
@@ -58,17 +58,17 @@ class IsolatedReward:
 
     def _start(self) -> None:
         self.connection, theirs = Pipe()
-        lifeline, ours = os.pipe()  # only this process has its writing end, so it is closed when this process ends
+        lifeline, ours = os.pipe()  # only this process has the writing end, which is closed when this process ends
         fds = theirs.fileno(), lifeline
-        # not by PYTHONPATH, which other programs that the function starts would have, too
+        # not by PYTHONPATH: other programs that the function starts would get it, too
         program = f"import sys; sys.path[:] = {sys.path}; from ddpo_fast.scoring.isolated import serve; serve{fds}"
-        # a session of its own: Ctrl-C at the terminal is the trainer's, and what the function has started is of its group
+        # a session of its own: Ctrl-C at the terminal reaches only the trainer, and what the function starts is in the process's group
         command = [sys.executable, "-Pu", "-c", program]
         self.process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True)
         theirs.close()
         os.close(lifeline)
         self.close = weakref.finalize(self, _close, self.process, self.connection, ours)
-        """Ends the process; so does the end of this object."""
+        """Ends the process. This also happens when this object is gone."""
         limit = max(START_TIMEOUT_S, self.timeout_s)
         try:
             with self._limit(limit, f"its process took longer than {limit:g} s to start"):
@@ -90,7 +90,7 @@ class IsolatedReward:
         try:
             yield
         except (EOFError, OSError):
-            _kill(self.process)  # it may have closed the connection and live
+            _kill(self.process)  # it may have closed the connection and still run
             status = self.process.wait()
             cause = f"ended with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
             raise RewardError(message if late.is_set() else f"the reward's process {cause}") from None
@@ -99,15 +99,15 @@ class IsolatedReward:
 
 
 def _show(process: subprocess.Popen) -> None:
-    """Has the process write to standard error which line each of its threads is at, also where one of them never gives up the GIL."""
+    """Makes the process write to standard error which line each of its threads is at, even if a thread never gives up the GIL."""
     with suppress(ProcessLookupError):
         process.send_signal(signal.SIGQUIT)
-        time.sleep(1.0)  # which a busy machine may need for it
+        time.sleep(1.0)  # a busy machine may need that long
 
 
 def _kill(process: subprocess.Popen) -> None:
     """Kills the process and those that it has started."""
-    if process.returncode is None:  # until then its group's number is no other's
+    if process.returncode is None:  # until then no other group can have its number
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
@@ -126,9 +126,9 @@ def serve(connection: int, lifeline: int) -> None:
         os.set_inheritable(descriptor, False)
     faulthandler.enable()  # a crash shows where it was
     faulthandler.register(signal.SIGQUIT)  # see `_show`
-    # DeepSpeed's launcher sends it to all that a rank has started when that is to save a checkpoint, with this function's numbers
+    # to have a rank save a checkpoint, DeepSpeed's launcher sends SIGTERM to the rank's children, too; the rank still needs this one
     handle_here(signal.SIGTERM, lambda number, frame: None)
-    # when the trainer has ended, SIGIO ends this process and those it has started, also one that never gives up the GIL
+    # when the trainer has ended, SIGIO ends this process and those it has started, even one that never gives up the GIL
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
     with Connection(connection) as connection, suppress(EOFError):
@@ -137,7 +137,7 @@ def serve(connection: int, lifeline: int) -> None:
         try:
             reward = load_reward(*options)
         except ValueError as error:
-            connection.send(ValueError(str(error)))  # a class of the reward's own cannot be read at the other end
+            connection.send(ValueError(str(error)))  # the other end cannot read a class that the reward defines
             return
         connection.send(None)
         while True:
@@ -145,12 +145,12 @@ def serve(connection: int, lifeline: int) -> None:
             pixels = bytearray(4 * shape.numel())
             connection.recv_bytes_into(pixels)
             images = torch.frombuffer(pixels, dtype=torch.float32).view(shape)
-            # sums are rounded in the order of memory
+            # the order in memory decides how sums are rounded
             images = images.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
             try:
                 answer = call(reward, images, prompts, metadata).tolist()
             except RewardError as error:
                 if error.__cause__:
-                    traceback.print_exception(error.__cause__)  # which is lost on the way through the pipe
+                    traceback.print_exception(error.__cause__)  # the pipe does not carry it
                 answer = error
             connection.send(answer)

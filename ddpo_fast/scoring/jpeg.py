@@ -15,7 +15,7 @@ QUALITY = 95
 def jpeg_kilobytes(images: Tensor) -> Tensor:
     """Size of each picture as a JPEG of quality 95, in kB (1,000 bytes), at the picture's own resolution.
 
-    images: (B, 3, H, W) in [0, 1]; rounded to 8 bits. Returns (B,) fp32. OpenCV writes the bytes that Pillow does, frees
+    images: (B, 3, H, W) in [0, 1]; rounded to 8 bits. Returns (B,) fp32. OpenCV writes the same bytes as Pillow, frees
     the GIL while it works, and is twice as fast.
     """
 

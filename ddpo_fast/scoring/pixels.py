@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 MAX_PIXELS = 2**27
-"""Of all pictures of a batch together: 512 of 512x512. A PNG file of some kB can claim to have more."""
+"""Most pixels of all pictures of a batch together: 512 pictures of 512x512. A PNG file of a few kB can claim to have more."""
 
 
 def to_pixels(images: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pretrained networks for rewards: loading transformers' checkpoints, and pictures as CLIP wants them."""
+"""Pretrained networks for rewards: loads transformers' checkpoints, and prepares pictures for CLIP."""
 
 import logging
 import re
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-transformers.logging.set_verbosity_error()  # what is wrong with a checkpoint is raised, in one line, by `load_model`
+transformers.logging.set_verbosity_error()  # `load_model` raises errors of a checkpoint instead, in one line
 transformers.logging.disable_progress_bar()
 
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 def load(from_pretrained: Callable, source: str, option: str, valid: str, **kwargs) -> Any:
-    """`from_pretrained(source)` without weights, a folder or a hub id.
+    """`from_pretrained(source)` of something without weights. source: a folder or a hub id.
 
-    Raises ValueError: what the option `option` names is not there or not `valid`.
+    Raises ValueError, naming the option `option`, if it is not there or not `valid`.
     """
     with _or_valid(valid):
         folder = local_folder(option, source)
@@ -33,9 +33,9 @@ def load(from_pretrained: Callable, source: str, option: str, valid: str, **kwar
 
 
 def load_model(cls: type, source: str, option: str, valid: str, dtype: str, unused: tuple[str, ...] = ()) -> nn.Module:
-    """A frozen network on the CPU, with all of its weights from the checkpoint but those whose names begin with what is `unused`.
+    """A frozen network on the CPU. The checkpoint has to have all weights except those whose names begin with an entry of `unused`.
 
-    The weights are the plain ones, or the only variant. transformers reads a .bin as data alone. Raises ValueError as `load` does.
+    The weights are the plain ones, or the only variant. transformers reads a .bin without running code. Raises ValueError as `load` does.
     """
     if dtype not in DTYPES:
         raise ValueError(f"reward.kwargs.dtype={dtype}: valid is {', '.join(DTYPES)}")
@@ -57,7 +57,7 @@ def load_model(cls: type, source: str, option: str, valid: str, dtype: str, unus
 
 @contextmanager
 def _or_valid(valid: str) -> Iterator[None]:
-    """Inside, a ValueError is told what is valid as well."""
+    """Inside, a ValueError's message is extended by what is valid."""
     try:
         yield
     except ValueError as error:
@@ -65,7 +65,7 @@ def _or_valid(valid: str) -> Iterator[None]:
 
 
 def check_device(device: str) -> torch.device | None:
-    """The device of an argument `device`; None for "auto", the pictures'. Raises ValueError for what is no device here."""
+    """The device that an argument `device` names; None for "auto", the pictures' device. Raises ValueError if there is none such here."""
     if device == "auto":
         return None
     try:
@@ -82,14 +82,14 @@ def check_batch_size(batch_size: int) -> int:
 
 
 class ClipPixels:
-    """What a CLIP image processor does with a picture, by its preprocessor_config.json, on tensors and on their device.
+    """Does with tensors, on their device, what a CLIP image processor does with a picture by its preprocessor_config.json.
 
-    Rounds to 8 bits, resizes with antialiasing, crops the centre, (x - mean) / std for each channel. As Pillow does, it resizes the
-    width, then the height, and clamps and rounds after each: in one go, sharp edges would come out otherwise by up to 17 of 255 levels.
+    Rounds to 8 bits, resizes with antialiasing, crops the centre, computes (x - mean) / std for each channel. Like Pillow, it resizes the
+    width, then the height, and clamps and rounds after each. In one step, sharp edges would differ by up to 17 of 255 levels.
     """
 
     def __init__(self, source: str, option: str):
-        """Raises ValueError if there is no processor in the folder or hub id `source`, or one that does something else."""
+        """Raises ValueError if the folder or hub id `source` has no processor, or one that does something else."""
         valid = "a folder or hub id of a CLIP model with its preprocessor_config.json"
         config, _ = load(transformers.ImageProcessingMixin.get_image_processor_dict, source, option, valid)
         try:

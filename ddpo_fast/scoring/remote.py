@@ -1,8 +1,8 @@
 """A reward over HTTP: POST of {"images": [PNG in base64, ...], "prompts": [...]}, answer {"rewards": [...]}; see docs/rewards.md.
 
-Where the prompts have metadata, "metadata": [...] goes with them.
+If the prompts have metadata, the request has "metadata": [...], too.
 
-The server is not trusted: its answer is numbers or nothing.
+The server is not trusted: nothing but numbers is taken from its answer.
 """
 
 import base64
@@ -20,11 +20,11 @@ from ddpo_fast.scoring.function import RewardError
 from ddpo_fast.scoring.pixels import encode_png
 
 TOKEN_VARIABLE = "DDPO_REWARD_TOKEN"
-"""Environment variable with the token that client and server share; no option, so that it is in no config.yaml and no process list."""
+"""Environment variable with the token that client and server share. It is not an option: those are in config.yaml and in process lists."""
 MAX_ANSWER_BYTES = 2**20
 CONNECT_TIMEOUT_S = 10.0
 BACKOFF_S = (0.5, 1, 2, 4, 8, 16)
-"""Pauses before a request is sent again: a server has half a minute to come back."""
+"""Pauses before a request is sent again. Together they give a server half a minute to come back."""
 
 
 def read_token() -> str:
@@ -39,12 +39,12 @@ class RemoteReward:
     """Sends pictures to a reward server and takes numbers back: (images, prompts, metadata) -> list of B floats."""
 
     def __init__(self, url: str, timeout_s: float):
-        """Raises ValueError if `url` is no address or has a password in it."""
+        """Raises ValueError if `url` is not an address or has a password in it."""
         try:
             address = parse_url(url)
         except urllib3.exceptions.LocationParseError:
             address = urllib3.util.Url()
-        if address.auth is not None:  # not repeated: it would be in the log
+        if address.auth is not None:  # not repeated in the error, which goes to the log
             raise ValueError(f"reward.name: valid is an address without user name and password; a token goes into {TOKEN_VARIABLE}")
         if not address.host:
             raise ValueError(f"reward.name={url}: valid is an address such as http://127.0.0.1:8000/")
@@ -56,15 +56,15 @@ class RemoteReward:
         self.http = urllib3.PoolManager(retries=False)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> list[float]:
-        """Raises RewardError for anything but B numbers. NaN stands for null, a server's word for no reward.
+        """Raises RewardError for anything but B numbers. null, which a server sends for no reward, becomes NaN.
 
-        Without an answer, or after one that says that the server is busy or broken (429, 5xx), the pictures are sent again.
+        The pictures are sent again if there is no answer, or one that says that the server is busy or broken (429, 5xx).
         """
         deadline = time.monotonic() + self.timeout_s
         request = {"images": [base64.b64encode(file).decode() for file in encode_png(images)], "prompts": prompts}
         if metadata is not None:
             request["metadata"] = metadata
-        for pause_s in (*BACKOFF_S, math.inf):  # urllib3's own retries know no deadline
+        for pause_s in (*BACKOFF_S, math.inf):  # urllib3's own retries have no deadline
             try:
                 status, body = self._post(json.dumps(request).encode(), deadline)
             except urllib3.exceptions.HTTPError as error:

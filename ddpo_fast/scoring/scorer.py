@@ -1,6 +1,6 @@
-"""Rewards: what scores pictures, (images (B, 3, H, W) fp32 in [0, 1], prompts: B strings) -> (B,) numbers, higher is better.
+"""Scores pictures by a reward, (images (B, 3, H, W) fp32 in [0, 1], prompts: B strings) -> (B,) numbers, higher is better.
 
-Where the prompts have metadata, one that takes it gets `metadata`, B JSON objects, besides.
+If the prompts have metadata, a reward that takes it also gets `metadata`, B JSON objects.
 """
 
 import logging
@@ -21,15 +21,15 @@ from ddpo_fast.scoring.threaded import ThreadedReward, in_background
 logger = logging.getLogger(__name__)
 
 Metadata = list[dict] | None
-"""B JSON objects, {} of a prompt that has nothing; None where there is no metadata at all."""
+"""B JSON objects, {} for a prompt that has none; None if there is no metadata at all."""
 Reward = Callable[..., Tensor]
 """(images, prompts, metadata=None) -> (B,) fp64 on the CPU; a failed call raises RewardError, after its timeout at the latest."""
 
 
 def open_reward(name: str, kwargs: dict, timeout_s: float, isolate: bool, without_metadata: str | None = None) -> Reward:
-    """The reward of a name: called in this process or, with `isolate`, in one of its own, or the server at an http address.
+    """The reward of a name. It is called in this process, or in a separate one with `isolate`; if the name is an http address, on a server.
 
-    without_metadata: see `load_reward`; a server is not asked. Raises ValueError, naming the option at fault.
+    without_metadata: see `load_reward`; not checked for a server. Raises ValueError, naming the option at fault.
     """
     if is_address(name):
         if isolate:
@@ -50,14 +50,14 @@ _last_failure = ""
 
 
 def last_failure() -> str:
-    """Why the last batch that has not all its rewards has not; empty if there is none."""
+    """Why rewards are missing in the last batch where some are; empty if there is no such batch."""
     return _last_failure
 
 
 def score_or_nan(reward: Reward, images: Tensor, prompts: list[str], metadata: Metadata = None, last: bool = True) -> Tensor:
     """A batch's rewards. A call that fails is logged and gives NaN, which leaves its samples out of the update.
 
-    Raises RewardMemoryError for want of memory, unless it is the `last` attempt.
+    Raises RewardMemoryError if memory runs out, unless this is the `last` attempt.
     """
     global _last_failure
     try:
@@ -77,16 +77,16 @@ def score_or_nan(reward: Reward, images: Tensor, prompts: list[str], metadata: M
 class Scorer:
     """Scores batches of pictures in order, one at a time, while the caller goes on.
 
-    A batch for which there is no memory meanwhile is scored when the caller waits.
+    A batch that runs out of memory is scored again when the caller waits.
     """
 
     def __init__(self, reward: Reward):
         self.reward = reward
         self.scored: list[Future[Tensor | tuple[Tensor, list[str], Metadata]]] = []
-        """Rewards, or the batch that there was no memory for."""
+        """The rewards of each batch, or the batch itself if it ran out of memory."""
 
     def add(self, images: Tensor, prompts: list[str], metadata: Metadata = None) -> None:
-        """Begins to score a batch, once the batch before is done: a reward need not be thread-safe, nor pictures pile up."""
+        """Begins to score a batch when the batch before is done. So a reward need not be thread-safe, and pictures do not pile up."""
         wait(self.scored[-1:])
         self.scored.append(in_background("scorer", self._score, images, prompts, metadata))
 
@@ -97,7 +97,7 @@ class Scorer:
             return images, prompts, metadata
 
     def rewards(self) -> Tensor:
-        """All batches' rewards in the order they were added in, when the last is done: (B,) fp64, on the CPU."""
+        """Waits for all batches. Returns their rewards in the order in which they were added: (B,) fp64, on the CPU."""
         results = [rewards.result() for rewards in self.scored]
         if any(isinstance(result, tuple) for result in results):
             logger.warning("the reward ran out of memory beside the denoising: a smaller sample.batch_size saves scoring again")

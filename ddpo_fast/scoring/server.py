@@ -2,7 +2,7 @@
 
     ddpo-fast serve --reward.name path/to/file.py:function --port 8000
 
-docs/rewards.md has the format. With DDPO_REWARD_TOKEN set, it answers only who knows the token.
+docs/rewards.md has the format. With DDPO_REWARD_TOKEN set, it answers only clients that know the token.
 """
 
 import base64
@@ -32,13 +32,13 @@ LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Answers POST requests with a reward's numbers. Requests are read side by side and scored one at a time."""
+    """Answers POST requests with a reward's numbers. Requests are read in parallel and scored one at a time."""
 
     daemon_threads = True
     request_queue_size = 128  # a trainer's ranks all come at once
 
     def __init__(self, reward: Reward, host: str, port: int):
-        """`port` 0 is any free one. Raises ValueError for other machines without a token, OSError if the port is taken."""
+        """`port` 0 is any free one. Raises ValueError if other machines may ask and there is no token, OSError if the port is taken."""
         self.reward, self.token, self.lock = reward, read_token(), threading.Lock()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if host not in LOOPBACK and not self.token:
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         user_error(" ".join(str(error).split()))
     with server:
         print(f"{options.reward.name} at http://{options.host}:{server.server_port}/", flush=True)
-        for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background job begins with it ignored
+        for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT, too: a shell's background job starts with it ignored
             handle_here(number, lambda number, frame: sys.exit(128 + number))
         server.serve_forever()
 

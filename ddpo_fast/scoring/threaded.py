@@ -1,4 +1,4 @@
-"""A reward in a thread of this process, which it may disturb as little as can be."""
+"""Runs a reward in a thread of this process, and keeps it from disturbing the process."""
 
 import logging
 import os
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class ThreadedReward:
     """A reward that one thread loads and calls, so that what belongs to a thread, such as an event loop, works in every call.
 
-    The thread is not the main one, which the caller keeps, and it is a daemon: it does not keep the program from ending. A call that
-    outlasts its time cannot be ended. Its thread is left behind, and a new one takes over.
+    The thread is not the main one, which the caller needs. It is a daemon, so that it does not keep the program from ending. A call that
+    takes too long cannot be ended. Its thread is left behind, and a new one takes over.
     """
 
     def __init__(self, load: Callable[[], Callable], timeout_s: float):
@@ -37,7 +37,7 @@ class ThreadedReward:
             self.reward = self.thread.submit(_loaded, load, device).result()
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
-        """`call`, in the thread. Raises RewardError, also when it outlasts `timeout_s`."""
+        """Makes a `call` in the thread. Raises RewardError if it fails, or takes longer than `timeout_s`."""
         with self.surroundings.kept():
             rewards = self.thread.submit(call, self.reward, images, prompts, metadata)
             if wait([rewards], self.timeout_s).not_done:
@@ -47,12 +47,12 @@ class ThreadedReward:
         try:
             return rewards.result()
         finally:
-            del rewards  # else a cycle, by way of its exception's traceback, keeps the images
+            del rewards  # otherwise a reference cycle through its exception's traceback keeps the images
 
 
 def _loaded(load: Callable[[], Callable], device: int | None) -> Callable:
     if device is not None:
-        torch.cuda.set_device(device)  # the current device is a thread's own
+        torch.cuda.set_device(device)  # each thread has its own current device
     return load()
 
 
@@ -73,7 +73,7 @@ class Thread:
         return future
 
     def place(self) -> str:
-        """Which line of the user's own code it is at."""
+        """The line of the user's own code that the thread is at."""
         frame = sys._current_frames().get(self.thread.ident)
         return place(traceback.extract_stack(frame)) if frame else ""
 
@@ -81,7 +81,7 @@ class Thread:
 def _make_calls(calls: queue.SimpleQueue) -> None:
     while task := calls.get():
         _make(*task)
-        del task  # which would keep the images
+        del task  # it would keep the images
     close_event_loop()
 
 
@@ -99,7 +99,7 @@ def in_background(name: str, function: Callable, *args) -> Future:
 
 
 class Surroundings:
-    """What a reward shares with the trainer, whose process it is in."""
+    """The state of the process, which a reward shares with the trainer."""
 
     def __init__(self):
         self.directory: str | None = None
@@ -108,9 +108,9 @@ class Surroundings:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Puts back what the block changes. A reward finds its working directory as it left it; of other changes a line tells."""
+        """Undoes what the block changes. A reward gets its own working directory back in its next call. Other changes are logged once."""
         directory, streams, settings = _directory(), (sys.stdout, sys.stderr), _settings()
-        with suppress(OSError):  # a temporary one that is gone
+        with suppress(OSError):  # a temporary directory may be gone
             if self.directory is not None:
                 os.chdir(self.directory)
         try:
@@ -135,10 +135,10 @@ class Surroundings:
 
 
 def _settings() -> dict[str, tuple[Callable, object]]:
-    """What a whole process has one of and the trainer depends on: how it is set, and what it is."""
+    """Settings of the process that the trainer depends on, each with the function that sets it and its value."""
     errors = [rule for rule in warnings.filters if rule[0] == "error"]
     return {
-        "the level of logging.disable": (logging.disable, logging.root.manager.disable),  # first, or nothing of the others is said
+        "the level of logging.disable": (logging.disable, logging.root.manager.disable),  # first, so that the others can be logged
         "torch's default dtype": (torch.set_default_dtype, torch.get_default_dtype()),
         "torch.use_deterministic_algorithms": (torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled()),
         "torch.backends.cudnn.benchmark": (partial(setattr, torch.backends.cudnn, "benchmark"), torch.backends.cudnn.benchmark),
@@ -158,5 +158,5 @@ def _directory() -> str | None:
 
 
 def _opened(stream, number: int):
-    """A standard stream, anew if it has been closed."""
+    """A standard stream, opened again if it has been closed."""
     return open(number, "w", buffering=1, closefd=False) if getattr(stream, "closed", False) else stream

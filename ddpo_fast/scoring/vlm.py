@@ -25,7 +25,7 @@ class VisionLanguageModel:
         self.processor = load(AutoProcessor.from_pretrained, vlm, "reward.kwargs.vlm", _VALID)
         if getattr(self.processor, "chat_template", None) is None:
             raise ValueError(f"reward.kwargs.vlm={vlm}: its processor has no chat template; valid is {_VALID}")
-        self.processor.tokenizer.padding_side = "left"  # where a new token belongs is the right
+        self.processor.tokenizer.padding_side = "left"  # new tokens go to the right
         self.model = load_model(AutoModelForImageTextToText, vlm, "reward.kwargs.vlm", _VALID, dtype)
 
     def answers(self, images: Tensor, questions: list[str]) -> list[str]:
@@ -40,7 +40,7 @@ class VisionLanguageModel:
 
     def _answer(self, pictures: list[Image.Image], questions: list[str], device: torch.device) -> list[str]:
         texts = [self._prompted(question) for question in questions]
-        begun = str(self.processor.tokenizer.bos_token)  # which some templates write, and others leave to the tokenizer
+        begun = str(self.processor.tokenizer.bos_token)  # some templates write it, others leave it to the tokenizer
         inputs = self.processor(
             images=pictures, text=texts, padding=True, return_tensors="pt", add_special_tokens=not texts[0].startswith(begun)
         ).to(device, self.model.dtype)
@@ -54,6 +54,6 @@ class VisionLanguageModel:
 
 
 def through_jpeg(rgb: np.ndarray) -> Image.Image:
-    """A picture (H, W, 3) uint8 as it is after JPEG compression."""
+    """A picture (H, W, 3) uint8 after JPEG compression."""
     jpeg = cv2.imencode(".jpg", rgb[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
     return Image.fromarray(cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[:, :, ::-1])
