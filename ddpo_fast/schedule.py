@@ -211,13 +211,17 @@ class Denoising:
 
         An evaluation has no window: each of its pictures is to be the same in every iteration. Raises ValueError, see `Schedule.of`.
         """
-        own = {} if evaluation is None else {name: getattr(evaluation, name) for name in ("sampler", "num_steps", "guidance_scale")}
-        sampler, num_steps, guidance_scale = (
-            getattr(options, name) if own.get(name) is None else own[name] for name in ("sampler", "num_steps", "guidance_scale")
-        )
-        window = Window.of(options.window if evaluation is None else None, num_steps)
-        made = cls(Levels.of_steps(scheduler, num_steps), sampler, options.eta, guidance_scale, window, torch.device(device))
-        made.schedule(0, 1)
+        chosen = {name: getattr(options, name) for name in ("sampler", "num_steps", "guidance_scale")}
+        if evaluation is not None:
+            chosen |= {name: getattr(evaluation, name) for name in chosen if getattr(evaluation, name) is not None}
+        window = Window.of(options.window if evaluation is None else None, chosen["num_steps"])
+        try:
+            levels = Levels.of_steps(scheduler, chosen["num_steps"])
+            made = cls(levels, chosen["sampler"], options.eta, chosen["guidance_scale"], window, torch.device(device))
+            made.schedule(0, 1)
+        except ValueError as error:
+            own = evaluation is not None and evaluation.num_steps is not None
+            raise ValueError(str(error).replace("sample.num_steps=", "eval.num_steps=") if own else str(error)) from None
         return made
 
     def schedule(self, seed: int, iteration: int) -> Schedule:

@@ -142,6 +142,12 @@ def test_evaluation_pictures_are_made_as_eval_says(options):
     assert rows[0]["eval_reward_mean"] == rows[1]["eval_reward_mean"] and rows[1]["ratio_error"] >= 0
 
 
+@pytest.mark.parametrize("option", ["sample.num_steps", "eval.num_steps"])
+def test_steps_that_the_model_does_not_have_are_the_option_s(options, option):
+    with pytest.raises(ValueError, match=f"^{option}=1001: valid is 1 to 1000"):
+        assemble(parse([*options(), f"--{option}=1001"]))
+
+
 def test_what_is_not_said_of_evaluation_is_as_in_sample(options):
     made = assemble(parse(options(sample__num_steps=4, sample__guidance_scale=2.5)))
     expected, found = made.schedule(1), made.evaluating.schedule(0, 1)

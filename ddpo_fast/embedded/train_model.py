@@ -339,8 +339,7 @@ def train_unet(args: argparse.Namespace) -> None:
         noise = torch.randn_like(clean)
         alpha = alphas[t, None, None, None]
         noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
-        embeds = networks["text_encoder"](ids).last_hidden_state
-        error = networks["unet"](noisy, t, embeds).sample - noise
+        error = networks["unet"](noisy, t, networks["text_encoder"](ids).last_hidden_state).sample - noise
         loss = (error.square().mean((1, 2, 3)) * loss_weight[t]).mean()
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min(1, (step + 1) / 200, 2 * (1 - clock.progress()) + 0.005)
