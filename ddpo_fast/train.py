@@ -113,13 +113,12 @@ def improve(run: Run, timer: StageTimer, iteration: int) -> dict[str, float]:
     rollout.good &= rewards[mine].isfinite().to(rollout.good.device)  # what has no reward is in no part of the loss
     with timer("train"):
         row = update(run, updates, rollout, credit, iteration)
-    gradient_s = sum(timer.seconds[stage] for stage in run.gradients.stages)
     return row | run.gradients.metrics() | {
         "reward_mean": good.mean().item(),
         "reward_std": good.std(correction=0).item(),
         "bad_rewards": len(rewards) - len(good),
         "images_per_s": len(rewards) / timer.seconds["sample"],
-        "transitions_per_s": row["transitions"] / gradient_s,
+        "transitions_per_s": row["transitions"] / sum(timer.seconds[stage] for stage in run.gradients.stages),
         "learning_rate": run.config.train.learning_rate,
     }  # fmt: skip
 

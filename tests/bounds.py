@@ -146,7 +146,7 @@ def moved(run_dir: Path) -> float:
 
 
 def _of_steps(schedule: Schedule, delta: float, eps: float) -> tuple[float, float, float]:
-    """Of a schedule the largest eta and the largest |log p| of its steps with a density, 0 without any; the final latents' relative error."""
+    """Of the steps with a density the largest eta and the largest |log p|, 0 without any; of the final latents the relative error."""
     g, table = schedule.guidance_scale, schedule.coefficients.double().abs()
     a = 1 if g == 1 else abs(g) + abs(g - 1)
     eta, size, error = 0.0, 1.0, 0.0

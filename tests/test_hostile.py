@@ -140,8 +140,8 @@ def test_a_state_that_cannot_be_is_damage(copy, state):  # noqa: F811
 
 
 PARTS = [
-    ("credit", '[1.5]', "3"),
-    ("credit", '[1.5]', '["x"]'),
+    ("credit", "[1.5]", "3"),
+    ("credit", "[1.5]", '["x"]'),
     ("credit", '"credit"', '"other"'),
     ("progress", '"device_hours": 0', '"device_hours": "x"'),
     ("progress", '"device_hours": 0, ', ""),
