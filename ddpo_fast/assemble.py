@@ -27,13 +27,13 @@ from ddpo_fast.networks.initial_lora import start_from
 from ddpo_fast.networks.scored_lora import score
 from ddpo_fast.pipelines.folders import Model, find_model
 from ddpo_fast.planning.plan import resolve_sizes
-from ddpo_fast.planning.work import Work, merges_lora, shares_guidance
+from ddpo_fast.planning.work import Work, denoisings, merges_lora, shares_guidance
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import EvaluationSet, Prompts, evaluation_sets, load_prompts
 from ddpo_fast.records import checkpoint, fingerprints
 from ddpo_fast.records.metrics import check_installed, tracker_fault
 from ddpo_fast.run import Directory, Run, Task
-from ddpo_fast.schedule import Denoising, Levels, Noising
+from ddpo_fast.schedule import Levels, Noising
 from ddpo_fast.scoring.isolated import START_TIMEOUT_S
 from ddpo_fast.scoring.scorer import open_reward
 from ddpo_fast.updates import activation_cache
@@ -65,7 +65,7 @@ class Start:
 def assemble(config: Config, claim: Claim | None = None) -> Run:
     """The parts of a config's run. Raises ValueError naming the option at fault.
 
-    claim: what takes the run's directory, before anything heavy is loaded; None for who wants the parts and no run.
+    claim: takes the run's directory before the model is loaded; None if the parts are wanted without a run.
     """
     start = begin(config, claim)
     config, policy = load_policy(start.config, start.model, start.ranks, start.device, start.ops)
@@ -87,8 +87,7 @@ def assemble(config: Config, claim: Claim | None = None) -> Run:
     else:
         cache = activation_cache.open_cache(split, policy, Work.of(config).rows, config.cache)
         gradients = Replay(policy, engine, objective, cache, room, config.train.micro_batch)
-    scheduler = policy.pipe.scheduler
-    denoising, evaluating = (Denoising.of(config.sample, scheduler, start.device, evaluation) for evaluation in (None, config.eval))
+    denoising, evaluating = denoisings(config, policy.pipe.scheduler, start.device)
     return Run(
         config, start.ranks, start.directory, start.task, policy, denoising, evaluating, start.ops, objective, gradients, engine, room,
         made_of,
@@ -99,8 +98,7 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
     """Checks what parsing could not, cheapest first, and joins the ranks. Raises ValueError naming the option at fault."""
     started_in = Path.cwd()
     model = find(config)
-    for evaluation in (None, config.eval):
-        Denoising.of(config.sample, model.scheduler, evaluation=evaluation)
+    denoisings(config, model.scheduler)
     model.check_networks()
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
     evaluations = evaluation_sets(config.eval, prompts)
@@ -161,7 +159,7 @@ def _claim_directory(config: Config, started_in: Path, claim: Claim | None) -> s
 
 
 def _checkpoint(config: Config, ranks: Ranks) -> Path:
-    """What a run continues from. Raises ValueError where there is nothing that can be used, or not on so many ranks."""
+    """The checkpoint that a run continues from. Raises ValueError if none can be used, or if it needs another number of ranks."""
     found = checkpoint.find(Path(config.run.dir), ranks.rank)
     before = checkpoint.read_state(found)["world_size"]
     sharded = config.zero.stage == 3 or config.zero.stage > 0 and config.optimizer.name != "adamw"

@@ -165,7 +165,7 @@ class Claim:
 
 @contextmanager
 def only_run() -> Iterator[Claim]:
-    """The claim of the only run of this process, which ends as a user's mistake where one is going on in another thread."""
+    """A claim for a run. If another thread of this process has a run going on, the program ends with an error."""
     if not _one_run.acquire(blocking=False):
         user_error("a run is going on in this process, in another thread; valid is one after the other, or a process for each")
     try:

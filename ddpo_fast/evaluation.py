@@ -43,7 +43,7 @@ def evaluate(run: Run, record: Record, iteration: int) -> dict[str, float]:
 
 
 def good_rewards(rewards: Tensor, most_bad: float, iteration: int) -> Tensor:
-    """Those of an iteration's rewards that are finite. Raises BadRewards if more than the share `most_bad` is not, or all."""
+    """Those of an iteration's rewards that are finite. Raises BadRewards if more than the share `most_bad` is not, or if none is."""
     good = rewards[rewards.isfinite()]
     if len(rewards) - len(good) > most_bad * len(rewards) or not len(good):
         raise BadRewards(

@@ -119,9 +119,9 @@ class Evaluation:
     """A kind of fixed evaluation set."""
 
     name: str
-    """Of its metrics, <name>_reward_mean and so on."""
+    """The prefix of its metrics: <name>_reward_mean and so on."""
     option: str
-    """What says its prompts."""
+    """The option that sets its prompts."""
     pictures: str
     """Its grids are images/<pictures>_<iteration>.png."""
     words: str

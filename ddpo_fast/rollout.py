@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpo_fast.kernels import Ops
 from ddpo_fast.policy import Policy
@@ -16,7 +15,7 @@ from ddpo_fast.prompts import Prompts
 from ddpo_fast.run import Run
 from ddpo_fast.schedule import Schedule
 from ddpo_fast.scoring.scorer import Scorer
-from ddpo_fast.timing import StageTimer
+from ddpo_fast.timing import StageTimer, progress_bar
 from ddpo_fast.updates.gradients import NO_GRADIENTS, Gradients, NoGradients
 from ddpo_fast.updates.transitions import Rollout
 
@@ -88,8 +87,7 @@ def collect(
     """
     policy, seed = run.policy, run.config.run.seed
     rollouts, pictures, scorer, start = [], [], Scorer(run.task.reward), 0
-    total = len(prompts) * schedule.num_steps
-    with tqdm(total=total, desc=f"  {stage}", unit="step", leave=False, disable=not run.ranks.is_first, dynamic_ncols=True) as bar:
+    with progress_bar(stage, len(prompts) * schedule.num_steps, "step", run.ranks.is_first) as bar:
 
         def denoise(size: int) -> tuple[Rollout, Tensor]:
             batch = prompts.texts[start : start + size]

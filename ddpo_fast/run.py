@@ -34,14 +34,14 @@ class Directory:
     """The checkpoint that the run continues from; None for a new run."""
 
     def shown(self, place: str | Path) -> str:
-        """A path as it can be typed where the run was started; what is none stays as it is."""
+        """A path as it can be typed where the run was started; a place that is not below that directory is returned unchanged."""
         path = Path(place)
         return str(path.relative_to(self.started_in)) if path.is_relative_to(self.started_in) else str(place)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be drawn, and how good a picture is."""
+    """What the pictures are of, and the reward that scores them."""
 
     prompts: Prompts
     evaluations: list[EvaluationSet]
@@ -69,7 +69,7 @@ class Run:
     room: Room
     """What has been found to fit into memory."""
     fingerprints: dict[str, str]
-    """Of what the run is made of, on rank 0."""
+    """A hash of each thing that the run is made of; empty except on rank 0."""
 
     def schedule(self, iteration: int) -> Schedule:
         """The denoising steps of an iteration's samples."""

@@ -64,7 +64,7 @@ def before_and_after(weights: Path, config: Config, prompts: list[str], seeds: l
     share_guidance(config, policy)
     policy.attach(policy.unet)
     seed = config.run.seed
-    schedule = Denoising.of(sample, policy.pipe.scheduler, device, config.eval).schedule(seed, 1)
+    schedule = Denoising.of(config.evaluation, policy.pipe.scheduler, device).schedule(seed, 1)
     ids = EVALUATIONS["eval"].first_id + torch.tensor(seeds, device=device)
     pictures = []
     with tqdm(total=2 * len(prompts) * schedule.num_steps, unit="step", leave=False, dynamic_ncols=True) as bar:

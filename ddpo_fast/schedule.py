@@ -111,7 +111,7 @@ class Schedule:
 
         c_x = (a' q - h p) / d        c_out = (h a - a' b) / d        and of a' x0 alone: q_x = a' q / d, q_out = -a' b / d
 
-    Where x0 is clamped to +-r, a' x0 and its bound a' r stand behind (`kernels.reference.ddim_step`).
+    Where x0 is clamped to +-r, three more columns follow: q_x, q_out and the bound a' r (`kernels.reference.ddim_step`).
     """
 
     timesteps: Tensor
@@ -136,9 +136,9 @@ class Schedule:
         if not chosen.takes(eta):
             raise ValueError(f"sample.eta={eta}: valid is {chosen.VALID_ETA}")
         if (stays := (levels.next_a == levels.a).nonzero()).numel():
-            step = int(stays[0])
+            place = f"step {int(stays[0])} (t={levels.times[stays[0]].item()})"
             raise ValueError(
-                f"sample.num_steps={num_steps}: valid is fewer; step {step} (t={levels.times[step]}) has zero variance, so no density"
+                f"sample.num_steps={num_steps}: valid is fewer; {place} ends at the noise level where it begins, so it has no density"
             )
         h, s = chosen.noise(levels, eta)
         within = torch.zeros(num_steps, dtype=torch.bool)
@@ -175,7 +175,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Window:
-    """Contiguous steps, `size` among the first `among`, which draw noise; they move every so many iterations."""
+    """`size` steps in a row among the first `among`, which draw noise. Their place is drawn again every `every` iterations."""
 
     size: int
     among: int
@@ -206,22 +206,14 @@ class Denoising:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, options, scheduler, device="cpu", evaluation=None) -> "Denoising":
-        """What `options`, config.sample, ask for, on any diffusers scheduler; with `evaluation`, config.eval, what that asks for instead.
+    def of(cls, options, scheduler, device="cpu") -> "Denoising":
+        """The pictures that `options`, config.sample or config.evaluation, ask for, on any diffusers scheduler.
 
-        An evaluation has no window: each of its pictures is to be the same in every iteration. Raises ValueError, see `Schedule.of`.
+        Raises ValueError for steps that the model or the sampler does not have.
         """
-        chosen = {name: getattr(options, name) for name in ("sampler", "num_steps", "guidance_scale")}
-        if evaluation is not None:
-            chosen |= {name: getattr(evaluation, name) for name in chosen if getattr(evaluation, name) is not None}
-        window = Window.of(options.window if evaluation is None else None, chosen["num_steps"])
-        try:
-            levels = Levels.of_steps(scheduler, chosen["num_steps"])
-            made = cls(levels, chosen["sampler"], options.eta, chosen["guidance_scale"], window, torch.device(device))
-            made.schedule(0, 1)
-        except ValueError as error:
-            own = evaluation is not None and evaluation.num_steps is not None
-            raise ValueError(str(error).replace("sample.num_steps=", "eval.num_steps=") if own else str(error)) from None
+        levels, window = Levels.of_steps(scheduler, options.num_steps), Window.of(options.window, options.num_steps)
+        made = cls(levels, options.sampler, options.eta, options.guidance_scale, window, torch.device(device))
+        made.schedule(0, 1)
         return made
 
     def schedule(self, seed: int, iteration: int) -> Schedule:

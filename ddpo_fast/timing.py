@@ -1,9 +1,15 @@
-"""Where an iteration's time goes."""
+"""Where an iteration's time goes, and how far its stages are."""
 
 import time
 from contextlib import contextmanager
 
 import torch
+from tqdm import tqdm
+
+
+def progress_bar(stage: str, total: int, unit: str, shown: bool) -> tqdm:
+    """A bar for one stage of an iteration, below the run's own."""
+    return tqdm(total=total, desc=f"  {stage}", unit=unit, leave=False, disable=not shown, dynamic_ncols=True)
 
 
 class StageTimer:

@@ -6,6 +6,7 @@
 `run.gradients` where its gradient is taken.
 """
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,11 +29,10 @@ import faulthandler
 import logging
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpo_fast.assemble import assemble
-from ddpo_fast.claim import only_run
-from ddpo_fast.config.options import parse_or_exit
+from ddpo_fast.claim import Claim, only_run
+from ddpo_fast.config.options import Config, parse_or_exit
 from ddpo_fast.distributed.engine import WrongCheckpoint, all_gather, all_reduce, any_rank, is_lost_rank
 from ddpo_fast.distributed.preemption import StopRequest
 from ddpo_fast.evaluation import evaluate, good_rewards
@@ -42,7 +42,7 @@ from ddpo_fast.rollout import collect
 from ddpo_fast.run import Run
 from ddpo_fast.scoring.scorer import BadRewards
 from ddpo_fast.terminal import steady_streams, user_error
-from ddpo_fast.timing import StageTimer
+from ddpo_fast.timing import StageTimer, progress_bar
 from ddpo_fast.updates.transitions import Rollout, Update
 from ddpo_fast.updates.update_statistics import UpdateStatistics
 
@@ -53,29 +53,30 @@ def main(argv: list[str] | None = None) -> None:
         steady_streams()
     config = parse_or_exit(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    if config.run.plan is not None:
+        return print_plan(config)
     with only_run() as claim:
+        _run(config, claim)
+
+
+def _run(config: Config, claim: Claim) -> None:
+    """Makes a run; its last line and its exit code say what has ended it."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
         try:
-            if config.run.plan is not None:
-                return print_plan(config)
             run = assemble(config, claim)
         except ValueError as error:
             user_error(error)
-        _train(run)
-
-
-def _train(run: Run) -> None:
-    """`train`, with what ends it as the last line and the exit code say it."""
-    try:
         with StopRequest() as stop:
             train(run, stop)
     except (WrongCheckpoint, CannotBegin) as error:
         user_error(error)
     except (BadRewards, NotSaved) as error:
-        sys.exit(f"error: {error}" if run.ranks.is_first else 1)
+        sys.exit(f"error: {error}" if rank == 0 else 1)
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        sys.exit(f"error (rank {run.ranks.rank}): another rank is gone ({str(error).splitlines()[0]}); --resume continues the run")
+        sys.exit(f"error (rank {rank}): another rank is gone ({str(error).splitlines()[0]}); --resume continues the run")
 
 
 def train(run: Run, stop: StopRequest) -> None:
@@ -130,8 +131,7 @@ def update(run: Run, updates: list[Update], rollout: Rollout, credit: Tensor, it
     Raises FloatingPointError if none had a finite gradient.
     """
     statistics = UpdateStatistics(run.objective.figures, rollout.schedule.num_steps, rollout.good)
-    total, quiet = sum(len(update.rows) for update in updates), not run.ranks.is_first
-    with tqdm(total=total, desc="  train", unit="transition", leave=False, disable=quiet, dynamic_ncols=True) as bar:
+    with progress_bar("train", sum(len(update.rows) for update in updates), "transition", run.ranks.is_first) as bar:
         for update in updates:
             statistics.add(run.gradients.add(update, rollout, credit, bar.update), update.is_first)
             statistics.stepped(run.engine.step())

@@ -172,7 +172,7 @@ def of(config: Config, dtype: torch.dtype = torch.float32) -> Rounding:
     iterations = range(1, 1 + (config.run.iterations if config.sample.window else 1))
     schedules = [denoising.schedule(seed, iteration) for iteration in iterations]
     etas, log_probs, latents = zip(*(_of_steps(schedule, delta, accumulated) for schedule in schedules))
-    evaluated = _of_steps(Denoising.of(config.sample, scheduler, evaluation=config.eval).schedule(seed, 1), delta, accumulated)[2]
+    evaluated = _of_steps(Denoising.of(config.evaluation, scheduler).schedule(seed, 1), delta, accumulated)[2]
     side = unet.config.sample_size
     updates = config.run.iterations * train.num_minibatches * train.inner_epochs
     return Rounding(

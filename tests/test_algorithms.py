@@ -198,9 +198,7 @@ def test_every_rank_trains_on_its_part_of_the_same_transitions_and_noise(options
     assert whole[0] != whole[2] and {i for i, _ in whole[0] + whole[1]} == set(range(16, 24))
 
 
-@pytest.mark.parametrize(
-    "changed", [{}, dict(train__algorithm="rwr_sparse", algorithm__percentile=0.5, algorithm__population="iteration")]
-)
+@pytest.mark.parametrize("changed", [{}, dict(train__algorithm="rwr_sparse", algorithm__percentile=0.5, algorithm__population="iteration")])
 def test_rwr_runs_and_resumes_bit_for_bit(options, changed):
     argv = RWR | SMALL | dict(train__num_minibatches=2, train__inner_epochs=2) | changed
     whole = run(options("whole", **argv, run__iterations=2))

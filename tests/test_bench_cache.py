@@ -9,7 +9,8 @@ from bench.models import Work
 
 @pytest.mark.slow  # seven processes that load a model each: two minutes
 def test_every_setting_is_gated_and_timed(monkeypatch, tmp_path, capsys):
-    options = "sample.num_samples=2", "sample.batch_size=2", "sample.num_steps=2", "train.num_minibatches=1", "train.micro_batch=4"
+    # calls of as many rows in sampling and in the update: Adam makes much of rounding, which depends on the rows of a call
+    options = "sample.num_samples=2", "sample.batch_size=2", "sample.num_steps=2", "train.num_minibatches=1", "train.micro_batch=2"
     small = Work("embedded", tuple(f"--{option}" for option in (*options, "prompts.samples_per_prompt=1")))
     monkeypatch.setitem(cache.WORKS, "embedded", small)
     assert cache.main(["--models", "embedded", "--rounds", "1", "--out", str(tmp_path)]) == 0

@@ -88,7 +88,7 @@ BAD = [  # arguments, what the line must say
     ("--sample.sampler ode --train.algorithm ddpo_sf --train.num_minibatches 1", "with train.algorithm=ddpo_sf: a step without noise has"),
     (
         '--sample.window {{"size":0}}',
-        "sample.window={{'size': 0}}: valid is null, or {{size: N, among: N, every: N}} with 1 <= size <= among <= sample.num_steps and every",
+        "sample.window={{'size': 0}}: valid is null, or {{size: N, among: N, every: N}} with 1 <= size <= among <= sample.num_steps",
     ),
     ('--sample.window {{"size":11}}', "sample.window={{'size': 11}}: valid is null, or "),
     ('--sample.window {{"size":2,"among":11}}', "sample.window={{'size': 2, 'among': 11}}: valid is null, or "),
@@ -144,16 +144,16 @@ BAD = [  # arguments, what the line must say
     ("--zero.offload all --zero.stage 3 --optimizer.name adamw_8bit", "zero.offload=all: valid is none, with optimizer.name=adamw_8bit"),
     ("--zero.stage 3 --lora.forward merged", "lora.forward=merged: valid is auto or separate, with zero.stage=3"),
     ("--zero.stage 3 --cache.mode on", "cache.mode=on: valid is auto or off, with zero.stage=3"),
-    ("--zero.stage 3 --model.compile true", "model.compile=True: valid is false, with zero.stage=3"),
+    ("--zero.stage 3 --model.compile true", "model.compile=true: valid is false, with zero.stage=3"),
     (
         "--zero.stage 3 --train.estimator score_accumulation --train.num_minibatches 1",
         "train.estimator=score_accumulation: valid is ppo, with zero.stage=3",
     ),
     (
         "--train.gradient_checkpointing true --train.estimator score_accumulation --train.num_minibatches 1",
-        "train.gradient_checkpointing=True: valid is false, with train.estimator=score_accumulation",
+        "train.gradient_checkpointing=true: valid is false, with train.estimator=score_accumulation",
     ),
-    ("--train.gradient_checkpointing true --model.compile true", "train.gradient_checkpointing=True: valid is false, with model.compile"),
+    ("--train.gradient_checkpointing true --model.compile true", "train.gradient_checkpointing=true: valid is false, with model.compile"),
     ("--deepspeed.config /nowhere.json", "deepspeed.config=/nowhere.json: cannot be read"),
     ("--eval.every 0", "eval.every=0: valid is"),
     ("--prompts.list []", "prompts.list=[]: valid is at least one prompt"),

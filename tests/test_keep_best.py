@@ -131,4 +131,5 @@ def test_held_out_prompts_decide_and_resume_remembers_them(options, reports, tmp
     page = re.sub("<[^>]*>", " ", (folder / "report.html").read_text())
     assert "best, after iteration 1" in page and "Held-out prompts: before and now" in page
     card = (folder / "lora" / "README.md").read_text()
-    assert "| iteration | samples | device-hours | reward, fixed evaluation | reward, held-out evaluation |" in card and "| 7 ± 0.037 | 6 ± 0.037 |" in card
+    assert "| iteration | samples | device-hours | reward, fixed evaluation | reward, held-out evaluation |" in card
+    assert "| 7 ± 0.037 | 6 ± 0.037 |" in card

@@ -278,8 +278,9 @@ def test_latents_that_a_rollout_keeps(options, latents):
     """Of the steps that are trained on, the first one's beginning too; of a regression the final ones."""
     work = Work.of(parse(options.split()))
     assert work.kept_latents == latents
-    samples = work.batch_size if work.score_accumulation else work.num_samples
-    assert memory_mib(COUNTS, work, 1)["rollout"] == pytest.approx(samples * (latents + 40 / MIB))
+    assert memory_mib(COUNTS, work, 1)["rollout"] == pytest.approx(work.num_samples * (latents + 4 * max(0, latents - 1) / MIB))
+    embeds = memory_mib(dataclasses.replace(COUNTS, embed_bytes=MIB), work, 1)["rollout"] - memory_mib(COUNTS, work, 1)["rollout"]
+    assert embeds == pytest.approx(work.num_samples)
 
 
 def test_decoding_in_parts():
@@ -398,12 +399,12 @@ def test_what_shared_guidance_saves_of_sd15(sd15, sd15_saving):
 
 
 def test_memory_of_score_accumulation_by_hand():
-    """A gradient of 4 MiB for each of 16 samples a rank, log-probs of a batch of 8, the update's bytes of its 16 rows in sampling."""
+    """A gradient of 4 MiB for each of 16 samples a rank, no trajectory, the update's bytes of its 16 rows in sampling."""
     work = dataclasses.replace(WORK, num_minibatches=1, score_accumulation=True)
     memory = memory_mib(COUNTS, work, 4)
     assert memory == pytest.approx(
         {"frozen weights": 100, "prompt embeddings": 0, "trained weights": 4, "gathered weights": 0, "optimizer state": 8,
-         "rollout": 8 * 40 / MIB, "activation cache": 0, "sample gradients": 64,
+         "rollout": 0, "activation cache": 0, "sample gradients": 64,
          "gradients": 8, "sampling": 10 + 16 * 20, "decode": 240, "update": 4}
     )  # fmt: skip
     phases = phases_mib(memory)
@@ -550,7 +551,7 @@ def test_plan_of_score_accumulation(nothing_starts, tiny_model, capsys):
     options = ["--plan", "--train.num_minibatches=1", "--sample.batch_size=4", "--train.estimator=score_accumulation"]
     trainer.main(["--model.path", str(tiny_model), *options])
     out = capsys.readouterr().out
-    assert "sample gradients" in out and "log-probs and prompt embeddings of a batch" in out
+    assert "sample gradients" in out and "prompt embeddings of " in out
     assert "the combined gradient; no UNet call" in out
     assert "update                   0.00 TFLOP        0.0 s" in out and out.endswith("it fits\n")
 

@@ -62,9 +62,9 @@ class Regression(Algorithm):
     )
 
     def weigh(self, rewards, population):
-        """The weights w (n,) of n samples by their rewards (n,), among the rewards (m,) of a population that holds them.
+        """The weights w (n,) of n samples.
 
-        All are fp64, rewards in the reward's units, the population's in ascending order.
+        rewards: (n,), theirs. population: (m,), the rewards that they are compared with, theirs included, in ascending order. All fp64.
         """
         raise NotImplementedError
 

@@ -20,8 +20,9 @@ class Feature:
     """The feature in words; None: the option and its value."""
 
     def told(self, config) -> str:
+        """The option and its value, as they can be typed."""
         value = config[self.option]
-        return self.words or f"with {self.option}={str(value).lower() if isinstance(value, bool) else value}"
+        return f"{self.option}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 FEATURES = {
@@ -54,8 +55,8 @@ CONFLICTS = (
     ("window", "deterministic", "no step draws noise"),
     ("window", "regression", "it does not train on the steps that sampling makes"),
     ("one_update", "several_updates", "the score function is only unbiased on-policy"),
-    ("score_accumulation", "several_updates", "a second update's gradient is not known while sampling"),
     ("score_accumulation", "regression", "its loss is not one of the steps that sampling makes"),
+    ("score_accumulation", "several_updates", "a second update's gradient is not known while sampling"),
     ("score_accumulation", "whole", "a gradient of the whole UNet for every sample would not fit"),
     ("score_accumulation", "partitioned", "a sample's gradient is taken from whole weights"),
     ("fraction", "regression", "algorithm.num_timesteps says how many timesteps of a sample are trained on"),
@@ -84,9 +85,11 @@ def conflicts(config) -> Iterator[str]:
     for name, other, why in CONFLICTS:
         feature, against = FEATURES[name], FEATURES[other]
         if feature.asked(config) and against.asked(config):
-            yield f"{feature.option}={config[feature.option]}: valid is {feature.instead}, {against.told(config)}: {why}"
+            words = against.words or f"with {against.told(config)}"
+            yield f"{feature.told(config)}: valid is {feature.instead}, {words}: {why}"
 
 
 def possible(name: str, config) -> bool:
-    """Whether nothing that a config asks for rules a feature out: what `auto` goes by."""
-    return not any(one == name and FEATURES[other].asked(config) for one, other, _ in CONFLICTS)
+    """Whether a config asks for nothing that this feature conflicts with. `auto` goes by this."""
+    others = [other if one == name else one for one, other, _ in CONFLICTS if name in (one, other)]
+    return not any(FEATURES[other].asked(config) for other in others)

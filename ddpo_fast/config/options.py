@@ -10,6 +10,7 @@ import os
 import re
 import time
 import typing
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -150,11 +151,11 @@ class SampleConfig:
     """Classifier-free guidance w in uncond + w (cond - uncond), in sampling and in training; 1 turns it off and halves
     the work."""
     eta: float = 1.0
-    """How much of a step's noise is drawn anew, 0 < eta <= 1. At 0 DDIM is deterministic and has no policy gradient."""
+    """With ddim, how much of a step's noise is drawn anew, 0 < eta <= 1. At 0 DDIM is deterministic and has no policy gradient."""
     window: Optional[dict[str, int]] = None
-    """Only some steps draw noise and are trained on, the others are those of the ODE: {size: 3, among: 5, every: 1} are 3 steps in a row
-    among the first 5, another 3 in every iteration. among is sample.num_steps where it is left out, every is 1. train.timestep_fraction is
-    a share of the window. null: every step draws noise."""
+    """Only some steps draw noise and are trained on; the others follow the ODE. {size: 3, among: 5, every: 1}: 3 steps in a row, somewhere
+    among the first 5; their place is drawn again every iteration. Without among: among all steps. Without every: 1.
+    train.timestep_fraction is then a share of the window. null: every step is the sampler's."""
 
 
 @dataclass(frozen=True)
@@ -302,11 +303,11 @@ class EvalConfig:
     prompts: Optional[Union[PromptSet, list[str]]] = None
     """Prompts of the evaluation set, in turn: a list, or the name of a prompt set. Default: the training prompts."""
     sampler: Optional[Literal[samplers.CHOICES]] = None
-    """How evaluation pictures are denoised. Default: sample.sampler, in every step."""
+    """How evaluation pictures are denoised. They have no window. Default: sample.sampler."""
     num_steps: Optional[int] = None
-    """Their denoising steps. Default: sample.num_steps."""
+    """Denoising steps of evaluation pictures. Default: sample.num_steps."""
     guidance_scale: Optional[float] = None
-    """Their classifier-free guidance. Default: sample.guidance_scale."""
+    """Classifier-free guidance of evaluation pictures. Default: sample.guidance_scale."""
     heldout: Optional[Union[PromptSet, list[str]]] = None
     """Prompts that the run does not train on, such as unseen_animals: a second fixed evaluation set of eval.num_samples pictures, which
     shows what has been learnt about others (metrics heldout_*), and decides which weights are the best, see run.keep_best."""
@@ -386,6 +387,12 @@ class Config:
         own = self.algorithm.guidance_scale
         return self.sample.guidance_scale if own is None else own
 
+    @property
+    def evaluation(self) -> SampleConfig:
+        """How evaluation pictures are made: as samples, but for what eval says, and without a window."""
+        own = {name: getattr(self.eval, name) for name in ("sampler", "num_steps", "guidance_scale")}
+        return dataclasses.replace(self.sample, window=None, **{name: value for name, value in own.items() if value is not None})
+
     def __getitem__(self, option: str):
         section, key = option.split(".")
         return getattr(getattr(self, section), key)
@@ -403,7 +410,7 @@ class Config:
 
 
 def _parser(algorithm: str) -> jsonargparse.ArgumentParser:
-    """Of all options, with those of one algorithm."""
+    """The parser of all options. `algorithm.*` are those of one algorithm."""
     parser = jsonargparse.ArgumentParser(
         prog="deepspeed ddpo_fast/train.py",
         usage="%(prog)s [--config RECIPE] [--section.option VALUE ...] [--resume] [--plan[=DEVICES]]",
@@ -422,13 +429,14 @@ def _parser(algorithm: str) -> jsonargparse.ArgumentParser:
 
 
 def _told(choices: ModuleType) -> str:
-    """The choices of a folder, each with the first sentence of its file, which is not imported."""
-    told = {}
+    """The choices of a folder, each with the first paragraph that its file says of it. No file is imported."""
+    told = []
     for name in choices.CHOICES:
         tree = ast.parse(Path(choices.__path__[0], f"{name}.py").read_text(encoding="utf-8"))
-        documented = next(node for node in (tree, *tree.body) if isinstance(node, ast.Module | ast.ClassDef) and ast.get_docstring(node))
-        told[name] = " ".join(ast.get_docstring(documented).split("\n\n")[0].split()).rstrip(".")
-    return " ".join(f"{name}: {text}." for name, text in told.items()).replace("%", "%%")
+        documented = [node for node in (tree, *tree.body) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        paragraph = next(filter(None, map(ast.get_docstring, documented)), "").split("\n\n")[0]
+        told.append(f"{name}: {' '.join(paragraph.split()).rstrip('.')}.")
+    return " ".join(told).replace("%", "%%")
 
 
 def parse(argv: list[str]) -> Config:
@@ -440,14 +448,8 @@ def parse(argv: list[str]) -> Config:
     argv = [f"--config={os.path.expanduser(arg[9:])}" if arg.startswith("--config=") else arg for arg in argv]
     try:
         _check_values(argv)
+        argv = [*_began(argv), *argv]
         parser, options = _parsed(argv)
-        if options.run.resume and options.run.dir:
-            began = ["--config", os.path.join(located("run.dir", options.run.dir), "config.yaml")]
-            if os.path.exists(began[1]):
-                _check_values(began)
-                _check_known(began)
-                argv = [*began, *argv]
-                parser, options = _parsed(argv)
         sections = parser.instantiate(options)
         config = _with_places(Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)}))
         if config.run.resume:
@@ -460,27 +462,43 @@ def parse(argv: list[str]) -> Config:
         raise ValueError(_one_line(str(error))) from None
 
 
+def _began(argv: list[str]) -> list[str]:
+    """What a run that is to be resumed began with, as the beginning of a command line; nothing for a new run."""
+    folder = _last(argv, "run.dir", None)
+    if str(_last(argv, "run.resume", False)).lower() != "true" or not folder:
+        return []
+    began = ["--config", os.path.join(located("run.dir", str(folder)), "config.yaml")]
+    if not os.path.exists(began[1]):
+        return []
+    _check_values(began)
+    _check_known(began)
+    own = _last(began, "train.algorithm", TrainConfig().algorithm)
+    if (asked := _last(argv, "train.algorithm", own)) != own:
+        raise ValueError(f"train.algorithm={asked}: the run in run.dir={folder} began with {own}; --resume keeps it")
+    return began
+
+
 def _parsed(argv: list[str]) -> tuple[jsonargparse.ArgumentParser, jsonargparse.Namespace]:
     """A command line's options, and the parser that knows those of its algorithm."""
-    name, chosen = None, _algorithm(argv)
-    while chosen != name:  # twice where it is said in another way, as in --train '{algorithm: rwr}'
-        parser, name = _parser(_checked(chosen)), chosen
-        options = parser.parse_args(argv)
-        chosen = options.train.algorithm
-    return parser, options
+    parser = _parser(_checked(_last(argv, "train.algorithm", TrainConfig().algorithm)))
+    return parser, parser.parse_args(argv)
 
 
-def _algorithm(argv: list[str]) -> str:
-    """The train.algorithm of a command line, whose options the parser needs to know."""
-    name = TrainConfig().algorithm
-    for option, value in zip(argv, [*argv[1:], ""]):
-        if "=" in option:
-            option, value = option.split("=", 1)
-        if option == "--config":
-            name = (_recipe(value).get("train") or {}).get("algorithm", name)
-        elif option == "--train.algorithm":
-            name = value
-    return name
+def _last(argv: list[str], option: str, default: object) -> object:
+    """What a command line and its recipes say of an option, before they are parsed."""
+    (section, key), found = option.split("."), default
+    for name, value in zip(argv, [*argv[1:], ""]):
+        if "=" in name:
+            name, value = name.split("=", 1)
+        if name == "--config":
+            found = (_recipe(value).get(section) or {}).get(key, found)
+        elif name == f"--{section}":  # a mapping, or a file that has one
+            with suppress(yaml.YAMLError, AttributeError, OSError):
+                text = Path(value).read_text(encoding="utf-8") if os.path.isfile(value) else value
+                found = yaml.load(text, _Loader).get(key, found)
+        elif name == f"--{option}":
+            found = value
+    return found
 
 
 def _checked(algorithm: str) -> str:

@@ -113,6 +113,11 @@ RULES = [
         "null, or {size: N, among: N, every: N} with 1 <= size <= among <= sample.num_steps and every >= 1; size has to be there",
         lambda v, c: v is None or _is_window(v, c.sample.num_steps),
     ),
+    (
+        "eval.sampler",
+        lambda c: f"null, or a sampler that takes sample.eta={c.sample.eta}",
+        lambda v, c: v is None or samplers.find(v).takes(c.sample.eta),
+    ),
     ("eval.num_steps", f"{_positive[1]}, or null", lambda v, c: v is None or _positive[0](v, c)),
     ("eval.guidance_scale", "a finite number >= 1; 1 is no guidance; or null", lambda v, c: v is None or _number(1)(v, c)),
     ("sample.num_samples", "a multiple of train.num_minibatches", lambda v, c: v % c.train.num_minibatches == 0),

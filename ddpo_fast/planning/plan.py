@@ -18,9 +18,10 @@ from ddpo_fast.distributed.optimizer import state_bytes
 from ddpo_fast.gpus import GPUS, HERE, parse_devices
 from ddpo_fast.memory import free_mib, num_kept_prompts
 from ddpo_fast.planning.counts import MIB, ModelCounts, architecture, count_model
-from ddpo_fast.planning.work import Work, merges_lora, shares_guidance
+from ddpo_fast.planning.work import Work, denoisings, merges_lora, shares_guidance
 from ddpo_fast.prompts import evaluation_sets, load_prompts
-from ddpo_fast.schedule import Denoising, ddim_scheduler
+from ddpo_fast.schedule import ddim_scheduler
+from ddpo_fast.terminal import user_error
 
 USABLE = 0.9
 """Share of a device's memory that is planned for; its context, workspaces and the allocator's gaps get the rest. An estimate."""
@@ -91,14 +92,14 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
         gradients *= 1 / num_devices if work.offload == "none" else 0
     if work.zero_stage > 0 or num_devices > 1:
         gradients += min(trained, 4 * BUCKET_ELEMENTS)
-    trajectory = 4 * counts.num_latents * work.kept_latents + 4 * work.num_steps + counts.embed_bytes
+    trajectory = 4 * counts.num_latents * work.kept_latents + 4 * max(0, work.kept_latents - 1) + counts.embed_bytes
     batch = min(work.batch_size, samples)
     transitions = min(work.micro_batch, work.update_transitions(num_devices))
-    rollout = samples * trajectory / MIB
-    sampling, update = max(counts.forward.mib(work.rows * batch), rollout), update_mib(counts, work, work.trained_rows * transitions)
+    rollout, sampled_rows = samples * trajectory / MIB, max(work.rows, work.evaluation_rows) * batch
+    sampling, update = max(counts.forward.mib(sampled_rows), rollout), update_mib(counts, work, work.trained_rows * transitions)
     if work.score_accumulation:
-        parts = batch * trained if work.trained_steps < work.num_steps else 0
-        rollout, sampling, update = batch * trajectory / MIB, counts.update.mib(work.rows * batch) + parts / MIB, trained / MIB
+        parts = batch * trained if work.trained_steps < work.population else 0
+        sampling, update = counts.update.mib(work.rows * batch) + parts / MIB, trained / MIB
     return {
         "frozen weights": sum(frozen.values()) / MIB,
         "prompt embeddings": work.prompts[0] * counts.embed_bytes / MIB,
@@ -249,9 +250,12 @@ def make_plan(config) -> Plan:
 
 
 def print_plan(config) -> None:
-    """Prints the plan of a config, on rank 0. Raises ValueError naming the option at fault."""
+    """Prints the plan of a config, on rank 0. An option at fault ends the program as a user's mistake."""
     if os.environ.get("RANK", "0") == "0":
-        print(plan_text(make_plan(config)), flush=True)
+        try:
+            print(plan_text(make_plan(config)), flush=True)
+        except ValueError as error:
+            user_error(error)
 
 
 def num_prompts(config) -> int:
@@ -265,8 +269,7 @@ def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
     """The counts of a config's model. Raises ValueError naming the option at fault."""
     model = config.model
     arch = architecture(model.path, model.vae, model.config, model.variant)
-    for evaluation in (None, config.eval):
-        Denoising.of(config.sample, ddim_scheduler(arch["scheduler"]), evaluation=evaluation)
+    denoisings(config, ddim_scheduler(arch["scheduler"]))
     counts = count_model(
         arch,
         dtype,
@@ -364,7 +367,7 @@ def plan_text(plan: Plan) -> str:
         notes["optimizer state"] += f", {host_mib(counts, work, plan.num_devices):,.0f} of what is offloaded on the host"
     if work.score_accumulation:
         notes |= {
-            "rollout": "log-probs and prompt embeddings of a batch",
+            "rollout": f"prompt embeddings of {samples} samples",
             "sample gradients": f"{samples} samples",
             "sampling": f"batches of {batch}, {work.rows} UNet rows each sample, {saved}",
             "update": "the combined gradient; no UNet call",
@@ -434,7 +437,8 @@ def iteration_terms(work: Work, costs: Costs, num_devices: int) -> dict[str, flo
     sample_calls, sample_rows = batches * work.num_steps, samples * work.num_steps * work.rows
     update_calls = num_updates * math.ceil(transitions / work.micro_batch)
     if work.score_accumulation:  # a call of either kind where a step trains on a part of a batch
-        sample_calls, update_calls = (sample_calls if work.trained_steps < work.num_steps else 0), sample_calls
+        update_calls = batches * work.population
+        sample_calls -= 0 if work.trained_steps < work.population else update_calls
         sample_rows -= transitions * work.rows
     bandwidth = costs.bandwidth if num_devices <= costs.machine_devices else min(costs.bandwidth, costs.network_bandwidth)
     all_reduce = 2 * others * (costs.gradient_bytes / num_devices / bandwidth + costs.latency_s)

@@ -6,12 +6,12 @@ import torch
 
 from ddpo_fast.algorithms import Regression
 from ddpo_fast.config.conflicts import possible
-from ddpo_fast.schedule import Window
+from ddpo_fast.schedule import Denoising, Window
 
 
 @dataclass(frozen=True)
 class Work:
-    """One iteration: the options that decide how much of what it does. Names are those of the options.
+    """How much work an iteration is. A field that is an option has the option's name.
 
     G: network rows of a sample, 2 with guidance. A transition is a sample and one of its steps, or of a regression's timesteps.
     """
@@ -42,17 +42,24 @@ class Work:
     """Whether the update trains on noised samples, of which nothing is cached, and not on the rollout's transitions: train.algorithm."""
     update_rows: int | None = None
     """Network rows of a transition in the update; None: G, as in sampling."""
+    evaluation_rows: int = 1
+    """Network rows of an evaluation picture, which is sampled in batches as large."""
 
     @property
     def trained_rows(self) -> int:
         return self.update_rows or self.rows
 
     @property
+    def population(self) -> int:
+        """Steps of a sample that a pass may train on."""
+        return self.stochastic_steps or self.num_steps
+
+    @property
     def kept_latents(self) -> int:
         """Latents of a sample that the rollout keeps for the update."""
         if self.score_accumulation:
             return 0
-        return 1 if self.regression else (self.stochastic_steps or self.num_steps) + 1
+        return 1 if self.regression else self.population + 1
 
     @classmethod
     def of(cls, config) -> "Work":
@@ -65,6 +72,7 @@ class Work:
             train.num_minibatches, train.inner_epochs, train.micro_batch, trained_steps, config.optimizer.name, config.zero.stage,
             sample.decode_batch, score_accumulation=train.estimator == "score_accumulation", offload=config.zero.offload,
             stochastic_steps=stochastic, regression=regression, update_rows=1 if config.training_guidance == 1 else 2,
+            evaluation_rows=1 if config.evaluation.guidance_scale == 1 else 2,
         )  # fmt: skip
 
     def share(self, num_devices: int) -> int:
@@ -80,15 +88,14 @@ class Work:
 
     def trained_transitions(self, num_devices: int) -> int:
         """Of a rank, those that an iteration trains on at least once, on average."""
-        population = self.stochastic_steps or self.num_steps
-        missed = (1 - self.trained_steps / population) ** self.inner_epochs
-        return round(self.share(num_devices) * population * (1 - missed))
+        missed = (1 - self.trained_steps / self.population) ** self.inner_epochs
+        return round(self.share(num_devices) * self.population * (1 - missed))
 
 
 def shares_guidance(config) -> bool:
     """Whether guidance's branches share what they have in common: every call has to have both."""
-    evaluation = config.sample.guidance_scale if config.eval.guidance_scale is None else config.eval.guidance_scale
-    return config.model.share_guidance and 1 not in (config.sample.guidance_scale, config.training_guidance, evaluation)
+    scales = config.sample.guidance_scale, config.training_guidance, config.evaluation.guidance_scale
+    return config.model.share_guidance and 1 not in scales
 
 
 def merges_lora(config, dtype: torch.dtype) -> bool:
@@ -97,3 +104,17 @@ def merges_lora(config, dtype: torch.dtype) -> bool:
     In fp16 and bf16 a small update would be rounded away.
     """
     return config.lora.forward == "merged" or config.lora.forward == "auto" and dtype == torch.float32 and possible("merged", config)
+
+
+def denoisings(config, scheduler, device: torch.device | str = "cpu") -> tuple[Denoising, Denoising]:
+    """How a config makes samples, and evaluation pictures. Raises ValueError, naming the option, for steps that the model does not have."""
+    num_levels = scheduler.config.num_train_timesteps
+    if isinstance(config.algorithm, Regression) and config.algorithm.num_timesteps > num_levels:
+        raise ValueError(
+            f"algorithm.num_timesteps={config.algorithm.num_timesteps}: valid is 1 to {num_levels}, the model's training steps"
+        )
+    sampling = Denoising.of(config.sample, scheduler, device)
+    try:
+        return sampling, Denoising.of(config.evaluation, scheduler, device)
+    except ValueError as error:
+        raise ValueError(str(error).replace("sample.num_steps", "eval.num_steps")) from None  # sample's own are good

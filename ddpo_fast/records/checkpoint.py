@@ -115,6 +115,8 @@ def find_fault(folder: Path) -> str | None:
         state = read_state(folder)
         if state["iteration"] != int(folder.name):
             return f"{name} is not that of iteration {folder.name}"
+        if "baseline" in state:
+            return f"{name} is that of an older version, which this one cannot continue"
         float(state["world_size"])
         if not all(isinstance(part, dict) for key, part in state.items() if key not in ("iteration", "world_size")):
             return f"{name} has a part of another kind"

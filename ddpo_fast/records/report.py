@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from ddpo_fast import samplers
 from ddpo_fast.files import write_text
 from ddpo_fast.places import typed_path
 from ddpo_fast.prompts import EVALUATIONS
@@ -106,8 +107,8 @@ class Run:
         """How its evaluation pictures are made: sampler, num_steps, guidance_scale, eta, as diffusers' DDIM takes them."""
         sample, evaluation = self.config["sample"], self.config.get("eval", {})
         names = "sampler", "num_steps", "guidance_scale"  # the run may be older than an option
-        chosen = {name: sample.get(name) if evaluation.get(name) is None else evaluation[name] for name in names}
-        return chosen | {"eta": 0.0 if chosen["sampler"] == "ode" else sample["eta"]}
+        chosen = {name: sample.get(name, "ddim") if evaluation.get(name) is None else evaluation[name] for name in names}
+        return chosen | {"eta": sample["eta"] if samplers.find(chosen["sampler"]).STOCHASTIC else 0.0}
 
     @property
     def evaluation_names(self) -> list[str]:

@@ -67,7 +67,7 @@ class Progress:
 
     def load_state_dict(self, state: dict) -> None:
         self.iteration, self.bad_rewards = int(state["iteration"]), int(state["bad_rewards"])
-        self.device_hours, self.evaluations = float(state["device_hours"]), state["evaluations"]
+        self.device_hours, self.evaluations = float(state["device_hours"]), {name: dict(of) for name, of in state["evaluations"].items()}
 
 
 class Record:
@@ -181,7 +181,8 @@ class Record:
             logger.warning(doubt)
 
     def save(self, iteration: int, timer: StageTimer, stopping: bool) -> None:
-        """The best weights, if they are, and when it is time a checkpoint, the newest weights and the report. Called by all ranks."""
+        """Keeps the weights in best/ if their evaluation is the highest so far. If a checkpoint is due, writes it, the newest weights and
+        the report. Called by all ranks."""
         with timer("save"):
             if self.config.run.keep_best and iteration > 0:
                 self._keep_best(iteration)  # before the checkpoint that says so
@@ -250,7 +251,7 @@ class Record:
             write_report(self.path)
 
     def _conclude(self, stopped: bool) -> None:
-        """Says what the run has come to, and where it is; of one that was stopped, how it goes on.
+        """Prints the result and where it is, or, for a run that was stopped, how to continue it.
 
         Raises NotSaved, on all ranks, if a part of the result could not be written.
         """
@@ -326,7 +327,7 @@ class Record:
         return f"report: could not be written ({reason}); ddpo-fast report {shown(self.path)} writes it"
 
     def _say_weights(self, iteration: int) -> str:
-        """Where the newest weights are; or that they are not there, and what is."""
+        """Says where the newest weights are. If they could not be written, says which weights are there instead."""
         weights, claim = self.directory.shown(self._weights), self.claim
         if "the weights" not in claim.unwritten:
             return f"weights: {weights}"

@@ -1,4 +1,4 @@
-"""DDPO (arXiv:2305.13301) section 5, "incompressibility"."""
+"""The size of the picture as a JPEG, in kB: DDPO (arXiv:2305.13301) section 5, "incompressibility"."""
 
 from torch import Tensor
 

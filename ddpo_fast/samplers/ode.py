@@ -1,4 +1,7 @@
-"""The probability-flow ODE by Euler's steps: s = 0, h = b'. On a UNet that is DDIM at eta 0 (arXiv:2010.02502, eq. 12)."""
+"""The probability-flow ODE: no step draws noise. It is DDIM at eta 0 (arXiv:2010.02502).
+
+Equation 12 with s = 0: h = b'.
+"""
 
 STOCHASTIC = False
 VALID_ETA = "any number: no noise is drawn"

@@ -9,7 +9,7 @@ from ddpo_fast.algorithms import Regression
 
 
 class Credit(Protocol):
-    """What rewards are turned into, with what it remembers of former iterations."""
+    """Turns rewards into each sample's factor in the loss. It may remember rewards of earlier iterations."""
 
     def of(self, prompts: list[str], rewards: Tensor) -> Tensor:
         """(N,) fp64 of a whole iteration's rewards (N,), all ranks', by sample id; 0 where a reward is not finite."""
@@ -80,14 +80,15 @@ class Advantages:
         return self.baseline.buffers
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        self.baseline.buffers = {prompt: [float(reward) for reward in rewards] for prompt, rewards in state.items()}
+        self.baseline.buffers = {prompt: [1.0 * reward for reward in rewards] for prompt, rewards in state.items()}
 
 
 class Weights:
     """A regression's weights, which remember nothing.
 
-    A reward is compared with the iteration's, or, by algorithm.population, with those of the same prompt where there are several. One whose
-    prompt has no other good sample is compared with the whole iteration. Rewards that are not finite are in no population and get 0.
+    With algorithm.population=iteration a reward is compared with all rewards of the iteration. With prompt it is compared with the rewards
+    of the same prompt; if its prompt has no other good sample, with all rewards of the iteration. A reward that is not finite is left out,
+    and its sample gets weight 0.
     """
 
     def __init__(self, algorithm: Regression):

@@ -13,22 +13,22 @@ Figures = tuple[Tensor, Tensor, Tensor]
 
 
 class Gradients(Protocol):
-    """Where an update's gradient is taken: after sampling, by calling the network again, whole or from kept activations; or in sampling.
+    """Takes the gradient of an update: during sampling, or afterwards, when the network is called again.
 
     An iteration calls `begin`; for each batch of samples `begin_batch`, then for each step `predict` and `stepped`, then `drop`; and for
     each update `add`.
     """
 
     keeps: Literal["trajectory", "final", "nothing"]
-    """What a rollout keeps for it: latents of the steps that are trained on, the finished ones, or none."""
+    """Which latents a rollout keeps for `add`: those of the trained steps, the finished ones, or none."""
     stages: tuple[str, ...]
-    """The stages of an iteration that it is a part of, as a `StageTimer` calls them."""
+    """The timer's stages in which gradients are taken."""
 
     def begin(self, updates: list[Update], num_samples: int, schedule: Schedule) -> None:
         """Before an iteration's samples: the transitions that will be trained on."""
 
     def begin_batch(self, rows: slice) -> None:
-        """The next batch is these samples. One that has run out of memory begins again, perhaps with fewer of them."""
+        """These samples are the next batch. After memory has run out, the batch is begun again, perhaps with fewer samples."""
 
     def predict(self, step: int, call: Callable[[Tensor | slice], Tensor]) -> Tensor:
         """The network's output for the batch at a step. call(rows): that of some of its network rows."""

@@ -32,7 +32,7 @@ class Objective(Protocol):
     keeps: Literal["trajectory", "final"]
     """What of a rollout the loss needs: the steps that are trained on, or the finished samples."""
     anchors: tuple[str, ...]
-    """Other weights whose output the loss needs: "reference", the model without LoRA."""
+    """Names of other weights. The loss also needs the network's output under them. "reference": the model without LoRA."""
     guided: bool
     """Whether the loss is of both branches."""
     credit: Credit
@@ -48,10 +48,10 @@ class Objective(Protocol):
         """The network's input (G B, *shape) for a micro-batch, at least fp32, and the loss of what it gives back. credit: (M,)."""
 
     def describe(self) -> str:
-        """What bounds or makes an update, for people."""
+        """One line for the start of a run: the clip range, or how many timesteps are trained on."""
 
     def doubt(self, row: dict[str, float], schedule: Schedule) -> str:
-        """What is wrong with an iteration whose metrics these are; empty where nothing is."""
+        """A warning about an iteration with these metrics; empty if all is well."""
 
 
 def scaled_clip_range(clip_range: float, latent_dim: int) -> float:
@@ -143,11 +143,6 @@ class OnNoised:
     keeps, anchors, figures = "final", (), ("loss",)
 
     def __init__(self, algorithm: Regression, credit: Credit, noising: Noising, guidance_scale: float, seed: int):
-        """Raises ValueError for more timesteps of a sample than there are levels."""
-        if algorithm.num_timesteps > noising.num_levels:
-            raise ValueError(
-                f"algorithm.num_timesteps={algorithm.num_timesteps}: valid is 1 to {noising.num_levels}, the model's training steps"
-            )
         self.algorithm, self.credit, self.noising, self.guidance_scale, self.seed = algorithm, credit, noising, guidance_scale, seed
         self.guided = guidance_scale != 1
 

@@ -6,8 +6,8 @@ With one update per rollout the importance ratio is 1, so that the update's grad
 
 G_i does not need the reward. When that is known, no second call of the network and no trajectory is needed any more.
 
-Shape letters: M samples of this rank, B those of a sampling batch, b those of them that train on a step, G network rows of a sample (2 with
-guidance, row r belongs to sample r % B), S denoising steps, r LoRA's rank.
+Shape letters: M samples of this rank, B those of a sampling batch, b samples of the batch that train on a step, G network rows of a
+sample (2 with guidance, row r belongs to sample r % B), S denoising steps, r LoRA's rank.
 """
 
 import math
@@ -64,7 +64,7 @@ class ScoreAccumulation:
         self.figures = self.totals[0].new_zeros(len(self.objective.figures), num_samples, schedule.num_steps)
 
     def begin_batch(self, rows: slice) -> None:
-        """Nothing is kept that was there of these samples."""
+        """Clears what an earlier attempt left of these samples."""
         self.batch = rows
         self.out = self.parts = None  # a batch that ran out of memory has left its graph, which holds its activations
         for total in self.totals:
@@ -130,7 +130,7 @@ class ScoreAccumulation:
                 total[self.batch].index_add_(0, trained, part)
 
     def drop(self, bad: Tensor) -> None:
-        """Their advantage has to be 0, for which `add` leaves them out."""
+        """Does nothing: a bad sample has credit 0, and `add` leaves out samples with credit 0."""
 
     def add(self, update: Update, rollout: Rollout, credit: Tensor, progress: Callable[[int], object]) -> list[Figures]:
         """Gives the engine sum_i A_i G_i, the gradient of `Replay` with one minibatch and one epoch, where every ratio is 1."""

@@ -111,7 +111,7 @@ class MicroBatch:
     steps: Tensor
     """(B,) denoising step."""
     kept: Tensor
-    """(B,) the same among the steps that the rollout keeps."""
+    """(B,) the same among the steps that the rollout keeps; only of a rollout that keeps a trajectory."""
     unet_rows: Tensor
     """(G B,) sample whose latents the network row takes."""
     unet_kept: Tensor

@@ -16,7 +16,7 @@ class UpdateStatistics:
     """
 
     def __init__(self, figures: tuple[str, ...], num_steps: int, good: Tensor):
-        """figures: their names. good: (samples,) bool; transitions of the others count with a ratio of 1, and 0 for the rest."""
+        """figures: their names. good: (samples,) bool. A transition of any other sample counts with ratio 1, otherwise with 0."""
         self.figures, self.num_steps, self.good = figures, num_steps, good
         self.rows, self.steps, self.values, self.num_first, self.norms = [], [], [], 0, []
 
