@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(config: Config, claim: Claim) -> None:
     """Makes a run; its last line and its exit code say what has ended it."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
     try:
         try:
             run = assemble(config, claim)
@@ -72,7 +72,7 @@ def _run(config: Config, claim: Claim) -> None:
     except (WrongCheckpoint, CannotBegin) as error:
         user_error(error)
     except (BadRewards, NotSaved) as error:
-        sys.exit(f"error: {error}" if rank == 0 else 1)
+        sys.exit(f"error: {error}" if rank == "0" else 1)
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise

@@ -36,29 +36,29 @@ class ModelConfig:
     """The model to improve."""
 
     path: str = str(Path(__file__).resolve().parents[1] / "embedded" / "model")
-    """Folder in diffusers format, or hub id, of a Stable Diffusion 1.x, 2.x or XL pipeline (epsilon, v- or sample prediction); or a single
-    .safetensors file, with model.config; see docs/models.md. Default: the small model that ships with the package."""
+    """A Stable Diffusion 1.x, 2.x or XL pipeline with epsilon, v- or sample prediction: a folder in diffusers format, a hub id, or, with
+    model.config, a single .safetensors file. See docs/models.md. Default: the small model that ships with the package."""
     config: Optional[str] = None
-    """With a single file as model.path: folder in diffusers format, or hub id, of a pipeline of the same layout, for its configs and its
-    tokenizer. Its weights are not read."""
+    """Only with a single file as model.path: a folder in diffusers format, or a hub id, of a pipeline with the same layout. Its configs and
+    its tokenizer are used, its weights are not."""
     vae: Optional[str] = None
-    """A VAE instead of the pipeline's, one of SDXL that does not overflow in fp16, say: folder in diffusers format, hub id, or a single
-    .safetensors file, which has the config of the pipeline's own."""
+    """A VAE that replaces the pipeline's own, for example one of SDXL that does not overflow in fp16: a folder in diffusers format, a hub
+    id, or a single .safetensors file. A single file has the config of the pipeline's own VAE."""
     variant: Optional[str] = None
-    """Which weights of a folder or hub id: fp16 is unet/diffusion_pytorch_model.fp16.safetensors and so on. A part without that variant has
-    its plain weights. null: the plain weights, or, of a part that has none, the only variant. model.dtype is what they compute in."""
+    """Which weights of a folder or hub id are read: fp16 is unet/diffusion_pytorch_model.fp16.safetensors and so on. A part without that
+    variant has its plain weights. null: the plain weights; a part without plain weights has its only variant. The variant does not decide
+    what the networks compute in: model.dtype does."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Compute type of the networks; latents, log-probs and trainable weights are fp32 in any case. auto: fp16 on a
-    GPU, fp32 on a CPU. bf16's log-prob noise (about 1e-4) is as large as the clip range."""
+    """What the networks compute in. Latents, log-probs and trained weights are fp32 in any case. auto: fp16 on a GPU, fp32 on a CPU. bf16
+    is not advised: its rounding moves log-probs by about 1e-4, as much as the clip range."""
     share_guidance: bool = True
-    """With guidance, compute what the UNet does before its first cross-attention once for both branches instead of twice. Exact but for
-    rounding. SDXL's branches have nothing in common: the prompt is in its time embedding, too. Not done where sampling, training or
-    evaluation has one branch."""
+    """With guidance, compute once for both branches what the UNet does before its first cross-attention. Results are equal to rounding.
+    SDXL's branches share nothing, because its time embedding contains the prompt. Nothing is shared if sampling, training or evaluation has
+    one branch."""
     offload_text_encoder: bool = True
-    """On a GPU, have the text encoders there only while new prompts are encoded, which each prompt is once."""
+    """On a GPU, keep the text encoders there only while they encode new prompts. Each prompt is encoded once."""
     compile: bool = False
-    """Compile the UNet with torch.compile. The first iteration takes a minute or two longer; on a CPU it needs a C++
-    compiler."""
+    """Compile the UNet with torch.compile. The first iteration takes a minute or two longer. On a CPU this needs a C++ compiler."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +66,24 @@ class LoraConfig:
     """What of the UNet is trained: low-rank updates of some layers, or everything."""
 
     scope: str = "all"
-    """Where LoRA goes: 'all', 'mid_up' (mid and up blocks), block names joined by commas ('up_blocks.2,up_blocks.3'),
-    or 'none' = full fine-tuning of the UNet."""
+    """Where LoRA goes: 'all', 'mid_up' (mid and up blocks), or block names joined by commas ('up_blocks.2,up_blocks.3'). 'none' trains the
+    whole UNet."""
     targets: list[Literal["attention", "feed_forward", "convolution", "projection"]] = field(
         default_factory=lambda: ["attention", "feed_forward", "convolution", "projection"]
     )
     """Which layers of those blocks get a LoRA. SD needs no more than ['attention']; a small model needs all."""
     init: Optional[str] = None
     """A LoRA to start from: a run's directory, a folder that diffusers wrote, or a .safetensors file of diffusers or of kohya's
-    sd-scripts. Its layers have to be trained and its rank at most lora.rank; its own scale is kept, and what it lacks starts as without
-    it. Iteration 0 is the model with it. A file with a text encoder's part is refused."""
+    sd-scripts. Each of its layers must be trained here, and its rank must be at most lora.rank. Its own scale is kept. Layers that it
+    lacks start as usual. Iteration 0 is the model with this LoRA. A file with a part for a text encoder is refused."""
     rank: int = 16
     """Rank r of the update s B A."""
     alpha: float = 16.0
     """Scale s = alpha / rank."""
     forward: Literal["auto", "merged", "separate"] = "auto"
-    """merged: a layer computes with W + s B A, formed once an update; the gradient is the same to rounding, and a forward pass as fast
-    as without LoRA, for a second copy of these layers' weights. separate: W, A and B each on its own. auto: merged in fp32;
-    fp16 and bf16 would round a small update away, so separate, and so at zero.stage=3, which partitions W."""
+    """How a layer computes with LoRA. merged: with W + s B A, formed once an update. The gradient is the same to rounding, a forward pass
+    is as fast as without LoRA, and these layers' weights take memory twice. separate: with W, A and B one after the other. auto: merged in
+    fp32. It is separate in fp16 and bf16, which would round a small update away, and at zero.stage=3, which partitions W."""
 
 
 PromptSet = Literal[
@@ -97,19 +97,19 @@ class PromptsConfig:
     """Prompts of the training samples."""
 
     name: Optional[PromptSet] = "simple_animals"
-    """A prompt set of the paper: simple_animals (45 bare nouns), imagenet_animals (ImageNet's names of its 398 animals),
-    animal_activities (135, as in 'a cat washing the dishes'), counting (315, as in 'two cats'); or one that the paper's runs have not
-    seen: unseen_animals (24), unseen_animal_activities (72), everyday_objects (24)."""
+    """A prompt set. Of the paper: simple_animals (45 bare nouns), imagenet_animals (ImageNet's names of its 398 animals), animal_activities
+    (135, such as 'a cat washing the dishes'), counting (315, such as 'two cats'). Not in the paper's training: unseen_animals (24),
+    unseen_animal_activities (72), everyday_objects (24)."""
     file: Optional[str] = None
-    """A file of prompts instead of a named set: text with a prompt a line (after a weight and a tab, if it is to be drawn so much more
-    often), .jsonl, .json, .csv or .tsv, which may have metadata for the reward; see docs/prompts.md."""
+    """A file of prompts that replaces the named set. Text: one prompt a line; a weight and a tab before a prompt make it that much more
+    frequent. .jsonl, .json, .csv and .tsv may also have metadata for the reward. See docs/prompts.md."""
     list: Optional[PromptList] = None
     """The prompts themselves, instead of a named set: ['a cat', 'a dog'], or with weights {'a cat': 2, 'a dog': 1}."""
     limit: Optional[int] = None
-    """Use only the first so many prompts of the set."""
+    """Use only this many prompts, the first ones."""
     samples_per_prompt: int = 4
-    """Each prompt drawn is used for this many samples in a row, so that they can be compared with each other. The paper
-    draws every sample's prompt anew: 1."""
+    """Every prompt that is drawn is used for this many samples in a row, so that they can be compared with each other. The paper uses 1: it
+    draws a prompt for every sample."""
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,18 @@ class RewardConfig:
     """What is maximised."""
 
     name: str = "jpeg_compressibility"
-    """One of those below, see docs/rewards.md, or your own: path/to/file.py:function or package.module:function.
-    Signature: (images (B,3,H,W) fp32 in [0,1], prompts: list of B str, **kwargs) -> (B,) numbers, higher is better; a class is made
-    once, with kwargs, and its instance called. Or a server's address, http://host:port/path or https://."""
+    """One of those below (see docs/rewards.md), or your own: path/to/file.py:function, package.module:function, or the address of a
+    server, http://host:port/path or https://. Signature: (images (B,3,H,W) fp32 in [0,1], prompts: list of B str, **kwargs) -> (B,)
+    numbers, higher is better. Of a class, one instance is made with kwargs and then called."""
     kwargs: dict = field(default_factory=dict)
     """Keyword arguments for the reward."""
     timeout_s: float = 600.0
-    """A call that takes longer counts as failed: its samples are left out of the update."""
+    """A call that takes longer than this has failed. Its samples are left out of the update."""
     isolate: bool = False
-    """Load and call the function in a process of its own, which is started anew when it crashes and is killed when it hangs. Numbers
-    and device are the same; on a GPU it has a CUDA context of its own, about half a GB."""
+    """Load and call the function in a separate process. If that process crashes, it is started again; if it hangs, it is killed. Numbers
+    and device stay the same. On a GPU the process has a CUDA context of its own, about half a GB."""
     max_bad_fraction: float = 0.5
-    """When more than this share of an iteration's samples has no finite reward, the run stops before the update, with a checkpoint to
+    """If more than this share of an iteration's samples has no finite reward, the run stops before the update and leaves a checkpoint to
     --resume from."""
 
 
@@ -137,10 +137,10 @@ class SampleConfig:
     """Sampling."""
 
     num_samples: int = 48
-    """Pictures an iteration, over all ranks."""
+    """Pictures of an iteration, all ranks together."""
     batch_size: Union[int, Literal["auto"]] = 48
-    """Pictures denoised together on one rank. Speed and memory only: a sample depends on it by rounding alone. auto: as many as --plan
-    finds to fit. Should memory run out all the same, it is halved and the run goes on."""
+    """Pictures that one rank denoises together. This changes speed and memory; a sample changes by rounding only. auto: as many as --plan
+    finds to fit. If memory runs out, the number is halved and the run goes on."""
     decode_batch: int = 16
     """Pictures that the VAE decodes together: 0.4 GB each at 512x512 in fp16."""
     num_steps: int = 10
@@ -148,10 +148,9 @@ class SampleConfig:
     sampler: Literal[samplers.CHOICES] = "ddim"
     """How a picture is denoised."""
     guidance_scale: float = 3.0
-    """Classifier-free guidance w in uncond + w (cond - uncond), in sampling and in training; 1 turns it off and halves
-    the work."""
+    """Classifier-free guidance w in uncond + w (cond - uncond), in sampling and in training. 1 turns it off and halves the work."""
     eta: float = 1.0
-    """With ddim, how much of a step's noise is drawn anew, 0 < eta <= 1. At 0 DDIM is deterministic and has no policy gradient."""
+    """For ddim: how much of a step's noise is drawn anew, 0 < eta <= 1. At 0 DDIM draws no noise, so there is no policy gradient."""
     window: Optional[dict[str, int]] = None
     """Only some steps draw noise and are trained on; the others follow the ODE. {size: 3, among: 5, every: 1}: 3 steps in a row, somewhere
     among the first 5; their place is drawn again every iteration. Without among: among all steps. Without every: 1.
@@ -166,37 +165,37 @@ class TrainConfig:
     """What an update does with the rewards. An algorithm's own options are algorithm.*; --help shows those of the algorithm that the
     command line chooses. docs/algorithms.md has the equations."""
     estimator: Literal["ppo", "score_accumulation"] = "ppo"
-    """Where the gradient is computed. ppo: after sampling, which any number of updates an iteration needs. score_accumulation:
-    during sampling, each sample's apart, so that no second UNet pass is needed: the same gradient to rounding, for exactly one update an
-    iteration (train.num_minibatches=1, train.inner_epochs=1) of LoRA. Sampling then needs an update's memory, for
-    sample.batch_size samples, and four bytes for each trained weight of every sample of a rank; train.micro_batch is not used."""
+    """Where the gradient is computed. ppo: after sampling; it allows any number of updates an iteration. score_accumulation: during
+    sampling, for each sample separately, so the update calls the UNet no more. The gradient is the same to rounding. It needs LoRA and
+    exactly one update an iteration (train.num_minibatches=1, train.inner_epochs=1). Sampling then needs the memory of an update of
+    sample.batch_size samples, and four bytes for each trained weight and each sample of a rank. train.micro_batch is not used."""
     num_minibatches: int = 4
     """Optimizer updates per pass over an iteration's samples."""
     inner_epochs: int = 1
     """Passes over an iteration's samples."""
     micro_batch: Union[int, Literal["auto"]] = 48
-    """Transitions (sample, step) per forward and backward on one rank. Speed and memory only: the gradient depends on
-    it by rounding alone. auto: as many as --plan finds to fit. Should memory run out all the same, it is halved and the run goes on (with
-    ZeRO it ends: an update of which a part has been sent cannot begin anew)."""
+    """Transitions (sample, step) per forward and backward on one rank. This changes speed and memory; the gradient changes by rounding
+    only. auto: as many as --plan finds to fit. If memory runs out, the number is halved and the run goes on. With ZeRO the run ends
+    instead: an update that has been sent in part cannot begin again."""
     gradient_checkpointing: bool = False
-    """Keep only the inputs of the UNet's blocks for the backward pass, which then computes what is inside of them again: less
-    memory for an update about a third slower. The gradient is the same, bit for bit."""
+    """Keep only the inputs of the UNet's blocks for the backward pass, which computes the rest again. This saves memory; an update takes
+    about a third longer. The gradient is the same, bit for bit."""
     learning_rate: float = 4e-3
-    """AdamW's; constant. About 3e-4 for LoRA on SD, 1e-5 for its full UNet."""
+    """AdamW's learning rate, constant. Start with about 3e-4 for LoRA on SD, 1e-5 for its whole UNet."""
     clip_range: float = 3e-4
-    """PPO's clip range at SD's 16,384 latent elements. The log-prob is a mean over latent elements, so 1e-4 there is a
-    true ratio range of exp(1.6); for D elements the range used is clip_range * 16384 / D, the same trust region."""
+    """PPO's clip range, stated for SD's 16,384 latent elements. The log-prob is a mean over latent elements, so 1e-4 lets the ratio of a
+    whole picture change by a factor of exp(1.6). For D elements the run uses clip_range * 16384 / D, which keeps that factor."""
     advantage_clip: float = 5.0
     """Advantages are clamped to +- this."""
     kl_coefficient: float = 0.0
-    """Adds this times the KL divergence from the model without LoRA (the bare one, also after lora.init), a mean over latent elements as
-    the log-prob is, to the loss of ddpo_is or ddpo_sf. Another UNet forward pass, with LoRA switched off, for each transition; metric
-    kl_to_reference. 0: nothing is computed."""
+    """Adds this times the KL divergence from the model without any LoRA (also after lora.init) to the loss of a policy gradient. Like the
+    log-prob, the divergence is a mean over latent elements. Each transition costs another forward pass of the UNet, with LoRA switched
+    off. The metric is kl_to_reference. 0: nothing of this is computed."""
     max_grad_norm: float = 1.0
-    """Gradient norm clip of every update."""
+    """Every update's gradient is clipped to this norm."""
     timestep_fraction: float = 1.0
-    """Share of each sample's steps that is trained on, drawn anew every pass. Below 1 is another estimator, not only a
-    faster one."""
+    """Share of each sample's steps that is trained on. Every pass draws other steps. Below 1, the gradient is another estimator, not only
+    faster."""
 
     @property
     def updates_per_iteration(self) -> int:
@@ -209,16 +208,16 @@ class BaselineConfig:
     """What rewards are compared with: ddpo_is and ddpo_sf."""
 
     name: Literal["history", "group"] = "history"
-    """What a reward is compared with. history: its prompt's last rewards, as in the paper. group: the iteration's own samples of its
-    prompt, as in GRPO; buffer_size and min_count are not used, and prompts.samples_per_prompt has to be 2 or more."""
+    """What a reward is compared with. history: the last rewards of its prompt, as in the paper. group: the iteration's own samples of its
+    prompt, as in GRPO; this needs prompts.samples_per_prompt of 2 or more and does not use buffer_size and min_count."""
     buffer_size: int = 4
     """Rewards remembered per prompt."""
     min_count: int = 4
-    """With fewer than this many rewards of a prompt, the whole iteration's mean and standard deviation stand in."""
+    """If a prompt has fewer rewards than this, the mean and standard deviation of the whole iteration are used."""
     std: Literal["prompt", "batch"] = "prompt"
-    """What advantages are divided by: the standard deviation of the prompt's rewards, as in the paper, or that of the whole
-    iteration's. For a bounded reward 'batch': a prompt that always gets nearly 1 would else turn its last decimals into
-    advantages as large as any."""
+    """What advantages are divided by. prompt: the standard deviation of the prompt's rewards, as in the paper. batch: that of the whole
+    iteration. Use batch for a bounded reward: with prompt, a prompt that always gets nearly 1 turns its last decimals into large
+    advantages."""
 
 
 @dataclass(frozen=True)
@@ -226,8 +225,8 @@ class OptimizerConfig:
     """AdamW."""
 
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """adamw_8bit: bitsandbytes' AdamW with its state in 8 bits, block by block; biases, norms and tensors of less than 4,096
-    elements keep 32, since a block has one scale. paged_adamw_8bit: on a GPU, that state moves to the host when memory is short."""
+    """adamw: PyTorch's. adamw_8bit: bitsandbytes' AdamW, which keeps its state in 8 bits, one scale a block; biases, norms and tensors of
+    less than 4,096 elements keep 32 bits. paged_adamw_8bit: on a GPU, that state moves to the host when memory is short."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Decay rates of the gradient's mean and square."""
     eps: float = 1e-8
@@ -241,12 +240,12 @@ class ZeroConfig:
     """What is spread over the ranks, or kept in host memory."""
 
     stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: 1 shards the optimizer state over the ranks, 2 the gradients too, 3 the UNet's weights as well,
-    which are then gathered for every call; memory that runs out then ends the run, in sampling too, since the ranks call together.
-    LoRA has next to nothing to shard below 3. See docs/distribution.md."""
+    """DeepSpeed's ZeRO stage. 1 shards the optimizer state over the ranks. 2 also shards the gradients. 3 also shards the UNet's weights
+    and gathers them for every call; if memory runs out at stage 3, the run ends, in sampling too, because the ranks call together. LoRA
+    has next to nothing to shard below 3. See docs/distribution.md."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What is kept in host memory: optimizer (its state, its step and the gradients that it takes; zero.stage 1 to 3), all
-    (the UNet's weights too; zero.stage=3). With optimizer.name=adamw."""
+    """What is kept in host memory. optimizer: its state, its step and the gradients that it takes; with zero.stage 1 to 3. all: the UNet's
+    weights too; with zero.stage=3. Both need optimizer.name=adamw."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +253,7 @@ class DeepspeedConfig:
     """DeepSpeed."""
 
     config: Optional[str] = None
-    """Your own DeepSpeed JSON, merged over what these options derive; what contradicts them is refused."""
+    """Your own DeepSpeed JSON. It is merged over what these options derive. A contradiction is refused."""
 
 
 @dataclass(frozen=True)
@@ -262,9 +261,8 @@ class KernelsConfig:
     """Fused operations."""
 
     backend: Literal["auto", "triton", "reference"] = "auto"
-    """What runs the denoising step, the loss and, in the UNet, GroupNorm with SiLU and GEGLU. triton: fused kernels.
-    reference: plain PyTorch. auto: triton on a GPU, reference elsewhere. (triton on a CPU needs TRITON_INTERPRET=1, for
-    tests.)"""
+    """What runs the denoising step, the loss and, in the UNet, GroupNorm with SiLU and GEGLU. triton: fused kernels. reference: plain
+    PyTorch. auto: triton on a GPU, reference elsewhere. (triton on a CPU needs TRITON_INTERPRET=1, for tests.)"""
 
 
 @dataclass(frozen=True)
@@ -272,9 +270,9 @@ class AttentionConfig:
     """The UNet's attention."""
 
     backend: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "xformers", "flash_attn", "flash_attn_3", "flex"] = "auto"
-    """What computes the UNet's attention. sdpa: PyTorch's function, with the kernel that it chooses; flash, cudnn, efficient,
-    math: one of its kernels; xformers, flash_attn, flash_attn_3: those packages; flex: PyTorch's flex_attention. auto: on a GPU the
-    fastest by measurement at the run's own shapes, forward and backward; sdpa on a CPU."""
+    """What computes the UNet's attention. sdpa: PyTorch's function with the kernel that it chooses. flash, cudnn, efficient, math: one
+    particular kernel of PyTorch's. xformers, flash_attn, flash_attn_3: those packages. flex: PyTorch's flex_attention. auto: on a GPU, the
+    one that is fastest at the run's own shapes, measured forward and backward; on a CPU, sdpa."""
 
 
 @dataclass(frozen=True)
@@ -282,14 +280,14 @@ class CacheConfig:
     """The activation cache."""
 
     mode: Literal["auto", "on", "off"] = "auto"
-    """Keep what the UNet's frozen layers before the first trained one compute in the rollout, so that the update does not compute
-    it again. Needs a lora.scope that leaves such layers, such as mid_up, and zero.stage below 3. auto: on where they are at least 3 %
-    of the UNet."""
+    """Keep what the UNet's frozen layers before the first trained layer compute in the rollout, so that the update does not compute it
+    again. Needs zero.stage below 3 and a lora.scope that leaves such layers, such as mid_up. auto: on if these layers are at least 3 % of
+    the UNet."""
     device_mib: Optional[float] = None
-    """Memory of each device for it, in MiB. Default: half of what is free at the start."""
+    """MiB of each device that the cache may take. Default: half of what is free at the start."""
     host_mib: Optional[float] = None
-    """Pinned host memory of each rank behind that, copied to the GPU ahead of its use; what fits in neither is computed again.
-    Default: half of what is free at the start, divided by the machine's ranks; on a CPU none."""
+    """MiB of pinned host memory that each rank's cache may take when the device's part is full. It is copied to the GPU ahead of its use.
+    What fits in neither is computed again. Default: half of what is free at the start, divided by the machine's ranks; on a CPU none."""
 
 
 @dataclass(frozen=True)
@@ -297,9 +295,9 @@ class EvalConfig:
     """Fixed evaluation sets."""
 
     every: int = 4
-    """Evaluate every so many iterations (and before the first and after the last)."""
+    """Evaluate every so many iterations, and before the first and after the last."""
     num_samples: int = 48
-    """Pictures of each fixed evaluation set: same prompts, same noise every time."""
+    """Pictures of each fixed evaluation set. Prompts and noise are the same every time."""
     prompts: Optional[Union[PromptSet, list[str]]] = None
     """Prompts of the evaluation set, in turn: a list, or the name of a prompt set. Default: the training prompts."""
     sampler: Optional[Literal[samplers.CHOICES]] = None
@@ -309,8 +307,9 @@ class EvalConfig:
     guidance_scale: Optional[float] = None
     """Classifier-free guidance of evaluation pictures. Default: sample.guidance_scale."""
     heldout: Optional[Union[PromptSet, list[str]]] = None
-    """Prompts that the run does not train on, such as unseen_animals: a second fixed evaluation set of eval.num_samples pictures, which
-    shows what has been learnt about others (metrics heldout_*), and decides which weights are the best, see run.keep_best."""
+    """Prompts that the run does not train on, such as unseen_animals. They make a second fixed evaluation set of eval.num_samples pictures
+    (metrics heldout_*), which shows what the model has learnt about other prompts. It also decides which weights are the best: see
+    run.keep_best."""
 
 
 @dataclass(frozen=True)
