@@ -92,9 +92,10 @@ def peers_section(rows: Rows) -> list[str]:
         lines = [line("**images/s**", "total", "images_per_s"), *(line(name, name.removesuffix(", s"), "median_s") for name in stages)]
         blocks += [
             table(["", *(PEERS[peer] for peer in peers), *(f"{PEERS[peer]} / ours" for peer in others)], lines),
-            "Last columns: the peer's seconds over ours, the median of paired rounds and the middle 60 % of them. TRL and the textbook "
-            "loop train batches as large as they can make them, a minibatch of samples at one timestep. Ours encodes a prompt once "
-            "in a run.",
+            "The rows are seconds of one iteration. The last columns are ratios: the other trainer's time divided by ours, so ours is "
+            "faster where the ratio is above 1. Each ratio is a median over rounds that time all trainers in turn; the brackets hold the "
+            "middle 60 % of the rounds. TRL and the textbook loop train batches as large as they can make them: a minibatch of samples "
+            "at one timestep.",
         ]
     untimed = [row for row in rows if row["note"] and not row["median_s"]]
     notes = [(PEERS[row["peer"]], row["stage"], " ".join(row["note"].replace("`", "'").split())) for row in untimed]
@@ -246,11 +247,18 @@ def source(rows: Rows) -> str:
 SHOWN_ON = {"waterfall": "README.md", "scaling": "docs/performance.md"}
 """The page that shows a picture of a table, and what it is a picture of."""
 CAPTIONS = {"waterfall": "images per second, one technique a row", "scaling": "seconds an iteration along each axis"}
+READING = {
+    "waterfall": 'A row adds one technique to the rows above it. A row that begins with "or" is an alternative: the rows after it build '
+    "on the row above it. The rewards are those of the first iteration and, as a mean, of the last ones. These runs measure speed: they are too "
+    "short to show learning.",
+}
+"""How a picture is read, below it."""
 
 
 def text(tables: dict[str, Rows], page: str) -> str:
     """The Markdown between a page's markers."""
-    blocks = [f"![{CAPTIONS[name]}](docs/{name}.png)" for name, where in SHOWN_ON.items() if where == page and tables[name]]
+    shown = [name for name, where in SHOWN_ON.items() if where == page and tables[name]]
+    blocks = [block for name in shown for block in (f"![{CAPTIONS[name]}](docs/{name}.png)", READING.get(name)) if block]
     sections = {name: section for name, section in SECTIONS.items() if section.page == page}
     devices = dict.fromkeys(row["device"] for name in sections for row in tables[name])
     for device in sorted(devices, key=on_cpu):
@@ -258,7 +266,7 @@ def text(tables: dict[str, Rows], page: str) -> str:
         for name, section in sections.items():
             rows = [row for row in tables[name] if row["device"] == device]
             for values, group in grouped(rows, *section.block).items():
-                title = f"**{section.title}**{': ' * bool(values)}{', '.join(values)}"
+                title = f"**{section.title}**{': ' * bool(values)}{', '.join(value for value in values if value != 'any')}"
                 blocks += [title, *section.body(group), source(group)]
     content = "\n\n".join(blocks)
     return content.replace("](docs/", "](") if page.startswith("docs/") else content
