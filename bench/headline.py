@@ -248,9 +248,9 @@ SHOWN_ON = {"waterfall": "README.md", "scaling": "docs/performance.md"}
 """The page that shows a picture of a table, and what it is a picture of."""
 CAPTIONS = {"waterfall": "images per second, one technique a row", "scaling": "seconds an iteration along each axis"}
 READING = {
-    "waterfall": 'A row adds one technique to the rows above it. A row that begins with "or" is an alternative: the rows after it build '
-    "on the row above it. The rewards are those of the first iteration and, as a mean, of the last ones. These runs measure speed: they are too "
-    "short to show learning.",
+    "waterfall": "A row adds one technique to the rows above it. A row that begins with 'or' is an alternative: the rows after it build "
+    "on the row above it. The rewards are those of the first iteration and, as a mean, of the last ones. These runs measure speed: they "
+    "are too short to show learning.",
 }
 """How a picture is read, below it."""
 
