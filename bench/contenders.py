@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from bench.textbook import TextbookLoop, Trajectories
 from ddpo_fast import assemble
 from ddpo_fast import train as trainer
-from ddpo_fast.config.options import Config, parse
+from ddpo_fast.config.command_line import parse
+from ddpo_fast.config.options import Config
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.memory import free_mib
 from ddpo_fast.planning.counts import flop_counter
@@ -244,7 +245,7 @@ class Ours(Contender):
         run = replace(self.run, config=one_update, objective=objective, gradients=gradients, engine=engine)
         ids, good = torch.arange(len(embeds), device=self.device), torch.ones(len(embeds), dtype=torch.bool, device=self.device)
         rollout = Rollout(embeds, pooled, ids, data["latents"], data["log_probs"], good, run.schedule(1), 0)
-        trainer.update(run, run.updates(1), rollout, data["advantages"], 1)
+        trainer.update(run, run.updates(run.schedule(1), 1), rollout, data["advantages"], 1)
         return gradient
 
 

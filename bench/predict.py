@@ -28,10 +28,11 @@ from bench import ROOT
 from bench.harness import RANK_VARIABLES, free_port
 from ddpo_fast import train as trainer
 from ddpo_fast.assemble import assemble
-from ddpo_fast.config.options import Config, parse_or_exit
+from ddpo_fast.config.command_line import parse_or_exit
+from ddpo_fast.config.options import Config
 from ddpo_fast.files import write_text
 from ddpo_fast.gpus import GPUS
-from ddpo_fast.planning.plan import Costs, iteration_terms, scaling, scaling_text
+from ddpo_fast.planning.scaling import Costs, iteration_terms, scaling, scaling_text
 from ddpo_fast.planning.work import Work
 from ddpo_fast.records import checkpoint
 from ddpo_fast.records.metrics import read_metrics
@@ -144,7 +145,7 @@ def _update_costs(run: Run, rollout: Rollout, largest: int) -> dict[str, float]:
         advantages = torch.ones(samples, device=run.policy.device)
         varied = replace(run, config=options)
         run.gradients.micro_batch = micro_batch
-        call = lambda: trainer.update(varied, varied.updates(1), part, advantages, 1)  # noqa: B023, E731
+        call = lambda: trainer.update(varied, varied.updates(varied.schedule(1), 1), part, advantages, 1)  # noqa: B023, E731
         design.append([epochs * math.ceil(samples * steps / micro_batch), epochs * samples * steps * rows, epochs])
         seconds.append(_seconds(run.policy.device, call))
     return dict(zip(("update_call_s", "update_row_s", "optimizer_s"), fit(design, seconds)))

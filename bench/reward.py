@@ -34,7 +34,8 @@ from scipy import stats
 from tqdm import tqdm
 
 from bench import ROOT, harness, rows
-from ddpo_fast.config.options import Config, parse
+from ddpo_fast.config.command_line import parse
+from ddpo_fast.config.options import Config
 from ddpo_fast.files import write_text
 from ddpo_fast.records.checkpoint import list_checkpoints
 from ddpo_fast.records.metrics import read_metrics

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ddpo_fast.claim import Claim
 from ddpo_fast.config.options import Config
 from ddpo_fast.distributed.engine import Engine
@@ -91,7 +89,6 @@ class Run:
         """The number of this rank's first sample of an iteration; the others follow."""
         return (iteration - 1) * self.config.sample.num_samples + self.mine.start
 
-    def updates(self, iteration: int) -> list[Update]:
-        """This rank's part of every update of an iteration."""
-        population: np.ndarray = self.objective.population(self.schedule(iteration))
-        return updates(Work.of(self.config), population, self.ranks, (self.config.run.seed, iteration))
+    def updates(self, schedule: Schedule, iteration: int) -> list[Update]:
+        """This rank's part of every update of an iteration, whose samples are made by `schedule`."""
+        return updates(Work.of(self.config), self.objective.population(schedule), self.ranks, (self.config.run.seed, iteration))

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ddpo_fast import kernels
 from ddpo_fast.assemble import find, load_policy, share_guidance
-from ddpo_fast.config.options import Config, parse
+from ddpo_fast.config.command_line import parse
+from ddpo_fast.config.options import Config
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.networks import attention_backends
 from ddpo_fast.places import typed_path

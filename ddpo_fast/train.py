@@ -17,7 +17,7 @@ if __name__ == "__main__":
     if not all(spec and Path(spec.origin).resolve().is_relative_to(root) for spec in found):
         print(f"error: this Python has not installed ddpo_fast from this folder: pip install -e {root}", file=sys.stderr)
         sys.exit(2)
-    from ddpo_fast.config.options import parse_or_exit
+    from ddpo_fast.config.command_line import parse_or_exit
     from ddpo_fast.distributed.preemption import die_with_launcher
     from ddpo_fast.terminal import steady_streams
 
@@ -32,7 +32,8 @@ from torch import Tensor
 
 from ddpo_fast.assemble import assemble
 from ddpo_fast.claim import Claim, only_run
-from ddpo_fast.config.options import Config, parse_or_exit
+from ddpo_fast.config.command_line import parse_or_exit
+from ddpo_fast.config.options import Config
 from ddpo_fast.distributed.engine import WrongCheckpoint, all_gather, all_reduce, any_rank, is_lost_rank
 from ddpo_fast.distributed.preemption import StopRequest
 from ddpo_fast.evaluation import evaluate, good_rewards
@@ -105,7 +106,8 @@ def improve(run: Run, timer: StageTimer, iteration: int) -> dict[str, float]:
 
     Raises BadRewards, before anything is updated, when too many samples have no reward.
     """
-    schedule, updates, prompts, mine = run.schedule(iteration), run.updates(iteration), run.draw(iteration), run.mine
+    schedule, prompts, mine = run.schedule(iteration), run.draw(iteration), run.mine
+    updates = run.updates(schedule, iteration)
     run.gradients.begin(updates, len(prompts[mine]), schedule)
     rollout, rewards, _ = collect(run, schedule, run.first_sample_id(iteration), prompts[mine], timer, "sample", run.gradients)
     rewards = all_gather(rewards)
@@ -115,9 +117,7 @@ def improve(run: Run, timer: StageTimer, iteration: int) -> dict[str, float]:
     with timer("train"):
         row = update(run, updates, rollout, credit, iteration)
     return row | run.gradients.metrics() | {
-        "reward_mean": good.mean().item(),
-        "reward_std": good.std(correction=0).item(),
-        "bad_rewards": len(rewards) - len(good),
+        "reward_mean": good.mean().item(), "reward_std": good.std(correction=0).item(), "bad_rewards": len(rewards) - len(good),
         "images_per_s": len(rewards) / timer.seconds["sample"],
         "transitions_per_s": row["transitions"] / sum(timer.seconds[stage] for stage in run.gradients.stages),
         "learning_rate": run.config.train.learning_rate,

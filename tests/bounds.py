@@ -35,7 +35,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 
-from ddpo_fast.config.options import Config, parse
+from ddpo_fast.config.command_line import parse
+from ddpo_fast.config.options import Config
 from ddpo_fast.schedule import Denoising, Schedule
 
 SIGMAS = 5

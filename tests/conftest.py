@@ -17,7 +17,7 @@ from runs import Ranks
 from shared import command_line
 from tiny import make_pipeline, make_sdxl
 
-from ddpo_fast.config import options as parsing
+from ddpo_fast.config import command_line as parsing
 from ddpo_fast.records import report, run_directory
 
 

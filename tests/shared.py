@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ddpo_fast import train as trainer
 from ddpo_fast.assemble import assemble
-from ddpo_fast.config.options import LoraConfig, parse
+from ddpo_fast.config.command_line import parse
+from ddpo_fast.config.options import LoraConfig
 from ddpo_fast.pipelines.folders import find_model
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import Prompts
@@ -78,7 +79,8 @@ def sampled(run: Run, prompts: list[str], first_id: int = 0, gradients=NO_GRADIE
 
 def kept(run: Run, prompts: list[str], first_id: int = 0) -> Rollout:
     """The same with all that an update would need, without beginning one."""
-    run.gradients.begin(run.updates(1), len(prompts), run.schedule(1))
+    schedule = run.schedule(1)
+    run.gradients.begin(run.updates(schedule, 1), len(prompts), schedule)
     return sampled(run, prompts, first_id, run.gradients)[0]
 
 
@@ -96,6 +98,21 @@ def in_precision(run: Run, dtype: torch.dtype) -> Run:
         run.gradients.cache = NO_CACHE  # whose slots are of the precision that there was
     run.engine.backward, run.engine.forget_gradient = lambda loss, last: loss.backward(), lambda: None
     return replace(run, denoising=replace(run.denoising, dtype=dtype))
+
+
+def textbook_log_prob(pipe, prompts: list[str], x_t: Tensor, next_x: Tensor, times: tuple[int, int], guidance_scale: float) -> Tensor:
+    """log p (B,) of a DDIM step at eta 1 from t to t', formulas written out anew from the cumulative alphas; t' < 0 ends at t = 0."""
+    embeds, uncond = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, [""] * len(prompts)))
+    alphas = (1 - pipe.scheduler.betas.double()).cumprod(0)
+    a_t, a_p = (alphas[max(t, 0)] for t in times)
+    e = pipe.unet(x_t, times[0], encoder_hidden_states=embeds).sample
+    if guidance_scale != 1:
+        e_uncond = pipe.unet(x_t, times[0], encoder_hidden_states=uncond).sample
+        e = e_uncond + guidance_scale * (e - e_uncond)
+    s = ((1 - a_p) / (1 - a_t) * (1 - a_t / a_p)).sqrt()
+    x0 = (x_t - (1 - a_t).sqrt() * e) / a_t.sqrt()
+    density = torch.distributions.Normal(a_p.sqrt() * x0 + (1 - a_p - s**2).sqrt() * e, s)
+    return density.log_prob(next_x.double()).mean((1, 2, 3))
 
 
 def random_lora(policy: Policy, std: float = 0.02) -> None:
@@ -146,7 +163,8 @@ def first_gradient(
 
     run.engine.step = step
     prompts = prompts or run.draw(1).texts
-    updates, rollout = run.updates(1), kept(run, prompts)
+    rollout = kept(run, prompts)
+    updates = run.updates(rollout.schedule, 1)
     credit = torch.linspace(-2, 3, len(prompts), dtype=dtype) if credit is None else credit.to(dtype)
     row = trainer.update(run, updates, rollout, credit, 1)
     assert row.get("ratio_error", 0) <= bounds.of(run.config, dtype).ratio

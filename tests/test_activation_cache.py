@@ -24,7 +24,7 @@ from ddpo_fast import assemble as assembling
 from ddpo_fast import memory, rollout
 from ddpo_fast import train as trainer
 from ddpo_fast.assemble import assemble
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.kernels import reference
 from ddpo_fast.planning.counts import MIB, flop_counter
@@ -212,7 +212,7 @@ def test_only_what_is_trained_on_has_a_slot_and_the_most_used_have(options, made
 
     def checking(run, updates, rollout, credit, iteration):
         cache = run.gradients.cache
-        uses = Counter(pair for one in run.updates(iteration) for pair in zip(one.rows.tolist(), one.steps.tolist()))
+        uses = Counter(pair for one in run.updates(rollout.schedule, iteration) for pair in zip(one.rows.tolist(), one.steps.tolist()))
         held = {pair for pair in np.ndindex(cache.slots.shape) if cache.slots[pair] >= 0}
         numbers = [cache.slots[pair] for pair in held]
         assert held <= set(uses) and len(held) == min(len(uses), math.floor(budgets[0]) + math.floor(budgets[1])) == len(set(numbers))

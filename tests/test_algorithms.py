@@ -19,7 +19,8 @@ from ddpo_fast import algorithms
 from ddpo_fast import assemble as assembling
 from ddpo_fast import train as trainer
 from ddpo_fast.assemble import assemble
-from ddpo_fast.config.options import BaselineConfig, parse
+from ddpo_fast.config.command_line import parse
+from ddpo_fast.config.options import BaselineConfig
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.kernels.reference import normal_noise
 from ddpo_fast.planning.plan import iteration_flop, with_cache
@@ -162,7 +163,7 @@ def test_gradient_is_that_of_the_denoising_loss(options, sampling_scale, trainin
     prompts, rollout, sample_weights = first.prompts, first.rollout, first.credit
     assert rollout.latents.shape[1] == 1 and first.row.keys() == {"transitions", "loss", "grad_norm", "skipped_updates"}
     pipe, latents = first.run.policy.pipe, rollout.latents[:, -1]
-    (update,) = first.run.updates(1)
+    (update,) = first.run.updates(first.rollout.schedule, 1)
     rows, timesteps = update.rows, update.steps
     assert len(rows) == 12 and (np.bincount(rows) == 3).all() and 0 <= timesteps.min() and timesteps.max() < 1000
     for row, t in zip(rows.tolist(), timesteps.tolist()):
@@ -191,7 +192,7 @@ def test_every_rank_trains_on_its_part_of_the_same_transitions_and_noise(options
     def transitions(rank, world_size):
         part = replace(made, ranks=Ranks(rank, world_size))
         first = part.first_sample_id(3)
-        return [sorted(zip((first + update.rows).tolist(), update.steps.tolist())) for update in part.updates(3)]
+        return [sorted(zip((first + update.rows).tolist(), update.steps.tolist())) for update in part.updates(part.schedule(3), 3)]
 
     whole, parts = transitions(0, 1), [transitions(rank, num_ranks) for rank in range(num_ranks)]
     assert [sorted(sum(update, [])) for update in zip(*parts)] == whole and len(whole) == 4

@@ -15,7 +15,7 @@ from shared import policy_of, run, untimed
 from tiny import SD_BETAS
 
 from ddpo_fast import assemble
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.networks import attention_backends
 from ddpo_fast.networks.attention_backends import (
     ON_CPU,

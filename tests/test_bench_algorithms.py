@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import algorithms, reward, rows
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.embedded.vocabulary import SUBJECTS
 from ddpo_fast.prompts import load_prompts
 

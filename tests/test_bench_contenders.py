@@ -12,7 +12,7 @@ from test_plan import COUNTS
 from bench import contenders, harness, models, peers, throughput, waterfall
 from bench.contenders import Ours, Stages, Textbook, make
 from bench.rows import Writer, read
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.kernels import reference
 
 

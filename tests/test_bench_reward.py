@@ -12,7 +12,7 @@ import pytest
 
 from bench import harness, reward, rows
 from ddpo_fast import train as trainer
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.records.metrics import read_metrics
 from ddpo_fast.records.run_directory import Record
 

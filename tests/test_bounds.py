@@ -10,7 +10,7 @@ from shared import policy_of, run
 
 import ddpo_fast.embedded
 from ddpo_fast.assemble import assemble
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.policy import Policy
 from ddpo_fast.records.metrics import read_metrics
 from ddpo_fast.rollout import generate

@@ -17,8 +17,8 @@ from tiny import SD_BETAS
 
 from ddpo_fast import algorithms, samplers
 from ddpo_fast.algorithms import PolicyGradient, Regression
-from ddpo_fast.config import options as parsing
-from ddpo_fast.config.options import parse
+from ddpo_fast.config import command_line as parsing
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.records.metrics import read_metrics
 from ddpo_fast.schedule import Levels, Schedule
 

@@ -13,8 +13,9 @@ import yaml
 
 from ddpo_fast import algorithms, assemble
 from ddpo_fast import train as trainer
-from ddpo_fast.config import options as config_module
-from ddpo_fast.config.options import Config, parse, parse_or_exit
+from ddpo_fast.config.command_line import parse, parse_or_exit
+from ddpo_fast.config.options import Config
+from ddpo_fast.config.rules import RULES
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -356,7 +357,7 @@ def chosen(option: str) -> list[str]:
 def rules(option: str) -> list:
     """(what is valid in words, or of a config; whether a value is), of an option."""
     own = algorithms.find(OWNER[option]).RULES if option in OWNER else ()
-    return [rule[1:] for rule in (*config_module.RULES, *((f"algorithm.{rule[0]}", *rule[1:]) for rule in own)) if rule[0] == option]
+    return [rule[1:] for rule in (*RULES, *((f"algorithm.{rule[0]}", *rule[1:]) for rule in own)) if rule[0] == option]
 
 
 def takes(annotation, value) -> bool:

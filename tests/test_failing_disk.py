@@ -119,7 +119,7 @@ def test_best_weights_that_were_deleted_are_said(options, disk, tmp_path, monkey
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_directory_where_a_run_is_going_on_is_refused_before_a_model_is_loaded(options, tmp_path, capsys, monkeypatch, resume):
     monkeypatch.setattr(assembling, "Policy", None)
-    monkeypatch.setattr("ddpo_fast.config.options._check_resumed", lambda _: None)
+    monkeypatch.setattr("ddpo_fast.config.command_line._check_resumed", lambda _: None)
     monkeypatch.setattr("ddpo_fast.config.rules._has_checkpoint", lambda _: resume)
     with Claim() as claim:
         claim.take(tmp_path / "run", new=False)

@@ -13,7 +13,7 @@ from test_resume import bomb, copy, finished, pretend  # noqa: F401
 
 from ddpo_fast import assemble
 from ddpo_fast import train as trainer
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.records import checkpoint
 
 UNET, TEXT, VAE = "unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"

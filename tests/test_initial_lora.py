@@ -13,7 +13,7 @@ from shared import policy_of, run
 
 from ddpo_fast import sample
 from ddpo_fast import train as trainer
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.networks.initial_lora import start_from
 from ddpo_fast.places import LORA_FILE, is_lora
 from ddpo_fast.policy import Policy

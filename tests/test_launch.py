@@ -171,7 +171,7 @@ def test_a_bad_option_costs_one_line_and_little_time(tmp_path):
     for line in done.stderr.splitlines():
         imported.append(line.split("|")[-1].strip()) if line.startswith("import time:") else said.append(line)
     assert re.fullmatch(r"error: sample\.eta=0\.0: valid is .*", "\n".join(said))
-    assert "ddpo_fast.config.options" in imported and not {"torch", "diffusers", "deepspeed"} & set(imported)
+    assert "ddpo_fast.config.command_line" in imported and not {"torch", "diffusers", "deepspeed"} & set(imported)
 
 
 def test_a_bad_option_on_two_ranks_is_said_once(tmp_path):

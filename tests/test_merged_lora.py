@@ -13,7 +13,7 @@ from shared import CPU, joined, policy_of, run, weights
 from torch import nn
 
 from ddpo_fast.assemble import assemble
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.distributed.engine import Engine, init_distributed
 from ddpo_fast.kernels import select
 from ddpo_fast.networks import merged_lora

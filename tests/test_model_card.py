@@ -15,7 +15,7 @@ from test_report import make_run
 from tiny import SD_BETAS
 
 from ddpo_fast.assemble import assemble
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.records import push
 from ddpo_fast.records.model_card import card, write_card
 from ddpo_fast.records.report import read_run

@@ -15,7 +15,7 @@ from tiny import make_pipeline, make_sdxl
 
 from ddpo_fast import train as trainer
 from ddpo_fast.assemble import assemble
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.kernels.reference import normal_noise
 from ddpo_fast.pipelines.folders import find_model, open_pipeline
 from ddpo_fast.planning.counts import architecture

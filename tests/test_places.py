@@ -11,7 +11,7 @@ from shared import run, untimed
 from test_config import OPTIONS
 
 from ddpo_fast import train as trainer
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.places import PLACES, located, located_kwargs, may_be_same, typed_path
 from ddpo_fast.records.metrics import read_metrics
 

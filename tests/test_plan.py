@@ -17,28 +17,26 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import predict
 from ddpo_fast import assemble
 from ddpo_fast import train as trainer
-from ddpo_fast.config.options import OptimizerConfig, parse
+from ddpo_fast.config.command_line import parse
+from ddpo_fast.config.options import OptimizerConfig
 from ddpo_fast.distributed.optimizer import make_optimizer
 from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.gpus import GPUS, parse_devices
 from ddpo_fast.planning import plan as plan_module
 from ddpo_fast.planning.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, architecture, flop_counter
 from ddpo_fast.planning.plan import (
-    Costs,
     advise,
     fit_sizes,
     host_mib,
     iteration_flop,
-    iteration_terms,
     make_plan,
     memory_mib,
     phases_mib,
     plan_text,
-    saturation,
-    scaling,
     state_bytes,
     with_cache,
 )  # fmt: skip
+from ddpo_fast.planning.scaling import Costs, iteration_terms, saturation, scaling
 from ddpo_fast.planning.work import Work
 from ddpo_fast.policy import Policy
 from ddpo_fast.schedule import Levels, Schedule

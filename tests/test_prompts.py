@@ -10,7 +10,8 @@ import pytest
 
 from ddpo_fast import prompt_files
 from ddpo_fast import train as trainer
-from ddpo_fast.config.options import PromptSet, parse
+from ddpo_fast.config.command_line import parse
+from ddpo_fast.config.options import PromptSet
 from ddpo_fast.prompts import EVERYDAY_OBJECTS, PROMPT_SETS, SIMPLE_ANIMALS, UNSEEN_ANIMALS, Prompts, draw_prompts, load_prompts, plural
 
 ANIMALS = Prompts(SIMPLE_ANIMALS)

@@ -23,7 +23,8 @@ from transformers import (
 
 from ddpo_fast import assemble
 from ddpo_fast import train as trainer
-from ddpo_fast.config.options import Config, parse
+from ddpo_fast.config.command_line import parse
+from ddpo_fast.config.options import Config
 from ddpo_fast.planning import plan
 from ddpo_fast.prompts import load_prompts
 from ddpo_fast.records.metrics import read_metrics

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.planning.work import Work
 from ddpo_fast.schedule import Schedule

@@ -10,7 +10,7 @@ from runs import ROOT
 from safetensors.torch import save_file
 from same import RUNS, command_lines, differences
 
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 
 ROW = {"iteration": 1, "loss": 0.5, "approx_kl": None, "time_total_s": 3.0, "peak_memory_mib": 70.0, "images_per_s": 2.0}
 

@@ -18,7 +18,7 @@ from torch import nn
 from ddpo_fast import algorithms
 from ddpo_fast import assemble as assembling
 from ddpo_fast import train as trainer
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.kernels import reference, select

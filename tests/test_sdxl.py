@@ -9,7 +9,7 @@ from tiny import make_sdxl
 
 from ddpo_fast import memory
 from ddpo_fast.assemble import assemble
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.kernels import select
 from ddpo_fast.networks.fused_unet import fuse
 from ddpo_fast.planning.counts import flop_counter

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from shared import first_gradient, relative_error, run, sampled, untimed, weights
+from shared import first_gradient, relative_error, run, sampled, textbook_log_prob, untimed, weights
 from tiny import make_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,7 +23,7 @@ from ddpo_fast import assemble as assembling
 from ddpo_fast import rollout
 from ddpo_fast import train as trainer
 from ddpo_fast.assemble import assemble
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.kernels import reference
@@ -48,19 +48,9 @@ def test_gradient_is_that_of_the_textbook_loop(options, algorithm, guidance_scal
     prompts, rollout, advantages, timesteps = first.prompts, first.rollout, first.credit, first.rollout.schedule.timesteps
     pipe = first.run.policy.pipe
     pipe.unet.zero_grad()
-    embeds, uncond = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, [""] * len(prompts)))
-    alphas = (1 - pipe.scheduler.betas.double()).cumprod(0)
     for step, t in enumerate(timesteps.tolist()):
-        a_t, a_p = alphas[t], alphas[t - 200] if t >= 200 else alphas[0]
-        latents, next_latents = rollout.latents[:, step], rollout.latents[:, step + 1]
-        e = pipe.unet(latents, t, encoder_hidden_states=embeds).sample
-        if guidance_scale != 1:
-            e_uncond = pipe.unet(latents, t, encoder_hidden_states=uncond).sample
-            e = e_uncond + guidance_scale * (e - e_uncond)
-        s = ((1 - a_p) / (1 - a_t) * (1 - a_t / a_p)).sqrt()
-        x0 = (latents - (1 - a_t).sqrt() * e) / a_t.sqrt()
-        density = torch.distributions.Normal(a_p.sqrt() * x0 + (1 - a_p - s**2).sqrt() * e, s)
-        log_prob = density.log_prob(next_latents.double()).mean((1, 2, 3))
+        x_t, next_x = rollout.latents[:, step], rollout.latents[:, step + 1]
+        log_prob = textbook_log_prob(pipe, prompts, x_t, next_x, (t, t - 200), guidance_scale)
         ratio = (log_prob - rollout.log_probs[:, step].double()).exp()
         (-(advantages * ratio).mean() / len(timesteps)).backward()
     expected = {n: p.grad for n, p in pipe.unet.named_parameters() if p.grad is not None}
@@ -558,7 +548,8 @@ def test_number_of_operations_around_the_unet(options, monkeypatch, guidance_sca
                 )
             )
         )  # fmt: skip
-        updates, schedule = made.updates(1), made.schedule(1)
+        schedule = made.schedule(1)
+        updates = made.updates(schedule, 1)
         made.gradients.begin(updates, 2, schedule)
         made.gradients.begin_batch(slice(2))
         with CountOps(made.policy, made.engine) as mode:

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from shared import CPU, first_gradient, joined, kept, relative_error, run, sampled, untimed, weights
+from shared import CPU, first_gradient, joined, kept, relative_error, run, sampled, textbook_log_prob, untimed, weights
 from tiny import SD_BETAS
 
 from ddpo_fast import samplers
 from ddpo_fast.assemble import assemble
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.planning.work import Work
 from ddpo_fast.prompts import Prompts
 from ddpo_fast.records.metrics import read_metrics
@@ -73,20 +73,10 @@ def test_gradient_is_that_of_the_window_s_steps_alone(options, algorithm, guidan
     changed = SHORT | dict(train__algorithm=algorithm, sample__guidance_scale=guidance_scale, train__num_minibatches=1)
     first = first_gradient(options(**changed))
     rollout, pipe, window = first.rollout, first.run.policy.pipe, first.rollout.schedule.trained
-    embeds, uncond = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (first.prompts, [""] * len(first.prompts)))
-    alphas = (1 - pipe.scheduler.betas.double()).cumprod(0)
     for place, step in enumerate(window):
         t = int(rollout.schedule.timesteps[step])
-        a_t, a_p = alphas[t], alphas[max(t - 200, 0)]
-        latents, next_latents = rollout.latents[:, place], rollout.latents[:, place + 1]
-        e = pipe.unet(latents, t, encoder_hidden_states=embeds).sample
-        if guidance_scale != 1:
-            e_uncond = pipe.unet(latents, t, encoder_hidden_states=uncond).sample
-            e = e_uncond + guidance_scale * (e - e_uncond)
-        s = ((1 - a_p) / (1 - a_t) * (1 - a_t / a_p)).sqrt()
-        x0 = (latents - (1 - a_t).sqrt() * e) / a_t.sqrt()
-        density = torch.distributions.Normal(a_p.sqrt() * x0 + (1 - a_p - s**2).sqrt() * e, s)
-        log_prob = density.log_prob(next_latents.double()).mean((1, 2, 3))
+        x_t, next_x = rollout.latents[:, place], rollout.latents[:, place + 1]
+        log_prob = textbook_log_prob(pipe, first.prompts, x_t, next_x, (t, t - 200), guidance_scale)
         ratio = (log_prob - rollout.log_probs[:, place].double()).exp()
         (-(first.credit * ratio).mean() / len(window)).backward()
     expected = {n: p.grad for n, p in pipe.unet.named_parameters() if p.grad is not None}

@@ -22,7 +22,7 @@ from shared import command_line, joined, policy_of, run, run_dir
 
 from ddpo_fast import assemble
 from ddpo_fast import train as trainer
-from ddpo_fast.config.options import parse
+from ddpo_fast.config.command_line import parse
 from ddpo_fast.distributed import deepspeed_options
 from ddpo_fast.distributed.engine import Engine, init_distributed
 from ddpo_fast.distributed.optimizer import check_optimizer

@@ -150,7 +150,8 @@ class Record:
             f"{run.objective.describe()}",
             flush=True,
         )
-        if plan := run.gradients.plan_text(run.updates(max(1, self.progress.iteration + 1))):
+        first = max(1, self.progress.iteration + 1)
+        if plan := run.gradients.plan_text(run.updates(run.schedule(first), first)):
             print(plan, flush=True)
         if config.run.resume:
             print(f"resumed after iteration {self.progress.iteration}", flush=True)
@@ -177,7 +178,7 @@ class Record:
         }  # fmt: skip
         self.writer.write(row)
         tqdm.write(line(row))
-        if doubt := run.objective.doubt(row, run.schedule(max(1, iteration))):
+        if doubt := run.objective.doubt(row, run.denoising.levels.times):
             logger.warning(doubt)
 
     def save(self, iteration: int, timer: StageTimer, stopping: bool) -> None:

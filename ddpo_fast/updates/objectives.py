@@ -50,8 +50,8 @@ class Objective(Protocol):
     def describe(self) -> str:
         """One line for the start of a run: the clip range, or how many timesteps are trained on."""
 
-    def doubt(self, row: dict[str, float], schedule: Schedule) -> str:
-        """A warning about an iteration with these metrics; empty if all is well."""
+    def doubt(self, row: dict[str, float], times: Tensor) -> str:
+        """A warning about an iteration with these metrics; empty if all is well. times: (S,) each step's timestep."""
 
 
 def scaled_clip_range(clip_range: float, latent_dim: int) -> float:
@@ -115,9 +115,10 @@ class OnTrajectory:
                 out, rollout.latents, rollout.log_probs, credit, rollout.coefficients, part.rows, part.kept,
                 self.guidance_scale, self.clip_range, weight, self.algorithm.rule == "score",
             )  # fmt: skip
-            for reference in anchors.values():
+            if "reference" in anchors:
                 x_t = rollout.latents[part.rows, part.kept]
-                kl = kl_divergence(out, reference, x_t, rollout.coefficients, part.kept, self.guidance_scale) * rollout.good[part.rows]
+                kl = kl_divergence(out, anchors["reference"], x_t, rollout.coefficients, part.kept, self.guidance_scale)
+                kl = kl * rollout.good[part.rows]
                 total, figures = total + weight * self.kl_coefficient * kl.sum(), torch.cat([figures, kl.detach()[None]])
             return total, figures
 
@@ -126,14 +127,14 @@ class OnTrajectory:
     def describe(self) -> str:
         return f"clip range {self.clip_range:.3g} at this model's {self.latent_dim:,} latent elements"
 
-    def doubt(self, row: dict[str, float], schedule: Schedule) -> str:
+    def doubt(self, row: dict[str, float], times: Tensor) -> str:
         if row["ratio_error"] is None or row["ratio_error"] <= 0.1 * self.clip_range:
             return ""
         step = row["ratio_error_step"]
         return (
-            f"ratio_error={row['ratio_error']:.3g} before any update (worst at step {step}, t={int(schedule.timesteps[step])}), more than "
-            f"a tenth of the clip range {self.clip_range:.3g}: rollout and update do not compute the same log-prob, so part of the gradient"
-            " is clipped away; try model.dtype=fp32"
+            f"ratio_error={row['ratio_error']:.3g} before any update (worst at step {step}, t={int(times[step])}), more than a tenth of "
+            f"the clip range {self.clip_range:.3g}: rollout and update do not compute the same log-prob, so part of the gradient is "
+            "clipped away; try model.dtype=fp32"
         )
 
 
@@ -164,5 +165,5 @@ class OnNoised:
     def describe(self) -> str:
         return f"{self.algorithm.num_timesteps} of {self.noising.num_levels} timesteps a sample and pass"
 
-    def doubt(self, row: dict[str, float], schedule: Schedule) -> str:
+    def doubt(self, row: dict[str, float], times: Tensor) -> str:
         return ""
