@@ -3,7 +3,7 @@
 import functools
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ pytest.register_assert_rewrite("bounds", "runs", "shared")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: without a GPU, kernels run in its interpreter
 
+from families import make_family
 from runs import Ranks
 from shared import command_line
 from tiny import make_pipeline, make_sdxl
@@ -92,6 +93,12 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def sdxl(tmp_path_factory) -> Path:
     return make_sdxl(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory) -> Callable[[str], Path]:
+    """The tiny pipeline of a family's name, one of families.FAMILIES or families.OTHERS; each is made once."""
+    return functools.cache(lambda name: make_family(name, tmp_path_factory.mktemp("families") / name))
 
 
 REWARDS = """
