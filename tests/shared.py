@@ -100,6 +100,13 @@ def in_precision(run: Run, dtype: torch.dtype) -> Run:
     return replace(run, denoising=replace(run.denoising, dtype=dtype))
 
 
+def flow_levels(sigmas: Tensor) -> Levels:
+    """Those of a flow model, x_t = (1 - sigma) x0 + sigma e, whose network gives v = e - x0. sigmas: (S + 1,), from noise to picture."""
+    sigmas = sigmas.double()
+    b, next_b = sigmas[:-1], sigmas[1:]
+    return Levels((1000 * b).long(), 1 - b, b, -torch.ones_like(b), torch.ones_like(b), 1 - next_b, next_b)
+
+
 def textbook_log_prob(pipe, prompts: list[str], x_t: Tensor, next_x: Tensor, times: tuple[int, int], guidance_scale: float) -> Tensor:
     """log p (B,) of a DDIM step at eta 1 from t to t', formulas written out anew from the cumulative alphas; t' < 0 ends at t = 0."""
     embeds, uncond = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, [""] * len(prompts)))

@@ -12,7 +12,7 @@ import bounds
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from shared import first_gradient, relative_error, run, untimed, weights
+from shared import first_gradient, flow_levels, relative_error, run, untimed, weights
 from tiny import SD_BETAS
 
 from ddpo_fast import algorithms, samplers
@@ -26,21 +26,41 @@ SHORT = dict(sample__num_samples=4, sample__num_steps=3, eval__num_samples=2, ru
 ETAS = (0.1, 0.5, 1.0)
 
 
+PREDICTIONS = {
+    "diffusion": ("epsilon", "v_prediction", "sample"),
+    "flow": ("flow",),
+    "any": ("epsilon", "v_prediction", "sample", "flow"),
+}
+"""By the process that a sampler is for."""
+ON_UNETS = tuple(name for name in samplers.CHOICES if samplers.find(name).PROCESS != "flow")
+
+
 def levels(prediction_type: str = "epsilon", num_steps: int = 7) -> Levels:
+    """Those of a process, from almost only noise to almost none."""
+    if prediction_type == "flow":
+        return flow_levels(torch.linspace(0.97, 0.02, num_steps + 1, dtype=torch.float64))
     return Levels.of_steps(DDIMScheduler(**SD_BETAS, clip_sample=False, prediction_type=prediction_type), num_steps)
 
 
+of_every_sampler = pytest.mark.parametrize(
+    "name, prediction_type", [(name, kind) for name in samplers.CHOICES for kind in PREDICTIONS[samplers.find(name).PROCESS]]
+)
+
+
 @pytest.mark.parametrize("eta", ETAS)
-@pytest.mark.parametrize("name", samplers.CHOICES)
-def test_a_sampler_keeps_the_variance_of_its_levels(name, eta):
-    chosen, at = samplers.find(name), levels()
-    h, s = chosen.noise(at, eta)
-    assert h.shape == s.shape == at.a.shape and h.isfinite().all() and (s >= 0).all() and bool((s > 0).any()) == chosen.STOCHASTIC
-    torch.testing.assert_close(h**2 + s**2, at.next_b**2, rtol=1e-12, atol=0)
+@of_every_sampler
+def test_a_sampler_keeps_the_variance_of_its_levels(name, prediction_type, eta):
+    """Or all of it but for an error of second order, so that it does with many steps: one of half the length has a quarter."""
+    chosen, excess = samplers.find(name), []
+    for num_steps in (50, 100):
+        at = levels(prediction_type, num_steps)
+        h, s = chosen.noise(at, eta)
+        assert h.shape == s.shape == at.a.shape and h.isfinite().all() and (s >= 0).all() and bool((s > 0).any()) == chosen.STOCHASTIC
+        excess.append(((h**2 + s**2) / at.next_b**2 - 1)[num_steps // 4 : num_steps // 2].abs().max())
+    assert excess[1] < 1e-12 or 3.5 < excess[0] / excess[1] < 4.5
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("name", samplers.CHOICES)
+@of_every_sampler
 def test_a_network_that_knows_the_picture_is_led_to_it(name, prediction_type):
     """Whatever noise is drawn, x is a x0 + b e with the e that the step has made: the last one is the picture and the rest of the noise."""
     at, generator = levels(prediction_type), torch.Generator().manual_seed(0)
@@ -62,10 +82,10 @@ def test_a_sampler_says_what_eta_may_be(name):
     for eta in (-1.0, math.nan, 1e9):
         if not chosen.takes(eta):
             with pytest.raises(ValueError, match=f"sample.eta={eta}: valid is"):
-                Schedule.of(levels(), name, eta)
+                Schedule.of(levels(PREDICTIONS[chosen.PROCESS][0]), name, eta)
 
 
-@pytest.mark.parametrize("name", samplers.CHOICES)
+@pytest.mark.parametrize("name", ON_UNETS)
 def test_a_run_by_the_sampler_s_name(options, name):
     """Trained on where it has a density; and evaluated with in any case, where the pictures are the same every time."""
     if samplers.find(name).STOCHASTIC:

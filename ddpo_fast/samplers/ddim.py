@@ -3,6 +3,7 @@
 Equations 12 and 16: s = eta sqrt(b'^2 / b^2 (1 - a^2 / a'^2)), h = sqrt(b'^2 - s^2).
 """
 
+PROCESS = "diffusion"
 STOCHASTIC = True
 VALID_ETA = "0 < eta <= 1; at 0 DDIM is deterministic: a step has no density, so there is no policy gradient"
 

@@ -1,8 +1,9 @@
-"""The probability-flow ODE: no step draws noise. It is DDIM at eta 0 (arXiv:2010.02502).
+"""The probability-flow ODE: no step draws noise. A step is Euler's for flow models, and DDIM's at eta 0 (arXiv:2010.02502) for others.
 
 Equation 12 with s = 0: h = b'.
 """
 
+PROCESS = "any"
 STOCHASTIC = False
 VALID_ETA = "any number: no noise is drawn"
 
