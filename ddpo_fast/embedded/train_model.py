@@ -21,14 +21,11 @@ Shapes: B batch, N pictures.
 import argparse
 import copy
 import json
-import math
-import shutil
 import string
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,14 +36,24 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ddpo_fast.embedded.build_data import DATA, read_sheet
-from ddpo_fast.embedded.scorer import HEAD, features, log_probs
-from ddpo_fast.embedded.vocabulary import ANIMALS, SUBJECTS, TEMPLATES, caption
-
-PACKAGE = Path(__file__).parent
-TOKENIZER = DATA / "tokenizer"
-MAX_TOKENS = 24  # of a prompt, with its start and end
-TEMPLATE_WEIGHTS = (0.5, 0.25, 0.1, 0.15)  # of TEMPLATES in training
-ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")  # the paper's, as words that must not confuse the model
+from ddpo_fast.embedded.scorer import HEAD, features
+from ddpo_fast.embedded.training import (
+    ACTIVITIES,
+    MAX_TOKENS,
+    PACKAGE,
+    TOKENIZER,
+    Examples,
+    accuracy,
+    draw_sheet,
+    judge,
+    place,
+    sample,
+    save_atomically,
+    save_pipeline,
+    to_tensor,
+    write_json,
+)
+from ddpo_fast.embedded.vocabulary import SUBJECTS, TEMPLATES, caption
 
 
 def new_vae() -> AutoencoderKL:
@@ -136,17 +143,6 @@ class Clock:
         self.bar.update(0)
 
 
-def save_atomically(state: dict, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.rename(path)
-
-
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
 def fit_vae(args: argparse.Namespace, name: str, trained: str, learning_rate: float, draw_batch: Callable) -> None:
     """Fit the parameters of the VAE whose names begin with `trained`. Continues from the checkpoint `name`, and writes it.
 
@@ -226,20 +222,6 @@ def train_decoder(args: argparse.Namespace) -> None:
     fit_vae(args, "decoder", ("decoder.", "post_quant_conv."), 1e-3, draw_batch)
 
 
-def place(picture: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """A picture (64, 64, 3) uint8 flipped, moved and scaled at random, so that its drawing stays inside the frame."""
-    if generator.random() < 0.5:
-        picture = picture[:, ::-1]
-    rows, columns = np.nonzero((picture < 250).any(2))
-    low, high = np.array([columns.min(), rows.min()]), np.array([columns.max(), rows.max()]) + 1
-    scale = 1.0 if generator.random() < 0.4 else generator.uniform(0.8, min(1.1, 62 / (high - low).max()))
-    room = 64 - scale * (high - low)
-    corner = np.round(generator.uniform(np.minimum(1, room / 2), np.maximum(room - 1, room / 2)))
-    matrix = np.array([[scale, 0, 0], [0, scale, 0]])
-    matrix[:, 2] = corner - scale * low
-    return cv2.warpAffine(np.ascontiguousarray(picture), matrix, (64, 64), flags=cv2.INTER_CUBIC, borderValue=(255, 255, 255))
-
-
 @torch.no_grad()
 def load_vae(args: argparse.Namespace) -> AutoencoderKL:
     """The trained VAE, changed so that each channel of its latents has mean 0 and deviation 1 on the shipped pictures.
@@ -261,32 +243,6 @@ def load_vae(args: argparse.Namespace) -> AutoencoderKL:
     return vae
 
 
-@torch.no_grad()
-def encode_pictures(args: argparse.Namespace) -> torch.Tensor:
-    """Latents (N * variants, 4, 16, 16) of the randomly placed pictures, picture by picture."""
-    cache = args.work / "latents.pt"
-    if not cache.exists():
-        vae, generator = load_vae(args), np.random.default_rng(args.seed)
-        latents = []
-        for picture in tqdm(read_sheet("train")[0], "encode"):
-            variants = np.stack([place(picture, generator) for _ in range(args.variants)])
-            latents.append(vae.encode(to_tensor(variants)).latent_dist.mean)
-        save_atomically({"latents": torch.cat(latents)}, cache)
-    return torch.load(cache, weights_only=True)["latents"]
-
-
-def random_caption(name: str, words: list[str], generator: np.random.Generator) -> str:
-    """A caption for `name`: one in ten is empty, one in ten goes on with words that say nothing about the picture."""
-    kind = generator.random()
-    if kind < 0.1:
-        return ""
-    text = caption(name, TEMPLATES[generator.choice(len(TEMPLATES), p=TEMPLATE_WEIGHTS)])
-    if kind < 0.2:
-        extra = [words[i] for i in generator.integers(len(words), size=generator.integers(1, 4))]
-        text += " " + (generator.choice(ACTIVITIES) if generator.random() < 0.3 else " ".join(extra))
-    return text
-
-
 def load_unet(args: argparse.Namespace, which: str = "ema") -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]:
     """The networks of the checkpoint: their averaged weights ("ema"), or those being trained ("live")."""
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
@@ -299,8 +255,8 @@ def load_unet(args: argparse.Namespace, which: str = "ema") -> tuple[UNet2DCondi
 
 def train_unet(args: argparse.Namespace) -> None:
     """Train UNet and text tower to predict the noise (min-SNR-5 weights); AdamW, linear decay over the last half."""
-    latents, (_, subjects, _) = encode_pictures(args), read_sheet("train")
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    examples = Examples(args, load_vae(args), tokenizer)
     networks = torch.nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)})
     networks.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(networks).requires_grad_(False)
@@ -322,19 +278,13 @@ def train_unet(args: argparse.Namespace) -> None:
         progress = {"step": step, "elapsed_s": clock.elapsed_s()}
         save_atomically(states | {"optimizer": optimizer.state_dict()} | progress, checkpoint)
 
-    words = [word for word in json.loads((DATA / "pictures.json").read_text())["words"] if word not in SUBJECTS]
-    counts = {name: subjects.count(name) for name in subjects}
-    weight = np.array([(3 if name in ANIMALS else 1) / counts[name] for name in subjects])
     alphas = new_scheduler().alphas_cumprod
     loss_weight = (5 * (1 - alphas) / alphas).clamp(max=1)  # min(snr, 5) / snr
     clock, saved, losses = Clock("unet", args.minutes, elapsed_s), time.monotonic(), []
     while clock.progress() < 1:
         generator = np.random.default_rng((args.seed, step))
         torch.manual_seed(args.seed * 1_000_003 + step)
-        chosen = generator.choice(len(subjects), args.batch, p=weight / weight.sum())
-        clean = latents[torch.from_numpy(chosen * args.variants + generator.integers(args.variants, size=args.batch))]
-        captions = [random_caption(subjects[i], words, generator) for i in chosen]
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        clean, ids = examples.draw(args.batch, generator)
         t = torch.from_numpy(generator.integers(len(alphas), size=args.batch))
         noise = torch.randn_like(clean)
         alpha = alphas[t, None, None, None]
@@ -402,27 +352,6 @@ def fit_head(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return weight, head.bias.detach() - weight @ mean
 
 
-def rounded(tree: dict) -> dict:
-    """The same nested dict with floats rounded to four decimals."""
-    return {
-        key: rounded(value) if isinstance(value, dict) else round(value, 4) if isinstance(value, float) else value
-        for key, value in tree.items()
-    }
-
-
-def accuracy(logits: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    """Share of animal pictures whose name is the best, or in the best five, of the 45 animals' names; and share of all
-    pictures whose name is the best of all names."""
-    animal = y < len(ANIMALS)
-    ranks = logits[animal, : len(ANIMALS)].argsort(dim=1, descending=True)
-    hits = ranks == y[animal, None]
-    return {
-        "animals_top1": hits[:, :1].any(1).float().mean().item(),
-        "animals_top5": hits[:, :5].any(1).float().mean().item(),
-        "all_top1": (logits.argmax(1) == y).float().mean().item(),
-    }
-
-
 @torch.no_grad()
 def scorer_features(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Features of the pictures as they are ("plain", N) and degraded ("degraded", N * scorer_variants), both splits."""
@@ -476,9 +405,7 @@ def train_scorer(args: argparse.Namespace) -> None:
         "heldout_style_degraded": accuracy(F.linear(data["heldout_degraded"], weight, bias), y_heldout.repeat_interleave(repeat)),
         "left_out_styles": per_style,
     }
-    text = json.dumps(rounded(metadata), indent=1)
-    (HEAD / "metadata.json").write_text(text + "\n")
-    print(text)
+    write_json(metadata, HEAD / "metadata.json")
 
 
 def export_model(args: argparse.Namespace) -> None:
@@ -495,69 +422,27 @@ def export_model(args: argparse.Namespace) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    partial = args.model.with_name(args.model.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    config = partial / "text_encoder" / "config.json"  # transformers loads in the dtype named there
-    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    shutil.rmtree(args.model, ignore_errors=True)
-    partial.rename(args.model)
-
-
-def sample(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int = 0, guidance_scale: float = 4.0) -> torch.Tensor:
-    """One picture a prompt, 20 DDIM steps with eta 1: (B, 3, 64, 64) in [0, 1]."""
-    generator = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(prompts))]
-    pipeline.set_progress_bar_config(disable=True)
-    batches = [
-        pipeline(
-            prompts[i : i + 32], num_inference_steps=20, eta=1.0, guidance_scale=guidance_scale,
-            generator=generator[i : i + 32], output_type="pt",
-        ).images
-        for i in range(0, len(prompts), 32)
-    ]  # fmt: skip
-    return torch.cat(batches).float()
+    save_pipeline(pipeline, args.model)
 
 
 def draw_grid(args: argparse.Namespace) -> None:
     """samples.png: one sample for each subject, not chosen, with its prompt written under it."""
     pipeline = StableDiffusionPipeline.from_pretrained(args.model)
-    images = sample(pipeline, list(SUBJECTS), args.seed)
-    columns, height = 15, 64 + 14
-    rows = math.ceil(len(SUBJECTS) / columns)
-    sheet = np.full((rows * height, columns * 72, 3), 255, np.uint8)
-    for i, (name, image) in enumerate(zip(SUBJECTS, images)):
-        y, x = i // columns * height, i % columns * 72 + 4
-        sheet[y : y + 64, x : x + 64] = (image.permute(1, 2, 0).numpy()[..., ::-1] * 255).round()
-        width = cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, 0.33, 1)[0][0]
-        cv2.putText(sheet, name, (x + 32 - width // 2, y + 73), cv2.FONT_HERSHEY_SIMPLEX, 0.33, (60, 60, 60), 1, cv2.LINE_AA)
-    cv2.imwrite(str(args.grid), sheet, [cv2.IMWRITE_PNG_COMPRESSION, 9])
+    draw_sheet(sample(pipeline, list(SUBJECTS), args.seed, eta=1.0, guidance_scale=4.0), args.grid)
 
 
 @torch.no_grad()
 def evaluate(args: argparse.Namespace) -> None:
     """evaluation.json: how often the scorer names the animal asked for, how far apart its scores are, how well the VAE redraws."""
     pipeline = StableDiffusionPipeline.from_pretrained(args.model)
-    y = torch.arange(len(ANIMALS)).repeat(args.samples)
     results = {"samples_per_animal": args.samples, "num_inference_steps": 20, "eta": 1.0}
     for guidance_scale in (1.0, 3.0, 5.0):
-        scores = log_probs(sample(pipeline, list(ANIMALS) * args.samples, args.seed, guidance_scale))
-        probabilities = scores.exp()[:, : len(ANIMALS)]
-        right = probabilities.gather(1, y[:, None])
-        wrong = (probabilities.sum() - right.sum()) / (probabilities.numel() - len(y))
-        results[f"guidance_{guidance_scale:g}"] = {
-            "animals_top1": accuracy(scores, y)["animals_top1"],
-            "animals_top5": accuracy(scores, y)["animals_top5"],
-            "reward_mean": right.mean().item(),
-            "reward_std": right.std().item(),
-            "reward_mean_of_wrong_prompts": wrong.item(),
-        }
+        results[f"guidance_{guidance_scale:g}"] = judge(pipeline, args, eta=1.0, guidance_scale=guidance_scale)
     for split in ("train", "heldout"):
         images = to_tensor(read_sheet(split)[0])
         redrawn = torch.cat([pipeline.vae(part).sample.clamp(-1, 1) for part in images.split(64)])
         results[f"vae_psnr_db_{split}"] = -10 * ((redrawn - images) / 2).square().mean((1, 2, 3)).log10().mean().item()
-    text = json.dumps(rounded(results), indent=1)
-    args.evaluation.write_text(text + "\n")
-    print(text)
+    write_json(results, args.evaluation)
 
 
 STAGES = {
