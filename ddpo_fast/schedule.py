@@ -68,6 +68,11 @@ class Levels:
     clip: float | None = None
     """x0 is clamped to +-clip, and e is left."""
 
+    @property
+    def process(self) -> str:
+        """flow, where a + b = 1 at every level, or diffusion."""
+        return "flow" if (self.a + self.b - 1).abs().max() < 1e-6 else "diffusion"
+
     @classmethod
     def of_steps(cls, scheduler, num_steps: int) -> "Levels":
         """Those of a run's `num_steps` steps, of any diffusers scheduler's config. Raises ValueError for steps that there are not."""
@@ -133,6 +138,11 @@ class Schedule:
         Raises ValueError for steps that the sampler does not have.
         """
         chosen, num_steps = samplers.find(sampler), len(levels.a)
+        if chosen.PROCESS not in ("any", levels.process):
+            fit = ", ".join(name for name in samplers.CHOICES if samplers.find(name).PROCESS in ("any", levels.process))
+            raise ValueError(
+                f"sample.sampler={sampler}: it is for {chosen.PROCESS} models, and this is a {levels.process} model; valid is {fit}"
+            )
         if not chosen.takes(eta):
             raise ValueError(f"sample.eta={eta}: valid is {chosen.VALID_ETA}")
         if (stays := (levels.next_a == levels.a).nonzero()).numel():

@@ -84,7 +84,7 @@ BAD = [  # arguments, what the line must say
     ("--train.estimator reinforce", "train.estimator=reinforce: expected Literal['ppo', 'score_accumulation']"),
     ("--sample.eta 0", "there is no policy gradient"),
     ("--sample.eta 1.5", "sample.eta=1.5: valid is 0 < eta <= 1"),
-    ("--sample.sampler euler", "sample.sampler=euler: expected Literal['ddim', 'ode']"),
+    ("--sample.sampler euler", "sample.sampler=euler: expected Literal['cps', 'dance_sde', 'ddim', 'flow_sde', 'ode', 'precise']"),
     ("--sample.sampler ode", "sample.sampler=ode: valid is a sampler that draws noise, with train.algorithm=ddpo_is: a step without noise"),
     ("--sample.sampler ode --train.algorithm ddpo_sf --train.num_minibatches 1", "with train.algorithm=ddpo_sf: a step without noise has"),
     (
@@ -161,7 +161,7 @@ BAD = [  # arguments, what the line must say
     ('--prompts.list {{"a":0}}', "prompts.list={{'a': 0.0}}: valid is at least one prompt, a text; a weight is a finite number > 0"),
     ("--prompts.list [a] --prompts.file {some_lines}", "prompts.list=['a']: valid is null, when prompts.file is given"),
     ("--prompts.file {bad_weight}", "line 1 has weight 0.0; valid is a number > 0, a tab, a prompt"),
-    ("--eval.sampler euler", "eval.sampler=euler: expected Literal['ddim', 'ode'], NoneType"),
+    ("--eval.sampler euler", "eval.sampler=euler: expected Literal['cps', 'dance_sde', 'ddim', 'flow_sde', 'ode', 'precise'], NoneType"),
     ("--eval.num_steps 0", "eval.num_steps=0: valid is a whole number >= 1 and < 2^63, or null"),
     ("--eval.guidance_scale 0.5", "eval.guidance_scale=0.5: valid is a finite number >= 1; 1 is no guidance; or null"),
     ("--eval.prompts animals", "eval.prompts=animals: expected Literal['simple_animals', "),
@@ -426,6 +426,11 @@ def test_what_is_valid_is_not_called_bad():
         ("--lora.scope up_blocks.7", "this UNet has no up_blocks.7; its blocks are down_blocks.0, down_blocks.1, "),
         ("--lora.scope up_blocks.1 --lora.targets [attention]", "up_blocks.1 have no layers of lora.targets=['attention']"),
         ("--sample.num_steps 1001", "sample.num_steps=1001: valid is 1 to 1000"),
+        (
+            "--sample.sampler flow_sde",
+            "sample.sampler=flow_sde: it is for flow models, and this is a diffusion model; valid is cps, ddim, ode, precise",
+        ),
+        ("--eval.sampler dance_sde", "eval.sampler=dance_sde: it is for flow models, and this is a diffusion model; valid is cps, ddim"),
     ],
 )
 def test_what_only_the_model_can_tell(arguments, message, paths, capsys):

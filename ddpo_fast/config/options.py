@@ -141,7 +141,7 @@ class SampleConfig:
     guidance_scale: float = 3.0
     """Classifier-free guidance w in uncond + w (cond - uncond), in sampling and in training. 1 turns it off and halves the work."""
     eta: float = 1.0
-    """For ddim: how much of a step's noise is drawn anew, 0 < eta <= 1. At 0 DDIM draws no noise, so there is no policy gradient."""
+    """How much noise a step draws anew. ddim and cps: 0 < eta <= 1. flow_sde, dance_sde and precise: a finite number > 0. ode: none."""
     window: Optional[dict[str, int]] = None
     """Only some steps draw noise and are trained on; the others follow the ODE. {size: 3, among: 5, every: 1}: 3 steps in a row, somewhere
     among the first 5; their place is drawn again every iteration. Without among: among all steps. Without every: 1.

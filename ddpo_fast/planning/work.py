@@ -1,5 +1,6 @@
 """What an iteration does, in numbers: one account, which the run and its plan both read."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -117,4 +118,4 @@ def denoisings(config, scheduler, device: torch.device | str = "cpu") -> tuple[D
     try:
         return sampling, Denoising.of(config.evaluation, scheduler, device)
     except ValueError as error:
-        raise ValueError(str(error).replace("sample.num_steps", "eval.num_steps")) from None  # sample's own are good
+        raise ValueError(re.sub(r"^sample\.(num_steps|sampler)", r"eval.\1", str(error))) from None  # sample's own are good
