@@ -1,0 +1,145 @@
+"""A recorded pipeline: its network is given what the pipeline gives it, for any rows; and the pipeline stays what it was."""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from families import CALL, FAMILIES
+from shared import CPU
+from torch import Tensor
+
+from ddpo_fast.kernels.reference import guide
+from ddpo_fast.pipelines import families
+from ddpo_fast.pipelines.recorder import Recorder
+from ddpo_fast.pipelines.template import Asked, Recording, Texts
+
+PROMPTS = ["a cat", "two dogs that play chess"]
+NUM_STEPS = 3
+
+
+@dataclass
+class Own:
+    """A pipeline's own pictures of PROMPTS, each drawn alone, from fixed latents; and its recording."""
+
+    pipe: DiffusionPipeline
+    recorder: Recorder
+    recording: Recording
+    texts: Texts
+    latents: list[list[Tensor]]
+    """Of each prompt (1, *shape) before each step, and the final ones."""
+    outputs: list[list[Tensor]]
+    """Of each prompt (G, *shape) of each step: the unconditional branch first."""
+    pictures: list[Tensor]
+
+    def rows(self, *prompts: int) -> Tensor:
+        """The rows of `texts` that these prompts are in."""
+        return torch.tensor(prompts) + self.recording.num_branches - 1
+
+    def call(self, x: Tensor, steps: list[int], rows: Tensor) -> Tensor:
+        recording = self.recording
+        return recording.template.call(self.recorder.network, x, recording.times[steps], self.texts.gather(rows))
+
+
+@torch.no_grad()
+def _own_run(recorder: Recorder, asked: Asked, prompt: str) -> tuple:
+    """Each step's outputs of the network, a tensor a call; the latents before each step, and the last; the picture."""
+    pipe, kind, outputs, latents = recorder.pipe, recorder.family, [], []
+    encode, step = pipe.encode_prompt, pipe.scheduler.step
+    hook = recorder.network.register_forward_hook(lambda module, args, out: outputs.append(torch.stack(list(out[0]))))
+    if kind.encoded is not None:
+        pipe.encode_prompt = lambda *args, **kwargs: kind.encoded(encode(*args, **kwargs), recorder.arguments)
+
+    def stepped(out, t, x, **options):
+        made = step(out, t, x, **options)
+        latents.extend([x, made[0]])
+        return made
+
+    pipe.scheduler.step = stepped
+    negative = {} if kind.negative_prompt is None else {"negative_prompt": kind.negative_prompt}
+    options = {**recorder.arguments, **negative, kind.guidance: asked.guidance_scale, "height": asked.height, "width": asked.width}
+    try:
+        seed = torch.Generator().manual_seed(len(prompt))
+        picture = pipe(prompt=[prompt], num_inference_steps=NUM_STEPS, output_type="pt", generator=seed, **options)[0]
+    finally:
+        hook.remove()
+        del pipe.scheduler.step
+        pipe.__dict__.pop("encode_prompt", None)
+    per_step = len(outputs) // NUM_STEPS
+    return [outputs[k * per_step : (k + 1) * per_step] for k in range(NUM_STEPS)], [*latents[::2], latents[-1]], picture
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def own(request, family) -> Own:
+    pipe = DiffusionPipeline.from_pretrained(family(request.param))
+    pipe.set_progress_bar_config(disable=True)
+    kind, arguments = families.FAMILIES[type(pipe).__name__], dict(CALL[request.param])
+    arguments.pop("negative_prompt", None)
+    asked = Asked(NUM_STEPS, *(arguments.pop(name) for name in (kind.guidance, "height", "width")))
+    recorder = Recorder(pipe, kind, CPU, arguments)
+    recording = recorder.record(asked)
+    *unconditional, first = recorder.texts_of(PROMPTS[0], recording)
+    texts = Texts.of(recording, [*unconditional, first, recorder.texts_of(PROMPTS[1], recording)[-1]], CPU)
+    calls, latents, pictures = zip(*(_own_run(recorder, asked, prompt) for prompt in PROMPTS))
+    shape = (1, *recording.shape)
+    outputs = [[torch.cat([step[call][block].reshape(shape) for call, block in recording.branches]) for step in run] for run in calls]
+    return Own(pipe, recorder, recording, texts, list(latents), outputs, list(pictures))
+
+
+def test_the_network_s_outputs_are_the_pipeline_s_own_bits(own):
+    """At every step, in calls of as many rows as the pipeline's: of both branches, or of one where it makes two calls."""
+    branches = own.recording.branches
+    sizes = [range(len(branches))] if len({call for call, _ in branches}) == 1 else [[0], [1]]
+    for prompt, (latents, outputs) in enumerate(zip(own.latents, own.outputs)):
+        rows = own.rows(prompt) if len(branches) == 1 else torch.cat([torch.zeros(1, dtype=torch.int64), own.rows(prompt)])
+        for k, expected in enumerate(outputs):
+            for size in map(list, sizes):
+                x = latents[k].repeat(len(size), *[1] * len(own.recording.shape))
+                assert torch.equal(own.call(x, [k] * len(size), rows[size]), expected[size]), (prompt, k)
+
+
+def test_rows_may_be_of_any_steps(own):
+    """A row of a call whose rows are of different steps has the bits that it has in a call of its step alone."""
+    steps, prompts = [2, 0, 1], [1, 0, 1]
+    rows = own.rows(*prompts)
+    mixed = own.call(torch.cat([own.latents[i][k] for i, k in zip(prompts, steps)]), steps, rows)
+    for n, k in enumerate(steps):
+        alone = own.call(torch.cat([own.latents[i][k] for i in prompts]), [k] * 3, rows)
+        assert torch.equal(mixed[n], alone[n])
+
+
+def test_a_step_without_noise_is_euler_s_on_the_pipeline_s_sigmas(own):
+    """The guided output that a step is made of moves the latents as the pipeline's own scheduler does."""
+    recording, sigmas = own.recording, own.recording.sigmas
+    for prompt, latents in enumerate(own.latents):
+        conditions = own.texts.conditions(own.rows(prompt))
+        for k, (x, expected) in enumerate(pairwise(latents)):
+            given = x.repeat(recording.num_outputs, *[1] * len(recording.shape))
+            out = conditions.call(own.recorder.network, given, recording.times[k].expand(len(given)))
+            out = guide(out, 1, recording.output_scale)
+            ours = x + (sigmas[k + 1] - sigmas[k]).item() * recording.sign * out
+            assert (ours - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_pictures_are_the_pipeline_s_own(own):
+    for latents, picture in zip(own.latents, own.pictures):
+        assert torch.equal(own.recorder.decode(latents[-1], own.recording), picture.float())
+    three = own.recorder.decode(torch.cat([own.latents[i][-1] for i in (0, 1, 0)]), own.recording)
+    torch.testing.assert_close(three, torch.cat([own.pictures[i] for i in (0, 1, 0)]), rtol=0, atol=1e-4)
+
+
+def test_the_pipeline_stays_what_it_was(own):
+    pipe, kind, state = own.pipe, type(own.pipe), torch.get_rng_state()
+    before, scheduler = dict(pipe.__dict__), dict(pipe.scheduler.__dict__)
+    own.recorder.record(own.recording.asked)
+    own.recorder.texts_of("a bird", own.recording)
+    own.recorder.decode(own.latents[0][-1], own.recording)
+    assert type(pipe) is kind and pipe.__dict__ == before and torch.equal(torch.get_rng_state(), state)
+    assert pipe.scheduler.__dict__ == scheduler
+
+
+def test_a_recording_says_what_another_version_might_change(own):
+    asked = own.recording.asked
+    again, longer = own.recorder.record(asked), own.recorder.record(replace(asked, num_steps=NUM_STEPS + 1))
+    assert again.digest == own.recording.digest != longer.digest
