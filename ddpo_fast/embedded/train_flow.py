@@ -33,6 +33,8 @@ from ddpo_fast.embedded.training import (
     Examples,
     draw_sheet,
     judge,
+    make_parser,
+    run_stages,
     sample,
     save_atomically,
     save_pipeline,
@@ -138,8 +140,8 @@ def train(args: argparse.Namespace) -> None:
     checkpoint, step = args.work / "flow.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        for name, object in (("live", networks), ("ema", ema), ("optimizer", optimizer)):
-            object.load_state_dict(state[name])
+        for name, part in (("live", networks), ("ema", ema), ("optimizer", optimizer)):
+            part.load_state_dict(state[name])
         step = state["step"]
 
     def save() -> None:
@@ -210,26 +212,11 @@ STAGES = {"train": train, "export": export_model, "grid": draw_grid, "evaluate":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", choices=STAGES, help="what to do, in this order")
-    parser.add_argument("--work", type=Path, default=Path("runs/embedded_flow"), help="folder of the checkpoint")
+    parser = make_parser(__doc__, STAGES, "flow_")
     parser.add_argument("--steps", type=int, default=7000, help="of training, earlier runs included")
     parser.add_argument("--log-steps", type=int, default=250, help="steps between two lines of the log")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--variants", type=int, default=32, help="random placements of each picture that are encoded")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--model", type=Path, default=PACKAGE / "flow_model", help="folder to export to and to sample from")
-    parser.add_argument("--grid", type=Path, default=PACKAGE / "flow_samples.png")
-    parser.add_argument("--evaluation", type=Path, default=PACKAGE / "flow_evaluation.json")
-    parser.add_argument("--samples", type=int, default=2, help="of each animal and guidance scale, to evaluate")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
-    for stage in args.stages:
-        torch.manual_seed(args.seed)
-        STAGES[stage](args)
+    parser.set_defaults(work=Path("runs/embedded_flow"), batch=64, learning_rate=1e-3)
+    run_stages(parser.parse_args(), STAGES)
 
 
 if __name__ == "__main__":

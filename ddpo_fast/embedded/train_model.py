@@ -40,13 +40,14 @@ from ddpo_fast.embedded.scorer import HEAD, features
 from ddpo_fast.embedded.training import (
     ACTIVITIES,
     MAX_TOKENS,
-    PACKAGE,
     TOKENIZER,
     Examples,
     accuracy,
     draw_sheet,
     judge,
+    make_parser,
     place,
+    run_stages,
     sample,
     save_atomically,
     save_pipeline,
@@ -458,28 +459,13 @@ STAGES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", choices=STAGES, help="what to do, in this order")
-    parser.add_argument("--work", type=Path, default=Path("runs/embedded"), help="folder of the checkpoints")
+    parser = make_parser(__doc__, STAGES)
     parser.add_argument("--minutes", type=float, default=15, help="time of a training stage, earlier runs of it included")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--all-pictures", type=Path, help="pictures for the VAE, from build_data --all-pictures")
     parser.add_argument("--vae-batch", type=int, default=8)
-    parser.add_argument("--variants", type=int, default=32, help="random placements of each picture that are encoded")
     parser.add_argument("--scorer-variants", type=int, default=12, help="degraded copies of each picture for the scorer")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
-    parser.add_argument("--model", type=Path, default=PACKAGE / "model", help="folder to export to and to sample from")
-    parser.add_argument("--grid", type=Path, default=PACKAGE / "samples.png")
-    parser.add_argument("--evaluation", type=Path, default=PACKAGE / "evaluation.json")
-    parser.add_argument("--samples", type=int, default=2, help="of each animal and guidance scale, to evaluate")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
-    for stage in args.stages:
-        torch.manual_seed(args.seed)
-        STAGES[stage](args)
+    parser.set_defaults(work=Path("runs/embedded"), batch=32, learning_rate=6e-4)
+    run_stages(parser.parse_args(), STAGES)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import cv2
@@ -25,6 +26,32 @@ TOKENIZER = DATA / "tokenizer"
 MAX_TOKENS = 24  # of a prompt, with its start and end
 TEMPLATE_WEIGHTS = (0.5, 0.25, 0.1, 0.15)  # of TEMPLATES in training
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")  # the paper's, as words that must not confuse the model
+
+
+def make_parser(description: str, stages: Mapping[str, Callable], prefix: str = "") -> argparse.ArgumentParser:
+    """The options that the scripts share. prefix: of the names of what is written into this package."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=stages, help="what to do, in this order")
+    parser.add_argument("--work", type=Path, help="folder of the checkpoints")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", type=int, default=32, help="random placements of each picture that are encoded")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--model", type=Path, default=PACKAGE / f"{prefix}model", help="folder to export to and to sample from")
+    parser.add_argument("--grid", type=Path, default=PACKAGE / f"{prefix}samples.png")
+    parser.add_argument("--evaluation", type=Path, default=PACKAGE / f"{prefix}evaluation.json")
+    parser.add_argument("--samples", type=int, default=2, help="of each animal and guidance scale, to evaluate")
+    return parser
+
+
+def run_stages(args: argparse.Namespace, stages: Mapping[str, Callable[[argparse.Namespace], object]]) -> None:
+    """Does args.stages, each from the same random state."""
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    for stage in args.stages:
+        torch.manual_seed(args.seed)
+        stages[stage](args)
 
 
 def save_atomically(state: dict, path: Path) -> None:

@@ -138,13 +138,12 @@ class Recorder:
         """Inside, the pipeline calls `network`, and so on. It draws no random number of the caller's. Afterwards it is what it was."""
         pipe, kind, attributes = self.pipe, type(self.pipe), dict(self.pipe.__dict__)
         scheduler = copy.copy(pipe.scheduler)
-        scheduler.__class__ = _scheduler_class(type(scheduler), no_steps)
+        scheduler.__class__, scheduler.recorder = _scheduler_class(type(scheduler), no_steps), self
         self.stepped, self.first_latents, self.encoded = stepped, first_latents, encoded
         devices = [self.device] if self.device.type == "cuda" else []
         try:
-            pipe.__class__ = type(kind.__name__, (_Replaced, kind), {"__module__": kind.__module__, "recorder": self})
-            type(scheduler).recorder = self
-            pipe.__dict__["scheduler"], pipe.__dict__[self.family.network] = scheduler, _Network(self.network, network)
+            pipe.__class__ = _pipeline_class(kind)
+            pipe.__dict__ |= {"recorder": self, "scheduler": scheduler, self.family.network: _Network(self.network, network)}
             with torch.random.fork_rng(devices):
                 torch.manual_seed(0)
                 yield scheduler
@@ -178,10 +177,9 @@ class Recorder:
         trace = _Trace([], [], [], [], None)
 
         def network(*args, **kwargs):
-            call = _Call.of(args, kwargs)
-            x = args[0] if args else kwargs["hidden_states"]
+            x = _latents_of(args, kwargs)
             out = torch.randn((len(x), *x[0].shape), device=self.device)
-            trace.calls.append(call)
+            trace.calls.append(_Call.of(args, kwargs))
             trace.outputs.append(out)
             return (list(out.unbind()) if isinstance(x, list) else out,)
 
@@ -215,13 +213,12 @@ class Recorder:
         return Recording(asked, template, branches, times, sigmas, sign, scale, rescaled, tuple(whole.latents[0].shape[1:]))
 
     def texts_of(self, prompt: str, recording: Recording) -> list[list[Row]]:
-        """What the template's leaves have of a prompt: for each branch the leaves' rows, on the host, the unconditional branch first."""
+        """What the template's leaves have of a prompt: for each branch the leaves' rows, the unconditional branch first."""
         calls: list[_Call] = []
 
         def network(*args, **kwargs):
             calls.append(_Call.of(args, kwargs))
-            x = args[0] if args else kwargs["hidden_states"]
-            return (x,)
+            return (_latents_of(args, kwargs),)
 
         def stepped(out: Tensor, x: Tensor) -> Tensor:
             raise _Reached
@@ -243,8 +240,18 @@ class Recorder:
         return pictures.contiguous(memory_format=torch.channels_last)  # some pipelines copy: a reward's sums shall round alike for all
 
 
+def _latents_of(args: tuple, kwargs: dict) -> Tensor | list[Tensor]:
+    """The latents among a network's arguments: the output has their shape."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def _not_called(*args):
     raise AssertionError("a pipeline without steps has called its network")
+
+
+@functools.cache
+def _pipeline_class(kind: type) -> type:
+    return type(kind.__name__, (_Replaced, kind), {"__module__": kind.__module__})
 
 
 @functools.cache
@@ -327,7 +334,7 @@ def _guidance(trace: _Trace, calls_per_step: int, branches: tuple, asked: float)
     weights = torch.linalg.lstsq(basis, guided.flatten()[:, None]).solution[:, 0]
     sign = 1.0 if weights.sum() > 0 else -1.0
     if (basis @ weights - guided.flatten()).norm() <= TOLERANCE * guided.norm() and abs(weights.sum() - sign) <= 1e-4:
-        scale = sign * weights[-1].item()
+        scale = sign * weights[-1].item()  # less the last bits of the fit, where it is a number that was asked for
         return sign, next((near for near in (1.0, asked, asked + 1) if abs(near - scale) <= 1e-4 * max(1, scale)), scale), False
     if unconditional:
         (uncond,) = unconditional

@@ -29,11 +29,6 @@ class Asked:
     width: int | None = None
     """Pixels; None: the pipeline's own size."""
 
-    @classmethod
-    def of(cls, options) -> "Asked":
-        """For the pictures that `options`, config.sample or config.evaluation, ask for."""
-        return cls(options.num_steps, options.guidance_scale)
-
 
 @dataclass(frozen=True)
 class Template:
