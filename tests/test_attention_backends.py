@@ -10,7 +10,7 @@ import bounds
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from shared import policy_of, run, untimed
 from tiny import SD_BETAS
 
@@ -20,8 +20,8 @@ from ddpo_fast.networks import attention_backends
 from ddpo_fast.networks.attention_backends import (
     ON_CPU,
     PACKAGES,
-    DispatchedAttention,
-    attention_shapes,
+    AttentionCall,
+    attention_calls,
     check,
     choose,
     require,
@@ -32,7 +32,7 @@ from ddpo_fast.policy import Policy
 from ddpo_fast.records.metrics import read_metrics
 
 CPU = torch.device("cpu")
-SHAPES = Counter({(16, 16, 2, 8): 3, (16, 5, 2, 8): 1})
+CALLS = Counter({AttentionCall(16, 16, 2, 8): 3, AttentionCall(16, 5, 2, 8): 1})
 
 
 @pytest.fixture
@@ -53,29 +53,31 @@ def test_a_back_end_is_the_same_attention(policy, backend):
     """On a CPU PyTorch itself takes its flash kernel: the same bits."""
     expected = [policy.example_call(4), *gradients(policy)]
     set_attention(policy.unet, backend)
-    processors = {type(module.processor) for module in policy.unet.modules() if isinstance(module, Attention)}
-    assert processors == {DispatchedAttention}
     found = [policy.example_call(4), *gradients(policy)]
     bounds.assert_same_network(found, expected, policy.unet)
     assert backend == "math" or all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
-def test_sdpa_leaves_the_unet_as_it_is(policy):
-    before = [module.processor for module in policy.unet.modules() if isinstance(module, Attention)]
-    set_attention(policy.unet, "sdpa")
-    assert before == [module.processor for module in policy.unet.modules() if isinstance(module, Attention)]
+def test_sdpa_is_diffusers_own(policy):
+    attentions = [module for module in policy.unet.modules() if isinstance(module, Attention)]
+    set_attention(policy.unet, "math")
+    assert all(isinstance(attn.processor, AttnProcessor2_0) and type(attn.processor) is not AttnProcessor2_0 for attn in attentions)
+    for _ in range(2):
+        set_attention(policy.unet, "sdpa")
+        assert all(type(attn.processor) is AttnProcessor2_0 and vars(attn.processor) == {} for attn in attentions)
 
 
-def test_shapes_are_those_of_the_calls(policy):
+def test_calls_are_counted(policy):
     """Self-attention and cross-attention of every block, once each."""
-    shapes, layers = attention_shapes(policy.unet, lambda: policy.example_call(2)), []
+    calls, layers = attention_calls(lambda: policy.example_call(2)), []
     for module in policy.unet.modules():
         if isinstance(module, Attention):
             module.register_forward_hook(lambda attn, args, out: layers.append((args[0].shape[1], attn.heads)))
     policy.example_call(2)
-    assert Counter((queries, heads) for queries, _, heads, _ in shapes.elements()) == Counter(layers) and layers
+    assert Counter((call.queries, call.heads) for call in calls.elements()) == Counter(layers) and layers
     text = policy.uncond_embeds.shape[1]
-    assert sum(count for (_, keys, _, _), count in shapes.items() if keys == text) == len(layers) // 2
+    assert sum(count for call, count in calls.items() if call.keys == text) == len(layers) // 2
+    assert not any(call.masked for call in calls)
 
 
 def test_the_fastest_is_chosen_and_the_choice_explained(monkeypatch):
@@ -89,32 +91,53 @@ def test_the_fastest_is_chosen_and_the_choice_explained(monkeypatch):
         def blocked_autorange(self, min_run_time):
             return self
 
-    def check(backend, shape, num_rows, dtype, device):
+    def check(backend, call, num_rows, dtype, device):
         if backend == "cudnn":
             raise RuntimeError("no such kernel")
-        return milliseconds[backend][list(SHAPES).index(shape)] / 1000
+        return milliseconds[backend][list(CALLS).index(call)] / 1000
 
     monkeypatch.setattr(attention_backends, "check", check)
     monkeypatch.setattr(attention_backends, "Timer", Timer)
-    assert choose(["math", "cudnn", "sdpa", "flash"], SHAPES, 8, torch.float32, CPU) == (
+    assert choose(["math", "cudnn", "sdpa", "flash"], CALLS, 8, torch.float32, CPU) == (
         "flash", "attention.backend: flash; forward and backward at 8 rows: flash 7 ms, sdpa 8 ms, math 12 ms; cudnn cannot: no such kernel"
     )  # fmt: skip
     with pytest.raises(ValueError, match="attention.backend=auto: no back end can run here; cudnn cannot: no such kernel"):
-        choose(["cudnn"], SHAPES, 8, torch.float32, CPU)
+        choose(["cudnn"], CALLS, 8, torch.float32, CPU)
 
 
 def test_times_are_measured():
     """And the smallest is chosen, whichever it is on this machine."""
-    name, line = choose(["math", "sdpa"], Counter({(256, 256, 4, 32): 1}), 2, torch.float32, CPU)
+    name, line = choose(["math", "sdpa"], Counter({AttentionCall(256, 256, 4, 32): 1}), 2, torch.float32, CPU)
     times = {backend: float(found) for backend, found in re.findall(r"(math|sdpa) ([\d.e+]+) ms", line)}
     assert set(times) == {"math", "sdpa"} and times[name] == min(times.values()) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_is_kept(dtype):
+    """That of the call is tried, row by row; a back end that ignored it would be found out."""
+    mask = torch.tensor([[True, True, False, True], [True, False, False, False]])[:, None, None]
+    mask = mask if dtype == torch.bool else mask.float().log()
+    call = AttentionCall(6, 4, 2, 8, True, mask)
+    assert torch.equal(call.mask_of(5), mask[[0, 1, 0, 1, 0]])
+    check("math", call, 5, torch.float32, CPU)()
+    with pytest.raises(RuntimeError, match="refuses 6 queries, 4 keys, 2 heads of 8 channels, with a mask, float32: .*not supported"):
+        check("flash", call, 5, torch.float32, CPU)
+
+
+def test_a_mask_that_is_misread_is_found_out(monkeypatch):
+    """Such as xformers' in diffusers 0.42, which adds 1 where a mask is true and nothing where it is not."""
+    dispatch, mask = attention_backends.dispatch_attention_fn, torch.arange(4)[None, None, None] < 2
+    misread = lambda q, k, v, mask, **kwargs: dispatch(q, k, v, mask.to(q.dtype), **kwargs)  # noqa: E731
+    monkeypatch.setattr(attention_backends, "dispatch_attention_fn", misread)
+    with pytest.raises(RuntimeError, match=r"its result is off by 0\.\d+ with a mask"):
+        check("math", AttentionCall(6, 4, 2, 8, True, mask), 2, torch.float32, CPU)
 
 
 def test_a_wrong_result_is_not_used(monkeypatch):
     dispatch = attention_backends.dispatch_attention_fn
     monkeypatch.setattr(attention_backends, "dispatch_attention_fn", lambda *args, **kwargs: 1.01 * dispatch(*args, **kwargs))
     with pytest.raises(RuntimeError, match="its result is off by 0.01"):
-        check("math", (16, 5, 2, 8), 2, torch.float32, CPU)
+        check("math", AttentionCall(16, 5, 2, 8), 2, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("backend", ["xformers", "flash_attn", "flash_attn_3", "cudnn", "efficient", "flex"])
@@ -200,10 +223,9 @@ def test_a_kernel_that_refuses_the_shapes_is_an_error_with_them(policy, monkeypa
         resolve("flash", policy.unet, lambda: policy.example_call(2), 4, torch.float32, CPU)
 
 
-def test_an_attention_that_does_more_is_refused(policy):
-    attn = next(module for module in policy.unet.modules() if isinstance(module, Attention))
-    attn.residual_connection = True
-    with pytest.raises(ValueError, match="attention.backend=math: .*attn1 is not plain attention; valid is sdpa"):
+def test_attention_that_calls_neither_pytorch_s_nor_the_dispatcher_s_is_refused(policy):
+    policy.unet.set_attn_processor(AttnProcessor())
+    with pytest.raises(ValueError, match="attention.backend=math: this model has no attention that can be replaced; valid is sdpa"):
         set_attention(policy.unet, "math")
     assert resolve("auto", policy.unet, lambda: policy.example_call(2), 4, torch.float32, torch.device("cuda")) == ("sdpa", "")
 
