@@ -122,7 +122,11 @@ BAD = [  # arguments, what the line must say
     ("--model.path {other_pipeline}", "it holds a FluxPipeline; valid is a StableDiffusionPipeline"),
     ("--model.path {broken_pipeline}", "model_index.json cannot be read"),
     ("--model.dtype fp8", "model.dtype=fp8: expected Literal"),
-    ("--lora.scope middle", "lora.scope=middle: valid is all, mid_up, none, or block names"),
+    ("--lora.scope middle", "lora.scope=middle: valid is all, mid_up, none, last:SHARE with 0 < SHARE <= 1, or blocks joined by "),
+    *(
+        (f"--lora.scope {scope}", f"lora.scope={scope}: valid is all")
+        for scope in ("last:0", "last:1.1", "last:nan", "last:", "a.1-", "a,b.1")
+    ),
     ("--lora.rank 0", "lora.rank=0: valid is"),
     ("--lora.alpha 0", "lora.alpha=0.0: valid is"),
     ("--lora.targets []", "lora.targets=[]: valid is at least one of"),
@@ -423,7 +427,7 @@ def test_what_is_valid_is_not_called_bad():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--lora.scope up_blocks.7", "this UNet has no up_blocks.7; its blocks are down_blocks.0, down_blocks.1, "),
+        ("--lora.scope up_blocks.7", "this network has no up_blocks.7; its blocks are down_blocks.0 to .1, mid_block, up_blocks.0 to .1"),
         ("--lora.scope up_blocks.1 --lora.targets [attention]", "up_blocks.1 have no layers of lora.targets=['attention']"),
         ("--sample.num_steps 1001", "sample.num_steps=1001: valid is 1 to 1000"),
         (

@@ -155,10 +155,10 @@ BAD = {
         changed({"unet.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(16, 1, 1, 1)}), {},
         "has conv_in, which is never trained here",
     ),
-    "other names": (changed(rename=lambda name: name.replace("mid_block", "mid")), {}, "the model has no layer for unet.mid.attentions"),
+    "other names": (changed(rename=lambda name: name.replace("mid_block", "mid")), {}, "the model has no layer for mid.attentions"),
     "other shapes": (changed({f"unet.{MID_Q}.lora_A.weight": torch.ones(4, 7)}), {}, r"is \(4, 7\), for a layer of \(32, 32\): it is of "),
     "half of a layer": (changed(drop=f"{MID_Q}.lora_B"), {}, "it has no layers, or one without A or B"),
-    "bias": (changed({f"unet.{MID_Q}.lora_B.bias": torch.ones(32)}), {}, "the model has no layer for unet.*lora_B.bias"),
+    "bias": (changed({f"unet.{MID_Q}.lora_B.bias": torch.ones(32)}), {}, "the model has no layer for .*lora_B.bias"),
     "left over": (lambda t: {"lora_unet_x.alpha": torch.tensor(1.0)}, {}, "keys have not been correctly renamed: lora_unet_x.alpha"),
     "empty": (lambda t: {}, {}, "it has no layers"),
 }  # fmt: skip

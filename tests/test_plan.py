@@ -586,7 +586,7 @@ def test_only_rank_0_prints_the_plan(nothing_starts, tiny_model, capsys, monkeyp
     [
         (["--plan=H201"], "error: run.plan=H201: valid is here, or one of B200, H200, "),
         (["--plan=7xH200"], "error: sample.num_samples=48: valid is a multiple of 28 with 7 ranks"),
-        (["--plan=H200", "--lora.scope=up_blocks.9"], "error: lora.scope=up_blocks.9: this UNet has no up_blocks.9"),
+        (["--plan=H200", "--lora.scope=up_blocks.9"], "error: lora.scope=up_blocks.9: this network has no up_blocks.9"),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_one_line(nothing_starts, options, message, capsys):

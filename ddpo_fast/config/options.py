@@ -57,12 +57,13 @@ class LoraConfig:
     """What of the UNet is trained: low-rank updates of some layers, or everything."""
 
     scope: str = "all"
-    """Where LoRA goes: 'all', 'mid_up' (mid and up blocks), or block names joined by commas ('up_blocks.2,up_blocks.3'). 'none' trains the
-    whole UNet."""
-    targets: list[Literal["attention", "feed_forward", "convolution", "projection"]] = field(
+    """Where LoRA goes: 'all', 'mid_up' (mid and up blocks of a UNet), 'last:0.5' (the last half of the blocks, or another share), or blocks
+    joined by commas ('up_blocks.2,up_blocks.3', 'transformer_blocks.12-23'). 'none' trains the whole network."""
+    targets: list[Literal["attention", "feed_forward", "modulation", "convolution", "projection"]] = field(
         default_factory=lambda: ["attention", "feed_forward", "convolution", "projection"]
     )
-    """Which layers of those blocks get a LoRA. SD needs no more than ['attention']; a small model needs all."""
+    """Which layers of those blocks get a LoRA. modulation: of transformers, what turns the time into scales and shifts. convolution and
+    projection: of UNets. Layers that a model lacks are left out. SD needs no more than ['attention']; a small model needs all."""
     init: Optional[str] = None
     """A LoRA to start from: a run's directory, a folder that diffusers wrote, or a .safetensors file of diffusers or of kohya's
     sd-scripts. Each of its layers must be trained here, and its rank must be at most lora.rank. Its own scale is kept. Layers that it

@@ -19,7 +19,8 @@ def _number(low, high=sys.float_info.max, open_low=False):
 
 _LARGEST = 2**63 - 1
 _positive = _number(1, _LARGEST), "a whole number >= 1 and < 2^63"
-_SCOPE = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)(,(down_blocks\.\d+|mid_block|up_blocks\.\d+))*")
+_BLOCKS = r"mid_block|\w+\.\d+(-\d+)?"
+_SCOPE = re.compile(rf"all|mid_up|none|({_BLOCKS})(,({_BLOCKS}))*")
 RULES = [
     *(
         (option, _positive[1], _positive[0])
@@ -84,15 +85,16 @@ RULES = [
     ),
     (
         "lora.scope",
-        "all, mid_up, none, or block names joined by commas, such as mid_block,up_blocks.2",
-        lambda v, c: v in ("all", "mid_up", "none") or bool(_SCOPE.fullmatch(v)),
+        "all, mid_up, none, last:SHARE with 0 < SHARE <= 1, or blocks joined by commas, such as mid_block,up_blocks.2 or "
+        "transformer_blocks.12-23",
+        lambda v, c: 0 < float(v.removeprefix("last:")) <= 1 if v.startswith("last:") else bool(_SCOPE.fullmatch(v)),
     ),
     (
         "lora.init",
         "the directory of a run, a folder with pytorch_lora_weights.safetensors, a LoRA's .safetensors file, or null",
         lambda v, c: v is None or c.run.resume or (lora_file(v) is not None and is_lora(v)),
     ),
-    ("lora.targets", "at least one of attention, feed_forward, convolution, projection", lambda v, c: len(v) > 0),
+    ("lora.targets", "at least one of attention, feed_forward, modulation, convolution, projection", lambda v, c: len(v) > 0),
     ("prompts.list", "null, when prompts.file is given", lambda v, c: v is None or c.prompts.file is None),
     ("prompts.list", "at least one prompt, a text; a weight is a finite number > 0", lambda v, c: v is None or _is_prompt_list(v)),
     (

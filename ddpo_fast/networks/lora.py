@@ -1,42 +1,99 @@
-"""Which weights of a UNet are trained: LoRA on some of its layers, or all of them."""
+"""Which weights of a network are trained: LoRA on some of its layers, or all of them."""
+
+import re
 
 from peft import LoraConfig
 from torch import nn
 
-LORA_TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
-    "convolution": ("conv1", "conv2", "conv_shortcut", "conv"),
-    "projection": ("proj_in", "proj_out", "time_emb_proj"),
+from ddpo_fast.networks.experts import give_experts_gradients
+
+LORA_TARGETS: dict[str, str] = {
+    "attention": r"\.(to_[qkv]|to_out|to_out\.0|add_[qkv]_proj|to_add_out|to_(q|k|v|out)_t|to_qkv_mlp_proj)$",
+    "feed_forward": r"\.(ff|ff_context|ff_i|ff_t|ffn|feed_forward|img_mlp|txt_mlp)\.|\.proj_mlp$|single_transformer_blocks\.\d+\.proj_out$",
+    "modulation": r"\.(norm|norm1|norm1_context)\.linear$|\.(adaLN_modulation|img_mod|txt_mod)\.\d+$",
+    "convolution": r"\.(conv1|conv2|conv_shortcut|conv)$",
+    "projection": r"\.(attentions\.\d+\.proj_(in|out)|time_emb_proj)$",
 }
-"""Ends of the names that diffusers gives the layers inside a UNet's blocks."""
+"""lora.targets, and what diffusers calls such layers inside a network's blocks."""
+_UNET_ORDER = ("down_blocks", "mid_block", "up_blocks")
 
 
-def set_trainable(unet: nn.Module, scope: str, targets: list[str], rank: int, alpha: float) -> None:
-    """Makes a frozen UNet trainable, in fp32: all of its weights if the scope is 'none', otherwise a LoRA that is added to it.
+def set_trainable(network: nn.Module, scope: str, targets: list[str], rank: int, alpha: float) -> None:
+    """Makes a frozen network trainable, in fp32: all of its weights if the scope is 'none', otherwise a LoRA that is added to it.
 
-    Raises ValueError for a scope that names a block which this UNet lacks, or blocks without layers of the targets.
+    Raises ValueError for a scope that names a block which this network lacks, or blocks without layers of the targets.
     """
+    give_experts_gradients(network)
     if scope == "none":
-        unet.requires_grad_(True).float()
+        network.requires_grad_(True).float()
         return
-    blocks = [name for name, _ in unet.named_modules() if name.count(".") == (0 if name == "mid_block" else 1)]
-    blocks = [name for name in blocks if name.split(".")[0] in ("down_blocks", "mid_block", "up_blocks")]
-    chosen = {
-        "all": blocks,
-        "mid_up": [name for name in blocks if not name.startswith("down_blocks")],
-    }.get(scope, scope.split(","))
-    if unknown := set(chosen) - set(blocks):
-        raise ValueError(f"lora.scope={scope}: this UNet has no {', '.join(sorted(unknown))}; its blocks are {', '.join(blocks)}")
-    ends = tuple(f".{end}" for target in targets for end in LORA_TARGETS[target])
-    names = [
-        name
-        for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and name.endswith(ends) and name.startswith(tuple(f"{b}." for b in chosen))
-    ]
-    if not names:
-        raise ValueError(f"lora.scope={scope}: {', '.join(chosen)} have no layers of lora.targets={targets}")
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian"))
-    for parameter in unet.parameters():
+    names = lora_layers(network, scope, targets)
+    made_for = {"base_model_class": type(network).__name__, "parent_library": type(network).__module__}
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian", auto_mapping=made_for))
+    for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def lora_layers(network: nn.Module, scope: str, targets: list[str]) -> list[str]:
+    """The names of the layers that get a LoRA: linear layers and convolutions, but not depthwise ones. Raises as `set_trainable` does."""
+    chosen = _blocks_of(network, scope)
+    names = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and getattr(module, "groups", 1) == 1
+        and name.startswith(tuple(f"{block}." for block in chosen))
+        and any(re.search(LORA_TARGETS[target], name) for target in targets)
+    ]
+    if not names:
+        raise ValueError(f"lora.scope={scope}: {_in_words(chosen)} have no layers of lora.targets={targets}")
+    return names
+
+
+def block_names(network: nn.Module) -> list[str]:
+    """The names of a network's blocks, such as transformer_blocks.3, in the order of its lists; a UNet's mid_block is between its lists."""
+    lists = {name: child for name, child in network.named_children() if isinstance(child, nn.ModuleList) and _has_layers(child)}
+    if "up_blocks" in lists:
+        lists = {name: getattr(network, name) for name in _UNET_ORDER if getattr(network, name) is not None}
+    return [
+        block
+        for name, child in lists.items()
+        for block in ([f"{name}.{index}" for index in range(len(child))] if isinstance(child, nn.ModuleList) else [name])
+    ]
+
+
+def _has_layers(child: nn.ModuleList) -> bool:
+    """Whether a list's items are blocks of several layers. (HiDream's projections of its captions are a list, too.)"""
+    return any(sum(isinstance(module, nn.Linear | nn.Conv2d) for module in item.modules()) > 1 for item in child)
+
+
+def _blocks_of(network: nn.Module, scope: str) -> list[str]:
+    """The blocks that lora.scope names: all, mid_up, last:SHARE, or blocks and ranges of blocks joined by commas."""
+    blocks = block_names(network)
+    if scope == "all":
+        return blocks
+    if scope == "mid_up" and "up_blocks.0" in blocks:
+        return [name for name in blocks if not name.startswith("down_blocks")]
+    if scope.startswith("last:"):
+        return blocks[-max(1, round(float(scope.removeprefix("last:")) * len(blocks))) :]
+    chosen = []
+    for entry in scope.split(","):
+        first, _, end = entry.partition("-")
+        last = f"{first.rpartition('.')[0]}.{end}" if end else first
+        if not {first, last} <= set(blocks) or blocks.index(last) < blocks.index(first):
+            raise ValueError(f"lora.scope={scope}: this network has no {entry}; its blocks are {_in_words(blocks)}")
+        chosen += blocks[blocks.index(first) : blocks.index(last) + 1]
+    return chosen
+
+
+def _in_words(blocks: list[str]) -> str:
+    """'transformer_blocks.0 to .23, mid_block': neighbours of a list are named by the first and the last."""
+    runs: list[list[str]] = []
+    for block in blocks:
+        name, _, index = block.partition(".")
+        if runs and index and runs[-1][-1] == f"{name}.{int(index) - 1}":
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return ", ".join(run[0] if len(run) == 1 else f"{run[0]} to .{run[-1].partition('.')[2]}" for run in runs)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ddpo_fast.networks.patch import patch, unpatch
 
 ADAPTER = "default"
-"""The name that `unet.add_adapter` gives an adapter."""
+"""The name that `network.add_adapter` gives an adapter."""
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -144,23 +144,23 @@ _MERGED = {lora.Linear: MergedLinear, lora.Conv2d: MergedConv2d}
 _BASES = {lora.Linear: nn.Linear, lora.Conv2d: nn.Conv2d}
 
 
-def merge(unet: nn.Module) -> list[nn.Module]:
-    """Makes every LoRA layer of a UNet add its update to a copy of its weight instead of to its output: y = layer(x; W + s B A, bias).
+def merge(network: nn.Module) -> list[nn.Module]:
+    """Makes every LoRA layer of a network add its update to a copy of its weight instead of to its output: y = layer(x; W + s B A, bias).
 
     Exact to rounding in the weight's dtype: half precision rounds away an update that is less than about 1e-3 (fp16) or 1e-2 (bf16)
     of the weight. The copies need as much memory as the weights of those layers. The layers refresh their copies themselves, except
     inside a compiled region: the caller has to `refresh` each layer before it.
 
-    Returns the layers. Raises ValueError for a UNet without LoRA, or with a layer that is more than a plain LoRA called 'default'.
+    Returns the layers. Raises ValueError for a network without LoRA, or with a layer that is more than a plain LoRA called 'default'.
     """
-    layers = {name: module for name, module in unet.named_modules() if isinstance(module, lora.LoraLayer)}
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, lora.LoraLayer)}
     if not layers:
-        raise ValueError("unet: it has no LoRA layers to merge")
+        raise ValueError("network: it has no LoRA layers to merge")
     for name, layer in layers.items():
         if isinstance(layer, _MergedLayer):
-            raise ValueError(f"unet: {name} cannot compute with merged weights: it does already; unmerge it first")
+            raise ValueError(f"network: {name} cannot compute with merged weights: it does already; unmerge it first")
         if reason := misfit(layer):
-            raise ValueError(f"unet: {name} cannot compute with merged weights: {reason}")
+            raise ValueError(f"network: {name} cannot compute with merged weights: {reason}")
     for layer in layers.values():
         patch(layer, _MERGED[type(layer)], merged_state=None)
         layer.register_buffer("merged_weight", None, persistent=False)
@@ -168,12 +168,12 @@ def merge(unet: nn.Module) -> list[nn.Module]:
     return list(layers.values())
 
 
-def unmerge(unet: nn.Module) -> None:
-    """Undoes `merge`: classes and attributes are peft's again. A UNet that is not merged stays as it is.
+def unmerge(network: nn.Module) -> None:
+    """Undoes `merge`: classes and attributes are peft's again. A network that is not merged stays as it is.
 
     Raises ValueError if something else has changed a merged layer since.
     """
-    for module in unet.modules():
+    for module in network.modules():
         for kind in _MERGED.values():
             if unpatch(module, kind):
                 del module.merged_weight

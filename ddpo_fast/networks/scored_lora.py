@@ -171,30 +171,35 @@ _SCORED = {
 }  # fmt: skip
 
 
-def score(unet: nn.Module) -> list[nn.Module]:
-    """Makes every LoRA layer of a UNet, merged or not, one that can give each sample's gradient apart: where it has `leaves`.
+def score(network: nn.Module) -> list[nn.Module]:
+    """Makes every LoRA layer of a network, merged or not, one that can give each sample's gradient apart: where it has `leaves`.
 
     leaves: two tensors that require a gradient, (b, k k r, I) for A and (b, r, O) for B. A's is that of weight (k, k, r, I), reversed
     in both k, where A is (r, I, k, k); B's is transposed and lacks the factor s. Returns the layers, without leaves.
-    Raises ValueError for a UNet without LoRA, or with a layer that is more than a plain LoRA called 'default'.
+    Raises ValueError for a network without LoRA, or with one on a routed expert, or more than a plain LoRA called 'default'.
     """
-    layers = {name: module for name, module in unet.named_modules() if isinstance(module, lora.LoraLayer)}
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, lora.LoraLayer)}
     if not layers:
-        raise ValueError("unet: it has no LoRA layers to take gradients of")
+        raise ValueError("network: it has no LoRA layers to take gradients of")
+    if expert := next((name for name in layers if ".experts." in name), None):
+        raise ValueError(
+            f"train.estimator=score_accumulation: {expert} is an expert, which is given single tokens and not samples; valid is ppo, or "
+            "lora.targets without feed_forward"
+        )
     for name, layer in layers.items():
         if reason := _misfit(layer):
-            raise ValueError(f"unet: {name} cannot give each sample's gradient: {reason}")
+            raise ValueError(f"network: {name} cannot give each sample's gradient: {reason}")
     for layer in layers.values():
         patch(layer, _SCORED[type(layer)], leaves=None)
     return list(layers.values())
 
 
-def unscore(unet: nn.Module) -> None:
-    """Undoes `score`: classes and attributes are the former ones again. A UNet that is not scored stays as it is.
+def unscore(network: nn.Module) -> None:
+    """Undoes `score`: classes and attributes are the former ones again. A network that is not scored stays as it is.
 
     Raises ValueError if something else has changed a scored layer since.
     """
-    for module in unet.modules():
+    for module in network.modules():
         for kind in _SCORED.values():
             unpatch(module, kind)
 
