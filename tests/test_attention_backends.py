@@ -58,6 +58,18 @@ def test_a_back_end_is_the_same_attention(policy, backend):
     assert backend == "math" or all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does
+def test_compiled_attention_has_it_without_a_break(policy, monkeypatch):
+    """A back end that gives zeros shows which one was compiled: all that is left is the last bias."""
+    attn, dispatch = policy.unet.mid_block.attentions[0].transformer_blocks[0].attn1, attention_backends.dispatch_attention_fn
+    set_attention(policy.unet, "math")
+    monkeypatch.setattr(attention_backends, "dispatch_attention_fn", lambda *args, **kwargs: 0 * dispatch(*args, **kwargs))
+    torch._dynamo.reset()
+    attn.compile(fullgraph=True, backend="eager")
+    x = torch.randn(2, 16, attn.query_dim, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(attn(x), attn.to_out[0].bias.expand_as(x))
+
+
 def test_sdpa_is_diffusers_own(policy):
     attentions = [module for module in policy.unet.modules() if isinstance(module, Attention)]
     set_attention(policy.unet, "math")

@@ -14,6 +14,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from families import CALL, FAMILIES
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from shared import CPU
 from test_merged_lora import structure
 from test_score_accumulation import started
@@ -201,6 +202,21 @@ def test_a_saved_lora_is_loaded_by_diffusers_and_begins_a_run(recorded, tmp_path
     line = start_from(pipe, str(tmp_path), "all")
     assert f"{len(get_peft_model_state_dict(given)) // 2} of the {sum(COUNTS[recorded.name])} layers" in line and "rank 2 of 3" in line
     bounds.assert_same_output(recorded.output(begun).detach(), expected, begun)
+
+
+@pytest.mark.parametrize(
+    "recorded, name",
+    [("z_image", "all_final_layer.2-1.adaLN_modulation.1"), ("hidream", "final_layer.adaLN_modulation.1")], indirect=["recorded"],
+)  # fmt: skip
+def test_a_lora_of_a_layer_outside_the_blocks_does_not_begin_a_run(recorded, name, tmp_path):
+    """Though lora.targets has a name for such a layer, no lora.scope has it."""
+    pipe = copy.copy(recorded.pipe)
+    pipe.transformer = with_random_lora(recorded.network, list(LORA_TARGETS))
+    rows, columns = pipe.transformer.get_submodule(name).weight.shape
+    halves = {"lora_A": torch.ones(2, columns), "lora_B": torch.ones(rows, 2)}
+    save_file({f"transformer.{name}.{half}.weight": tensor for half, tensor in halves.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=f"^lora.init=.* has {re.escape(name)}, which is never trained here; valid is "):
+        start_from(pipe, str(tmp_path / "lora.safetensors"), "all")
 
 
 MASKED = ("chroma", "qwen_image", "sana", "z_image", "lumina2")

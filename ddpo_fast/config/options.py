@@ -54,7 +54,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What of the UNet is trained: low-rank updates of some layers, or everything."""
+    """What of the network is trained: low-rank updates of some layers, or everything."""
 
     scope: str = "all"
     """Where LoRA goes: 'all', 'mid_up' (mid and up blocks of a UNet), 'last:0.5' (the last half of the blocks, or another share), or blocks

@@ -80,6 +80,7 @@ def _replaced(processor: type, backend: str) -> type:
     else:
         own = processor.__call__
         names = own.__globals__ | {"F": SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": attend})}
+        del names["__name__"]  # torch.compile would look names up in the module of that name instead
         changed = {"__call__": FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)}
         changed["__call__"].__kwdefaults__ = own.__kwdefaults__
     return type(processor.__name__, (_Replaced, processor), {"__module__": processor.__module__} | changed)

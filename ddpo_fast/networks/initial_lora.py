@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ddpo_fast.networks.lora import LORA_TARGETS
+from ddpo_fast.networks.lora import LORA_TARGETS, block_names
 from ddpo_fast.networks.merged_lora import ADAPTER, lora_weights
 from ddpo_fast.places import lora_file
 
@@ -34,7 +34,7 @@ def start_from(pipe: DiffusionPipeline, init: str, scope: str) -> str:
     network = pipe.components[part]
     ours = {name: layer for name, layer in network.named_modules() if isinstance(layer, lora.LoraLayer)}
     given = _read(pipe, part, init)
-    _check(init, scope, given, ours)
+    _check(init, scope, given, ours, block_names(network))
     with torch.no_grad():
         for name, (A, B, scale) in given.items():
             _, own_A, own_B = lora_weights(ours[name])
@@ -123,13 +123,13 @@ def _check_layers(tensors: dict[str, Tensor], network: nn.Module) -> None:
         raise ValueError("it has no layers, or one without A or B")
 
 
-def _check(init: str, scope: str, given: dict[str, tuple[Tensor, Tensor, float]], ours: dict[str, nn.Module]) -> None:
+def _check(init: str, scope: str, given: dict[str, tuple[Tensor, Tensor, float]], ours: dict[str, nn.Module], blocks: list[str]) -> None:
     """Raises ValueError, naming the option to change, unless all given layers are trained, with at least the given rank."""
     kinds, have = _kinds(given), _kinds(ours)
     if missing := next((name for name in sorted(given) if name not in ours), None):
         it = f"lora.init={init} has {missing}, which"
-        if not _kinds([missing]):
-            raise ValueError(f"{it} is never trained here; valid is a LoRA of layers that lora.targets has a name for")
+        if not _kinds([missing]) or not missing.startswith(tuple(f"{block}." for block in blocks)):
+            raise ValueError(f"{it} is never trained here; valid is a LoRA of layers of blocks that lora.targets has a name for")
         if not kinds <= have:
             needed = [kind for kind in LORA_TARGETS if kind in kinds | have]
             raise ValueError(f"lora.targets={[kind for kind in LORA_TARGETS if kind in have]}: {it} is not trained then; valid is {needed}")

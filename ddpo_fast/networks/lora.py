@@ -15,7 +15,7 @@ LORA_TARGETS: dict[str, str] = {
     "projection": r"\.(attentions\.\d+\.proj_(in|out)|time_emb_proj)$",
 }
 """lora.targets, and what diffusers calls such layers inside a network's blocks."""
-_UNET_ORDER = ("down_blocks", "mid_block", "up_blocks")
+_UNET = ("down_blocks", "mid_block", "up_blocks")
 
 
 def set_trainable(network: nn.Module, scope: str, targets: list[str], rank: int, alpha: float) -> None:
@@ -28,8 +28,7 @@ def set_trainable(network: nn.Module, scope: str, targets: list[str], rank: int,
         network.requires_grad_(True).float()
         return
     names = lora_layers(network, scope, targets)
-    made_for = {"base_model_class": type(network).__name__, "parent_library": type(network).__module__}
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian", auto_mapping=made_for))
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian"))
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -53,19 +52,15 @@ def lora_layers(network: nn.Module, scope: str, targets: list[str]) -> list[str]
 
 def block_names(network: nn.Module) -> list[str]:
     """The names of a network's blocks, such as transformer_blocks.3, in the order of its lists; a UNet's mid_block is between its lists."""
-    lists = {name: child for name, child in network.named_children() if isinstance(child, nn.ModuleList) and _has_layers(child)}
-    if "up_blocks" in lists:
-        lists = {name: getattr(network, name) for name in _UNET_ORDER if getattr(network, name) is not None}
-    return [
-        block
-        for name, child in lists.items()
-        for block in ([f"{name}.{index}" for index in range(len(child))] if isinstance(child, nn.ModuleList) else [name])
-    ]
+    children = dict(network.named_children())
+    lists = [name for name in _UNET if name in children] or [name for name, child in children.items() if _has_blocks(child)]
+    return [block for name in lists for block in ([name] if name == "mid_block" else [f"{name}.{i}" for i in range(len(children[name]))])]
 
 
-def _has_layers(child: nn.ModuleList) -> bool:
-    """Whether a list's items are blocks of several layers. (HiDream's projections of its captions are a list, too.)"""
-    return any(sum(isinstance(module, nn.Linear | nn.Conv2d) for module in item.modules()) > 1 for item in child)
+def _has_blocks(child: nn.Module) -> bool:
+    """Whether a module is a list of blocks, which have several layers. (HiDream's projections of its captions are a list, too.)"""
+    items = child if isinstance(child, nn.ModuleList) else []
+    return any(sum(isinstance(module, nn.Linear | nn.Conv2d) for module in item.modules()) > 1 for item in items)
 
 
 def _blocks_of(network: nn.Module, scope: str) -> list[str]:

@@ -1,14 +1,12 @@
-"""Gives a module another class, and undoes that. The module keeps its parameters, its name and its place.
+"""Gives a module, or what computes its attention, another class, and undoes that. A module keeps its parameters, its name and its place.
 
 So the keys of a state_dict and peft's config stay. A module may have several patches; the newest is undone first.
 """
 
 from functools import cache
 
-from torch import nn
 
-
-def patch(module: nn.Module, kind: type, **attributes) -> None:
+def patch(module: object, kind: type, **attributes) -> None:
     """Changes a module's class to `kind` if that is a subclass of it, otherwise mixes `kind` into it. Sets `kind`'s attributes."""
     before = type(module)
     module.__class__ = kind if issubclass(kind, before) else _mixed(kind, before)
@@ -17,7 +15,7 @@ def patch(module: nn.Module, kind: type, **attributes) -> None:
         setattr(module, name, value)
 
 
-def unpatch(module: nn.Module, kind: type) -> bool:
+def unpatch(module: object, kind: type) -> bool:
     """Undoes `patch(module, kind)` and returns whether there was such a patch. Raises ValueError if the module has a newer patch."""
     patches = module.__dict__.get("_patches", [])
     if kind not in [patched for _, patched, _ in patches]:
