@@ -35,13 +35,13 @@ from ddpo_fast.config.command_line import parse
 from ddpo_fast.config.options import Config
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.memory import free_mib
+from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning.counts import flop_counter
 from ddpo_fast.planning.plan import count_run, memory_mib, phases_mib, with_cache
 from ddpo_fast.planning.work import Work
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import draw_prompts
 from ddpo_fast.run import Task
-from ddpo_fast.schedule import Denoising
 from ddpo_fast.timing import StageTimer
 from ddpo_fast.updates.activation_cache import NO_CACHE
 from ddpo_fast.updates.credit import Advantages
@@ -120,8 +120,8 @@ class Contender:
 
     def __init__(self, config: Config, policy: Policy, task: Task, ranks: Ranks):
         self.config, self.policy, self.task, self.ranks = config, policy, task, ranks
-        self.device, self.unet = policy.device, policy.unet
-        self.clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.latent_shape))
+        self.device, self.unet = policy.device, policy.network
+        self.clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.record(Asked.of(config.sample)).shape))
         self.iteration = 0
         self.start = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
 
@@ -202,8 +202,8 @@ class Ours(Contender):
             for parameter in self.unet.parameters():
                 parameter.data = parameter.data.contiguous()
         self.stages = Stages(self.device)
-        self.stages.wrap(self.policy, "encode_prompts", "encode")
-        self.stages.wrap(self.policy, "decode_latents", "decode")
+        self.stages.wrap(self.policy, "_encode", "encode")
+        self.stages.wrap(self.policy, "decode", "decode")
         self.stages.wrap(self.run.engine, "step", "optimizer")
 
     def work(self) -> dict:
@@ -226,15 +226,13 @@ class Ours(Contender):
         """Changes the amount of work: `section__key=value` of a config, of the sections sample and train."""
         config = self.config.replace(**options)
         config.check()
-        denoising = Denoising.of(config.sample, self.policy.pipe.scheduler, self.device)
-        self.config, self.run = config, replace(self.run, config=config, denoising=denoising)
+        self.config, self.run = config, replace(self.run, config=config, denoising=self.policy.denoising(config.sample))
         self.run.gradients.micro_batch = config.train.micro_batch
 
     def loss_gradient(self, data: dict) -> dict[str, Tensor]:
         one_update = self.config.replace(
             train__num_minibatches=1, train__inner_epochs=1, train__timestep_fraction=1.0, sample__num_samples=len(data["latents"])
         )
-        embeds, pooled = self.policy.encode_prompts(data["prompts"]), self.policy.pool_prompts(data["prompts"])
         gradient, own = {}, self.run.engine
         engine = SimpleNamespace(loss_scale=own.loss_scale, adapts_scale=own.adapts_scale, backward=own.backward)
         engine.forget_gradient = lambda: None
@@ -243,8 +241,9 @@ class Ours(Contender):
         objective.clip_range = UNCLIPPED
         gradients = Replay(self.policy, engine, objective, NO_CACHE, self.run.room, self.config.train.micro_batch)
         run = replace(self.run, config=one_update, objective=objective, gradients=gradients, engine=engine)
-        ids, good = torch.arange(len(embeds), device=self.device), torch.ones(len(embeds), dtype=torch.bool, device=self.device)
-        rollout = Rollout(embeds, pooled, ids, data["latents"], data["log_probs"], good, run.schedule(1), 0)
+        ids = torch.arange(len(data["prompts"]), device=self.device)
+        good = torch.ones_like(ids, dtype=torch.bool)
+        rollout = Rollout(data["prompts"], ids, data["latents"], data["log_probs"], good, run.schedule(1), 0)
         trainer.update(run, run.updates(run.schedule(1), 1), rollout, data["advantages"], 1)
         return gradient
 
@@ -360,7 +359,7 @@ class TRL(Contender):
         config, policy = self.config, self.policy
         if policy.full:
             raise ValueError("lora.scope=none: the comparison with TRL is of LoRA")
-        lora: LoraConfig = policy.unet.peft_config["default"]
+        lora: LoraConfig = policy.network.peft_config["default"]
 
         class Pipeline(DefaultDDPOStableDiffusionPipeline):
             def get_trainable_layers(self):

@@ -40,7 +40,6 @@ from ddpo_fast.records.report import write_report
 from ddpo_fast.records.run_directory import METRICS
 from ddpo_fast.rollout import generate
 from ddpo_fast.run import Run
-from ddpo_fast.schedule import Denoising
 from ddpo_fast.scoring.scorer import score_or_nan
 from ddpo_fast.terminal import user_error
 from ddpo_fast.timing import StageTimer
@@ -87,8 +86,7 @@ def calibrate(config: Config) -> tuple[Work, Costs]:
     work, steps = Work.of(config), min(NUM_STEPS, config.sample.num_steps)
     short = config.replace(sample__num_steps=steps, sample__window=None, train__timestep_fraction=1.0)
     gradients = Replay(policy, run.engine, run.objective, NO_CACHE, run.room, config.train.micro_batch)
-    denoising = Denoising.of(short.sample, policy.pipe.scheduler, policy.device)
-    run = replace(run, config=short, denoising=denoising, gradients=gradients)
+    run = replace(run, config=short, denoising=policy.denoising(short.sample), gradients=gradients)
     rollout, costs = _sampling_costs(run, min(work.batch_size, work.num_samples))
     costs |= _update_costs(run, rollout, min(work.micro_batch, work.num_samples // work.num_minibatches * work.trained_steps))
     gradient_bytes = 4 * sum(parameter.numel() for parameter in run.engine.parameters)
@@ -112,7 +110,7 @@ def _sampling_costs(run: Run, largest: int) -> tuple[Rollout, dict[str, float]]:
     steps, rows, design, seconds = schedule.num_steps, Work.of(config).rows, [], []
     for size in sorted({largest, max(1, largest // 2), max(1, largest // 8)}):
         prompts = run.task.prompts[[i % len(run.task.prompts) for i in range(size)]].texts
-        policy.encode_prompts(prompts)  # a run does it once
+        policy.texts(schedule.recording, prompts)  # a run does it once
         ids = torch.arange(size, device=policy.device)
         run.gradients.begin_batch(slice(size))
 
@@ -120,7 +118,7 @@ def _sampling_costs(run: Run, largest: int) -> tuple[Rollout, dict[str, float]]:
             return generate(policy, run.ops, schedule, config.run.seed, ids, prompts, run.gradients)  # noqa: B023
 
         rollout, images = sample()
-        decode_s = _seconds(policy.device, lambda: policy.decode_latents(rollout.latents[:, -1]))  # noqa: B023
+        decode_s = _seconds(policy.device, lambda: policy.decode(rollout.latents[:, -1], schedule.recording))  # noqa: B023
         design.append([steps, steps * rows * size])
         seconds.append(_seconds(policy.device, sample) - decode_s)
     reward_s = _seconds(policy.device, lambda: score_or_nan(run.task.reward, images, prompts))
@@ -141,7 +139,8 @@ def _update_costs(run: Run, rollout: Rollout, largest: int) -> dict[str, float]:
     ):
         options = run.config.replace(sample__num_samples=samples, train__inner_epochs=epochs, train__num_minibatches=1)
         pick = torch.arange(samples, device=run.policy.device) % len(rollout.latents)
-        part = replace(rollout, **{name: column[pick] for name, column in vars(rollout).items() if isinstance(column, Tensor)})
+        columns = {name: column[pick] for name, column in vars(rollout).items() if isinstance(column, Tensor)}
+        part = replace(rollout, prompts=[rollout.prompts[i] for i in pick.tolist()], **columns)
         advantages = torch.ones(samples, device=run.policy.device)
         varied = replace(run, config=options)
         run.gradients.micro_batch = micro_batch

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +26,9 @@ from ddpo_fast.networks.fused_unet import fuse
 from ddpo_fast.networks.initial_lora import start_from
 from ddpo_fast.networks.scored_lora import score
 from ddpo_fast.pipelines.folders import Model, find_model
+from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning.plan import resolve_sizes
-from ddpo_fast.planning.work import Work, denoisings, merges_lora, shares_guidance
+from ddpo_fast.planning.work import Work, check_steps, merges_lora, shares_guidance
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import EvaluationSet, Prompts, evaluation_sets, load_prompts
 from ddpo_fast.records import checkpoint, fingerprints
@@ -73,21 +74,23 @@ def assemble(config: Config, claim: Claim | None = None) -> Run:
     if config.run.resume and start.ranks.is_first:
         _say_changes(checkpoint.read_state(start.directory.resumed), made_of)
     objective = _objective(config, policy, start.ops)
-    layers = score(policy.unet) if config.train.estimator == "score_accumulation" else []
+    layers = score(policy.network) if config.train.estimator == "score_accumulation" else []
     share_guidance(config, policy)
     split = activation_cache.split(config.cache.mode, policy) if possible("cache", config) else None
     room = Room(retry=config.zero.stage < 3)
     engine = _engine(config, policy, start.deepspeed)
-    policy.attach(policy.unet if layers else engine.module, partitioned=config.zero.stage == 3)  # score accumulation has its own backward
+    forward = policy.network if layers else engine.module  # score accumulation has its own backward
+    policy.attach(forward, partitioned=config.zero.stage == 3)
+    policy.check_output()
     if config.model.compile:
-        (split or policy.unet).compile()
+        (split or policy.network).compile()
     gradients: Gradients
     if layers:
         gradients = ScoreAccumulation(layers, engine, objective)
     else:
         cache = activation_cache.open_cache(split, policy, Work.of(config).rows, config.cache)
         gradients = Replay(policy, engine, objective, cache, room, config.train.micro_batch)
-    denoising, evaluating = denoisings(config, policy.pipe.scheduler, start.device)
+    denoising, evaluating = policy.denoising(config.sample), policy.denoising(config.evaluation)
     return Run(
         config, start.ranks, start.directory, start.task, policy, denoising, evaluating, start.ops, objective, gradients, engine, room,
         made_of,
@@ -98,7 +101,7 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
     """Checks what parsing could not, cheapest first, and joins the ranks. Raises ValueError naming the option at fault."""
     started_in = Path.cwd()
     model = find(config)
-    denoisings(config, model.scheduler)
+    check_steps(config, model.scheduler)
     model.check_networks()
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
     evaluations = evaluation_sets(config.eval, prompts)
@@ -173,24 +176,26 @@ def load_policy(config: Config, model: Model, ranks: Ranks, device: torch.device
     torch.manual_seed(config.run.seed)  # LoRA's initial weights
     lora = config.lora
     policy = Policy(model, config.model.dtype, device, lora)
+    policy.record(Asked.of(config.sample))
     if lora.init is not None and not config.run.resume:
         started = start_from(policy.pipe, lora.init, lora.scope)
         if ranks.is_first:
             print(started, flush=True)
+    policy.remember_output()
     policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
     for note in policy.notes if ranks.is_first else ():
         print(note, flush=True)
     work = Work.of(config)
     num_rows = min(32, work.micro_batch, work.update_transitions(ranks.world_size)) * work.trained_rows
     call = partial(policy.example_call, 2)
-    choice = attention_backends.resolve(config.attention.backend, policy.unet, call, num_rows, policy.dtype, device)
+    choice = attention_backends.resolve(config.attention.backend, policy.network, call, num_rows, policy.dtype, device)
     backend, measured = broadcast(choice)  # times differ from rank to rank
-    attention_backends.set_attention(policy.unet, backend)
+    attention_backends.set_attention(policy.network, backend)
     if measured and ranks.is_first:
         print(measured, flush=True)
     config = config.replace(attention__backend=backend)
     if ops.backend == "triton":
-        fuse(policy.unet, ops)
+        fuse(policy.network, ops)
     if merges_lora(config, policy.dtype):
         policy.merge_lora()
     if config.train.gradient_checkpointing:
@@ -214,19 +219,22 @@ def _objective(config: Config, policy: Policy, ops: Ops) -> Objective:
     """The config's algorithm on this model."""
     algorithm, train = config.algorithm, config.train
     if isinstance(algorithm, Regression):
-        noising = Noising.of(Levels.of_training(policy.pipe.scheduler), policy.device)
-        return OnNoised(algorithm, Weights(algorithm), noising, config.training_guidance, config.run.seed)
-    return OnTrajectory(
-        algorithm, Advantages.of_options(config.baseline, train.advantage_clip), ops, config.training_guidance, train.clip_range,
-        math.prod(policy.latent_shape), train.kl_coefficient,
-    )  # fmt: skip
+        scheduler, asked = policy.pipe.scheduler, replace(Asked.of(config.sample), guidance_scale=config.training_guidance)
+        if policy.family.process == "flow":
+            asked = replace(asked, num_steps=scheduler.config.num_train_timesteps)
+        recording = policy.record(asked)
+        noising = Noising.of(Levels.of_training(recording, scheduler), policy.device)
+        return OnNoised(algorithm, Weights(algorithm), noising, recording, config.run.seed)
+    credit = Advantages.of_options(config.baseline, train.advantage_clip)
+    latent_dim = math.prod(policy.record(Asked.of(config.sample)).shape)
+    return OnTrajectory(algorithm, credit, ops, train.clip_range, latent_dim, train.kl_coefficient)
 
 
 def _engine(config: Config, policy: Policy, deepspeed: dict) -> Engine:
     zero, train = config.zero, config.train
     optimizer = make_optimizer(config.optimizer, policy.trainable_parameters(), train.learning_rate, on_host=zero.offload != "none")
     return Engine(
-        policy.unet, optimizer, zero_stage=zero.stage, offload=zero.offload, options=deepspeed, max_grad_norm=train.max_grad_norm,
+        policy.network, optimizer, zero_stage=zero.stage, offload=zero.offload, options=deepspeed, max_grad_norm=train.max_grad_norm,
         dtype=policy.dtype,
     )  # fmt: skip
 
@@ -238,7 +246,8 @@ def _fingerprints(config: Config, policy: Policy, prompts: Prompts) -> dict[str,
     found |= fingerprints.of_reward(config.reward.name, config.reward.kwargs)
     if config.deepspeed.config is not None:
         found |= fingerprints.of_text("deepspeed.config (the file)", Path(config.deepspeed.config).read_text(encoding="utf-8"))
-    return found | fingerprints.of_model(policy.pipe, config.model.vae is None)
+    found["model.path (how its pipeline calls its network)"] = policy.record(Asked.of(config.sample)).digest
+    return found | fingerprints.of_model(policy.pipe, policy.family.network, config.model.vae is None)
 
 
 def _say_changes(state: dict, now: dict[str, str]) -> None:

@@ -11,6 +11,8 @@ are absolute paths, so that they mean the same in every working directory. A val
 reward of a package) stays as it is."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name that diffusers and we give the file of a LoRA's weights."""
+NETWORKS = ("unet", "transformer")
+"""The parts of pipelines that are trained, and the folders that a fully fine-tuned one is written to."""
 
 
 def located(option: str, value: str) -> str:

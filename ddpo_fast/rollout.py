@@ -36,23 +36,20 @@ def generate(
     sample_ids: (B,) int64, which with `seed` fix all noise. gradients, whose batch these samples are, calls the network and says which
     latents are kept. `progress(n)` is called with B after every step.
     """
-    prompt_embeds, pooled_embeds = policy.encode_prompts(prompts), policy.pool_prompts(prompts)
-    texts = [prompt_embeds] if pooled_embeds is None else [prompt_embeds, pooled_embeds]
-    x_t = schedule.initial_latents(policy.latent_shape, seed, sample_ids)
-    unet_input = x_t.to(policy.dtype)
-    if schedule.num_branches == 2:
-        unet_input = unet_input.repeat(2, *[1] * (x_t.dim() - 1))
-        uncond = policy.uncond_embeds, policy.uncond_pooled_embeds
-        texts = [torch.cat([empty.expand_as(text), text]) for empty, text in zip(uncond, texts)]
-    timesteps = schedule.timesteps[:, None].expand(-1, len(unet_input)).unbind()
+    recording = schedule.recording
+    texts, rows = policy.texts(recording, prompts)
+    conditions = texts.conditions(rows)
+    x_t = schedule.initial_latents(recording.shape, seed, sample_ids)
+    x_in = x_t.to(policy.dtype).repeat(schedule.num_branches, *[1] * (x_t.dim() - 1))
+    times = schedule.times[:, None].expand(-1, len(x_in)).unbind()
     every_step = torch.arange(schedule.num_steps, device=policy.device)[:, None].repeat(1, len(prompts)).unbind()
     first, end = (schedule.trained[0], schedule.trained[-1] + 1) if gradients.keeps == "trajectory" else (schedule.num_steps, 0)
     kept, log_probs = [], []
-    for k, (steps, t) in enumerate(zip(every_step, timesteps)):
-        inputs = unet_input, t, *texts
-        noise_pred = gradients.predict(k, lambda rows: policy.predict_noise(*(tensor[rows] for tensor in inputs)))  # noqa: B023
-        next_x, log_prob, unet_input = ops.ddim_step(
-            noise_pred, x_t, schedule.coefficients, steps, seed, sample_ids, schedule.guidance_scale, policy.dtype
+    for k, (steps, t) in enumerate(zip(every_step, times)):
+        inputs = x_in, t, conditions
+        out = gradients.predict(k, lambda rows: policy.predict(*(part[rows] for part in inputs)))  # noqa: B023
+        next_x, log_prob, x_in = ops.ddim_step(
+            out, x_t, schedule.coefficients, steps, seed, sample_ids, schedule.guidance_scale, policy.dtype
         )
         gradients.stepped(k, x_t, next_x, log_prob)
         if first <= k < end:
@@ -62,12 +59,12 @@ def generate(
         if k + 1 == end or gradients.keeps == "final" and k + 1 == schedule.num_steps:
             kept.append(x_t)
         progress(len(prompts))
-    images = policy.decode_latents(x_t)
+    images = policy.decode(x_t, recording)
     latents = torch.stack(kept, 1) if kept else x_t[:, None][:, :0]
     log_probs = torch.stack(log_probs, 1) if log_probs else latents.new_empty(len(latents), 0)
     good = images.flatten(1).isfinite().all(1) & x_t.flatten(1).isfinite().all(1) & latents.flatten(1).isfinite().all(1)
     latents[~good], log_probs[~good] = 0.0, 0.0
-    return Rollout(prompt_embeds, pooled_embeds, sample_ids, latents, log_probs, good, schedule, int(first)), images
+    return Rollout(prompts, sample_ids, latents, log_probs, good, schedule, int(first)), images
 
 
 def collect(

@@ -20,11 +20,10 @@ from ddpo_fast.config.command_line import parse
 from ddpo_fast.config.options import Config
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.networks import attention_backends
-from ddpo_fast.places import typed_path
+from ddpo_fast.places import NETWORKS, typed_path
 from ddpo_fast.prompts import EVALUATIONS
 from ddpo_fast.records.metrics import picture_grid
 from ddpo_fast.rollout import generate
-from ddpo_fast.schedule import Denoising
 from ddpo_fast.terminal import steady_streams, user_error
 
 
@@ -50,22 +49,25 @@ def _device() -> torch.device:
 
 
 def before_and_after(weights: Path, config: Config, prompts: list[str], seeds: list[int]) -> tuple[Tensor, Tensor]:
-    """Pictures of a run's model untrained and with the lora/ or unet/ in `weights`, as its trainer samples them: 2 x (B, 3, H, W), uint8.
+    """Pictures of a run's model untrained and with the trained weights in `weights`, as its trainer samples them: 2 x (B, 3, H, W), uint8.
 
     Picture i is of prompts[i] with the noise of the run's evaluation picture number seeds[i], and so that picture if it has that prompt,
     too. Raises ValueError if the run has not saved its weights yet.
     """
-    if not any((weights / name).is_dir() for name in ("lora", "unet")):
-        raise ValueError(f"{weights}: there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint, best/ on evaluation")
+    if not any((weights / name).is_dir() for name in ("lora", *NETWORKS)):
+        raise ValueError(
+            f"{weights}: there is no lora/ (or whole network) in it yet; a run writes it with its first checkpoint, best/ on evaluation"
+        )
     device = _device()
     ops, sample = kernels.select(config.kernels.backend, device), config.sample
     attention_backends.require(config.attention.backend, device)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is the pictures' path alone
         config, policy = load_policy(config, find(config), Ranks(), device, ops)
     share_guidance(config, policy)
-    policy.attach(policy.unet)
+    policy.attach(policy.network)
+    policy.check_output()
     seed = config.run.seed
-    schedule = Denoising.of(config.evaluation, policy.pipe.scheduler, device).schedule(seed, 1)
+    schedule = policy.denoising(config.evaluation).schedule(seed, 1)
     ids = EVALUATIONS["eval"].first_id + torch.tensor(seeds, device=device)
     pictures = []
     with tqdm(total=2 * len(prompts) * schedule.num_steps, unit="step", leave=False, dynamic_ncols=True) as bar:
@@ -112,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         ("model.dtype", "fp32, fp16 or bf16."),
         ("eval.num_steps", "Denoising steps."),
         ("eval.guidance_scale", "Classifier-free guidance."),
+        ("eval.height", "Height of a picture, in pixels."),
+        ("eval.width", "Width of a picture, in pixels."),
         ("eval.sampler", "How a picture is denoised."),
         ("sample.batch_size", "Pictures denoised together."),
         ("attention.backend", "What computes attention; auto measures."),

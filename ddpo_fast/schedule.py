@@ -1,11 +1,11 @@
 """The denoising process as levels of noise, and a sampler on them as a table of Gaussians, one a step.
 
-Shape letters: S steps, T the model's training timesteps, B samples, (C, H, W) one sample's latents.
+Shape letters: S steps, T the model's training timesteps, B samples, *shape one sample's latents.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,35 +14,8 @@ from torch import Tensor
 
 from ddpo_fast import samplers
 from ddpo_fast.kernels.reference import INITIAL_STEP, normal_noise
-
-SD_STEPS = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
-"""How Stable Diffusion's scheduler_config.json places the timesteps."""
-
-
-def ddim_scheduler(config: Mapping) -> DDIMScheduler:
-    """The DDIM scheduler of a model, of the config of whatever sampler is saved with it: its betas, what it predicts, its `clip_sample`.
-
-    Its timesteps are those that the config states, if each has a density: "leading" with an offset of 1 or more, or "trailing". Others
-    have a step at t = 0, from where there is no way to go; "trailing" takes their place for betas rescaled to zero signal-to-noise, which
-    begin at the last timestep, and Stable Diffusion's own do for the rest. The last step always ends at the noise of t = 0: one that
-    ended at the picture would have no density. What a config does not state is as Stable Diffusion has it.
-    """
-    spacing, offset = (_stated(config, key) for key in ("timestep_spacing", "steps_offset"))
-    if spacing not in ("leading", "trailing") or spacing == "leading" and offset < 1:
-        spacing, offset = ("trailing" if config.get("rescale_betas_zero_snr", False) else "leading"), SD_STEPS["steps_offset"]
-    steps = {"timestep_spacing": spacing, "steps_offset": offset, "set_alpha_to_one": False}
-    return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False), **steps)
-
-
-def changed_steps(config: Mapping, ours: DDIMScheduler) -> dict[str, object]:
-    """What `ours` has otherwise than a scheduler's config states, of the keys of `SD_STEPS`."""
-    return {key: ours.config[key] for key in SD_STEPS if key in config and _stated(config, key) != ours.config[key]}
-
-
-def _stated(config: Mapping, key: str) -> object:
-    """A scheduler's own default is not what its model was made for, so it does not count."""
-    return config[key] if key in config and key not in config.get("_use_default_values", ()) else SD_STEPS[key]
-
+from ddpo_fast.pipelines.ddim import ddim_scheduler
+from ddpo_fast.pipelines.template import Recording
 
 FIRST_NOISE_STEP = 1 << 31
 """The `step` of the counter-based noise from which on samples are noised: no denoising step of a rollout is there."""
@@ -53,11 +26,12 @@ class Levels:
     """x_t = a x0 + b e with e ~ N(0, I), and the network's output o = p x0 + q e. All numbers are (S,) fp64.
 
     With d = a q - b p: x0 = (q x_t - b o) / d and e = (a o - p x_t) / d. Of cumulative alphas A, (a, b) = (sqrt A, sqrt(1 - A)), and (p, q)
-    is (0, 1) for epsilon, (-b, a) for v (arXiv:2202.00512) and (1, 0) for sample prediction.
+    is (0, 1) for epsilon, (-b, a) for v (arXiv:2202.00512) and (1, 0) for sample prediction. Of a flow model's sigma, (a, b) =
+    (1 - sigma, sigma), and (p, q) is (-1, 1) for its velocity e - x0 (arXiv:2210.02747), (1, -1) for the negated one.
     """
 
     times: Tensor
-    """What the network is given: timesteps, int64, from noise to picture."""
+    """What the network is told of each, from noise to picture: a diffusion model's timesteps, int64, or a flow model's times."""
     a: Tensor
     b: Tensor
     p: Tensor
@@ -72,6 +46,16 @@ class Levels:
     def process(self) -> str:
         """flow, where a + b = 1 at every level, or diffusion."""
         return "flow" if (self.a + self.b - 1).abs().max() < 1e-6 else "diffusion"
+
+    @classmethod
+    def of(cls, recording: Recording, scheduler) -> "Levels":
+        """Those of a recorded pipeline's steps; a diffusion model's are those of its scheduler's betas. Raises ValueError for others."""
+        if recording.sigmas is not None:
+            return cls.of_flow(recording.times, recording.sigmas, recording.sign)
+        levels = cls.of_steps(scheduler, recording.asked.num_steps)
+        if not torch.equal(levels.times.double(), recording.times.double()):
+            raise ValueError("the pipeline tells its network of other timesteps than its scheduler has")
+        return replace(levels, p=recording.sign * levels.p, q=recording.sign * levels.q)
 
     @classmethod
     def of_steps(cls, scheduler, num_steps: int) -> "Levels":
@@ -92,8 +76,19 @@ class Levels:
         return cls._of(scheduler, times, num_train_steps // num_steps)
 
     @classmethod
-    def of_training(cls, scheduler) -> "Levels":
-        """Those that the model was trained on, level t being timestep t, of any diffusers scheduler's config."""
+    def of_flow(cls, times: Tensor, sigmas: Tensor, sign: float = 1.0) -> "Levels":
+        """Those of a flow model. times: (S,). sigmas: (S + 1,) fp64, from 1 or less down to 0. sign: of the network's output."""
+        if len(sigmas) != len(times) + 1 or not (sigmas.diff() < 0).all() or not 0 <= sigmas[-1] < sigmas[0] <= 1:
+            raise ValueError(f"its scheduler's levels of noise are not falling ones from 1 to 0: {sigmas.tolist()[:4]} ...")
+        a, b = 1 - sigmas, sigmas
+        ones = torch.ones_like(a[1:])
+        return cls(times, a[:-1], b[:-1], -sign * ones, sign * ones, a[1:], b[1:])
+
+    @classmethod
+    def of_training(cls, recording: Recording, scheduler) -> "Levels":
+        """Those that the model was trained on: of a diffusion model level t is timestep t; a flow model is recorded at that many steps."""
+        if recording.sigmas is not None:
+            return cls.of(recording, scheduler)
         scheduler = DDIMScheduler.from_config(scheduler.config)
         return cls._of(scheduler, torch.arange(scheduler.config.num_train_timesteps), 1)
 
@@ -119,14 +114,16 @@ class Schedule:
     Where x0 is clamped to +-r, three more columns follow: q_x, q_out and the bound a' r (`kernels.reference.ddim_step`).
     """
 
-    timesteps: Tensor
-    """(S,) int64, from noise to picture."""
+    times: Tensor
+    """(S,) what the network is told of each step, see `Levels`."""
     coefficients: Tensor
     """(S, 4) fp32: c_x, c_out, s, log(s sqrt(2 pi)), 0 where s is 0; with clamping (S, 7): and q_x, q_out, a' r."""
     trained: np.ndarray
     """The steps with s > 0, which have a density: those that a policy gradient trains on. In ascending order."""
     guidance_scale: float = 1.0
     """w in o = uncond + w (cond - uncond); 1 is no guidance, and one branch."""
+    recording: Recording | None = None
+    """How the pipeline calls its network at these steps."""
 
     @classmethod
     def of(
@@ -170,15 +167,15 @@ class Schedule:
 
     @property
     def num_branches(self) -> int:
-        """Network rows of a sample, G: 2 with guidance, the unconditional one first."""
+        """Outputs of a sample that `guide` takes, G: 2 with guidance, the unconditional one first."""
         return 1 if self.guidance_scale == 1 else 2
 
     @property
     def num_steps(self) -> int:
-        return len(self.timesteps)
+        return len(self.times)
 
-    def initial_latents(self, shape: tuple[int, int, int], seed: int, sample_ids: Tensor) -> Tensor:
-        """x_T ~ N(0, I) of each sample: (B, C, H, W) in the table's dtype, a function of (seed, sample id) alone."""
+    def initial_latents(self, shape: tuple[int, ...], seed: int, sample_ids: Tensor) -> Tensor:
+        """x_T ~ N(0, I) of each sample: (B, *shape) in the table's dtype, a function of (seed, sample id) alone."""
         steps = torch.full_like(sample_ids, INITIAL_STEP)
         return normal_noise(seed, sample_ids, steps, math.prod(shape)).view(-1, *shape).to(self.coefficients.dtype)
 
@@ -210,49 +207,52 @@ class Denoising:
     levels: Levels
     sampler: str
     eta: float
-    guidance_scale: float
     window: Window
+    recording: Recording
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, options, scheduler, device="cpu") -> "Denoising":
-        """The pictures that `options`, config.sample or config.evaluation, ask for, on any diffusers scheduler.
+    def of(cls, options, recording: Recording, scheduler, device="cpu") -> "Denoising":
+        """The pictures that `options`, config.sample or config.evaluation, ask for, of a pipeline recorded so, with its scheduler.
 
         Raises ValueError for steps that the model or the sampler does not have.
         """
-        levels, window = Levels.of_steps(scheduler, options.num_steps), Window.of(options.window, options.num_steps)
-        made = cls(levels, options.sampler, options.eta, options.guidance_scale, window, torch.device(device))
+        window = Window.of(options.window, options.num_steps)
+        made = cls(Levels.of(recording, scheduler), options.sampler, options.eta, window, recording, torch.device(device))
         made.schedule(0, 1)
         return made
 
     def schedule(self, seed: int, iteration: int) -> Schedule:
         """The steps of an iteration."""
-        stochastic = self.window.steps(seed, iteration)
-        return Schedule.of(self.levels, self.sampler, self.eta, self.guidance_scale, stochastic, self.device, self.dtype)
+        scale, stochastic = self.recording.output_scale, self.window.steps(seed, iteration)
+        made = Schedule.of(self.levels, self.sampler, self.eta, scale, stochastic, self.device, self.dtype)
+        return replace(made, recording=self.recording)
 
 
 @dataclass(frozen=True)
 class Noising:
     """The forward process that a regression trains on: x_t = a x0 + b e, of which the network is to predict p x0 + q e; see `Levels`."""
 
+    times: Tensor
+    """(T,) what the network is told of each level."""
     coefficients: Tensor
     """(T, 4) fp32: a, b, p, q."""
 
     @classmethod
     def of(cls, levels: Levels, device="cpu", dtype=torch.float32) -> "Noising":
-        return cls(torch.stack([levels.a, levels.b, levels.p, levels.q], 1).to(device, dtype))
+        return cls(levels.times.to(device), torch.stack([levels.a, levels.b, levels.p, levels.q], 1).to(device, dtype))
 
     @property
     def num_levels(self) -> int:
         return len(self.coefficients)
 
     def noised(self, x0: Tensor, levels: Tensor, seed: int, sample_ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """x_t and target, (B, C, H, W) each, of samples x0 (B, C, H, W).
+        """x_t and target, (B, *shape) each, of samples x0 (B, *shape).
 
         Their noise is a function of (seed, sample id, epoch, level) alone. levels, sample_ids: (B,) int64.
         """
         steps = FIRST_NOISE_STEP + epoch * self.num_levels + levels
         noise = normal_noise(seed, sample_ids, steps, x0[0].numel()).view(x0.shape)
-        a, b, p, q = self.coefficients[levels, :, None, None, None].unbind(1)
+        a, b, p, q = self.coefficients[levels].view(-1, 4, *[1] * (x0.dim() - 1)).unbind(1)
         return a * x0 + b * noise, p * x0 + q * noise

@@ -37,7 +37,7 @@ from torch import nn
 
 from ddpo_fast.config.command_line import parse
 from ddpo_fast.config.options import Config
-from ddpo_fast.schedule import Denoising, Schedule
+from ddpo_fast.schedule import Levels, Schedule, Window
 
 SIGMAS = 5
 BACKWARD = 5
@@ -160,6 +160,13 @@ def _of_steps(schedule: Schedule, delta: float, eps: float) -> tuple[float, floa
     return eta, max((table[schedule.trained, 3] + 0.5).tolist(), default=0.0), error / size
 
 
+def _schedule(options, scheduler, seed: int, iteration: int) -> Schedule:
+    """The steps of an iteration's pictures as `options`, config.sample or config.evaluation, ask for them."""
+    stochastic = Window.of(options.window, options.num_steps).steps(seed, iteration)
+    levels = Levels.of_steps(scheduler, options.num_steps)
+    return Schedule.of(levels, options.sampler, options.eta, options.guidance_scale, stochastic)
+
+
 def of(config: Config, dtype: torch.dtype = torch.float32) -> Rounding:
     """What rounding in `dtype` may do to a run with these options. Its model is a folder."""
     folder = Path(config.model.config or config.model.path)
@@ -169,11 +176,11 @@ def of(config: Config, dtype: torch.dtype = torch.float32) -> Rounding:
     scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder, subfolder="scheduler"))
     train, seed = config.train, config.run.seed
     accumulated = torch.finfo(torch.float32 if dtype in HALF else dtype).eps
-    delta, denoising = network_rounding(unet, dtype), Denoising.of(config.sample, scheduler)
+    delta = network_rounding(unet, dtype)
     iterations = range(1, 1 + (config.run.iterations if config.sample.window else 1))
-    schedules = [denoising.schedule(seed, iteration) for iteration in iterations]
+    schedules = [_schedule(config.sample, scheduler, seed, iteration) for iteration in iterations]
     etas, log_probs, latents = zip(*(_of_steps(schedule, delta, accumulated) for schedule in schedules))
-    evaluated = _of_steps(Denoising.of(config.evaluation, scheduler).schedule(seed, 1), delta, accumulated)[2]
+    evaluated = _of_steps(_schedule(config.evaluation, scheduler, seed, 1), delta, accumulated)[2]
     side = unet.config.sample_size
     updates = config.run.iterations * train.num_minibatches * train.inner_epochs
     return Rounding(

@@ -14,6 +14,7 @@ from ddpo_fast.assemble import assemble
 from ddpo_fast.config.command_line import parse
 from ddpo_fast.config.options import LoraConfig
 from ddpo_fast.pipelines.folders import find_model
+from ddpo_fast.pipelines.template import Asked, Conditions, Recording
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import Prompts
 from ddpo_fast.rollout import collect
@@ -69,7 +70,9 @@ def relative_error(gradient: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 def policy_of(path: Path | str, dtype: str = "fp32", *where: str | None, **lora) -> Policy:
     """The model of a folder as a policy, without a run. where: config, vae, variant, as `find_model` takes them."""
-    return Policy(find_model(str(path), *where), dtype, CPU, LoraConfig(**lora))
+    policy = Policy(find_model(str(path), *where), dtype, CPU, LoraConfig(**lora))
+    policy.record(Asked(10, 3.0))
+    return policy
 
 
 def sampled(run: Run, prompts: list[str], first_id: int = 0, gradients=NO_GRADIENTS) -> tuple[Rollout, Tensor, Tensor]:
@@ -84,27 +87,39 @@ def kept(run: Run, prompts: list[str], first_id: int = 0) -> Rollout:
     return sampled(run, prompts, first_id, run.gradients)[0]
 
 
+def conditions(policy: Policy, prompts: list[str], guidance_scale: float = 1.0) -> Conditions:
+    """What the network is given of these prompts; without guidance a row each, otherwise as many unconditional rows first."""
+    texts, rows = policy.texts(policy.record(Asked(10, guidance_scale)), prompts)
+    return texts.conditions(rows)
+
+
+def recorded(num_branches: int) -> Recording:
+    """A recording of so many branches, and of nothing else."""
+    branches = tuple((0, number) for number in range(num_branches))
+    return Recording(Asked(1, 1.0), None, branches, torch.zeros(1), None, 1.0, 2.0, False, (4, 1, 1))
+
+
+def latent_shape(policy: Policy) -> tuple[int, ...]:
+    return policy.record(Asked(10, 1.0)).shape
+
+
 def in_precision(run: Run, dtype: torch.dtype) -> Run:
     """A run in another precision: networks, schedule, levels; without the engine, since DeepSpeed has no fp64."""
     policy, objective = run.policy, run.objective
-    policy.dtype, policy.forward = dtype, policy.unet
-    for module in (policy.unet, policy.pipe.text_encoder, policy.pipe.vae):
+    policy.dtype, policy.forward = dtype, policy.network
+    for module in (policy.network, *policy.text_encoders, policy.pipe.vae):
         module.to(dtype)
-    policy._prompt_embeds.clear()
-    policy.uncond_embeds = policy.encode_prompts([""])
+    for kept in (policy._texts, policy._unconditional, policy._recordings):
+        kept.clear()
+    recording = policy.record(run.denoising.recording.asked)
     if hasattr(objective, "noising"):
-        objective.noising = Noising.of(Levels.of_training(policy.pipe.scheduler), dtype=dtype)
+        objective._recording = policy.record(objective._recording.asked)
+        levels = Levels.of_training(objective._recording, policy.pipe.scheduler)
+        objective.noising = Noising.of(levels, dtype=dtype)
     if isinstance(run.gradients, Replay):
         run.gradients.cache = NO_CACHE  # whose slots are of the precision that there was
     run.engine.backward, run.engine.forget_gradient = lambda loss, last: loss.backward(), lambda: None
-    return replace(run, denoising=replace(run.denoising, dtype=dtype))
-
-
-def flow_levels(sigmas: Tensor) -> Levels:
-    """Those of a flow model, x_t = (1 - sigma) x0 + sigma e, whose network gives v = e - x0. sigmas: (S + 1,), from noise to picture."""
-    sigmas = sigmas.double()
-    b, next_b = sigmas[:-1], sigmas[1:]
-    return Levels((1000 * b).long(), 1 - b, b, -torch.ones_like(b), torch.ones_like(b), 1 - next_b, next_b)
+    return replace(run, denoising=replace(run.denoising, recording=recording, dtype=dtype))
 
 
 def textbook_log_prob(pipe, prompts: list[str], x_t: Tensor, next_x: Tensor, times: tuple[int, int], guidance_scale: float) -> Tensor:
@@ -164,8 +179,8 @@ def first_gradient(
 
     def step() -> float:
         if not found:
-            found.update({n: p.grad.clone() for n, p in run.policy.unet.named_parameters() if p.grad is not None})
-        run.policy.unet.zero_grad()
+            found.update({n: p.grad.clone() for n, p in run.policy.network.named_parameters() if p.grad is not None})
+        run.policy.network.zero_grad()
         return 0.0
 
     run.engine.step = step

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from shared import CPU, REDNESS, command_line, run, untimed, weights
+from shared import CPU, REDNESS, command_line, recorded, run, untimed, weights
 from tiny import make_pipeline
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -117,7 +117,7 @@ def row_by_row(monkeypatch):
     make_engine = assembling._engine
 
     def make(config, policy, deepspeed):
-        engine, unet = make_engine(config, policy, deepspeed), policy.unet
+        engine, unet = make_engine(config, policy, deepspeed), policy.network
         compute_row_by_row(unet.time_embedding)
         for stage in (unet.conv_in, *unet.down_blocks, unet.mid_block, *unet.up_blocks):
             if any(parameter.requires_grad for parameter in stage.parameters()):
@@ -259,7 +259,7 @@ def test_an_update_from_the_cache_does_not_call_the_prefix(options, monkeypatch,
 
     def hooked(config, policy, deepspeed):
         for name in ("conv_in", "down_blocks.0", "down_blocks.1", "mid_block"):
-            policy.unet.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: counts.update([(phases[-1], name)]))
+            policy.network.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: counts.update([(phases[-1], name)]))
         return make_engine(config, policy, deepspeed)
 
     monkeypatch.setattr(assembling, "_engine", hooked)
@@ -272,7 +272,7 @@ def test_an_update_from_the_cache_does_not_call_the_prefix(options, monkeypatch,
 
 def test_a_sample_that_is_not_finite_spoils_no_other(options, made, monkeypatch, row_by_row):
     """From its second step on sample 1 is NaN, and so is what the cache has got of it; sample 3 gets an infinite picture only."""
-    ddim_step, decode_latents, training = reference.ddim_step, Policy.decode_latents, []
+    ddim_step, decode, training = reference.ddim_step, Policy.decode, []
 
     def overflowing(noise_pred, latents, coefficients, steps, seed, sample_ids, *rest):
         next_latents, log_prob, unet_input = ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids, *rest)
@@ -281,14 +281,14 @@ def test_a_sample_that_is_not_finite_spoils_no_other(options, made, monkeypatch,
             next_latents[1], unet_input[1 :: len(latents)] = torch.nan, torch.nan
         return next_latents, log_prob, unet_input
 
-    def bad_picture(policy, latents):
-        images = decode_latents(policy, latents)
+    def bad_picture(policy, x, recording):
+        images = decode(policy, x, recording)
         if training[0]:
             images[3] = torch.inf
         return images
 
     monkeypatch.setattr(reference, "ddim_step", overflowing)
-    monkeypatch.setattr(Policy, "decode_latents", bad_picture)
+    monkeypatch.setattr(Policy, "decode", bad_picture)
     same = dict(sample__num_steps=4, model__share_guidance=False, run__iterations=2, train__inner_epochs=2)
     off, on = (result(options(mode, cache__mode=mode, **same)) for mode in ("off", "on"))
     cache = made[-1]
@@ -344,11 +344,11 @@ def test_a_wrong_option_is_one_line(options, capsys, changed, message):
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
 def test_a_unet_that_cannot_be_split_is_one_line(options, capsys, monkeypatch, mode):
-    predict_noise = Policy.predict_noise
-    monkeypatch.setattr(Policy, "predict_noise", lambda *args: predict_noise(*args) + predict_noise(*args))
+    call = Policy.example_call
+    monkeypatch.setattr(Policy, "example_call", lambda *args: call(*args) + call(*args))
     with pytest.raises(SystemExit, match="2"):
         trainer.main(options(cache__mode=mode))
-    assert capsys.readouterr().err == f"error: cache.mode={mode}: this network calls a block twice; valid is off\n"
+    assert capsys.readouterr().err == f"error: cache.mode={mode}: this UNet calls a block twice; valid is off\n"
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_auto_leaves_out_what_is_not_worth_it(options, mode, scope, splits):
     """With LoRA in every block what is frozen before the first is conv_in, 0.7 % of this UNet."""
     made = assemble(parse(options(cache__mode=mode, lora__scope=scope, model__share_guidance=False)))
     assert (made.gradients.cache is not activation_cache.NO_CACHE) == splits
-    assert bool([module for module in made.policy.unet.modules() if hasattr(module, "split")]) == splits
+    assert bool([module for module in made.policy.network.modules() if hasattr(module, "split")]) == splits
 
 
 def test_budgets_that_are_not_given_are_half_of_what_is_free(monkeypatch):
@@ -382,7 +382,7 @@ def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path, limit, fre
 
 
 class Recorded:
-    """What a cache needs of a `Split`; the tensors of a call are those that it is given."""
+    """What a cache needs of a `SplitUNet`; the tensors of a call are those that it is given."""
 
     def __init__(self):
         self.kept, self.replayed = [], None
@@ -457,7 +457,16 @@ class Slots:
 
     def parts(self, size: int) -> list:
         rows, steps = np.divmod(np.random.default_rng(0).permutation(NUM_SAMPLES * NUM_STEPS), NUM_STEPS)
-        return list(micro_batches(Update(0, 0, rows, steps), size, torch.arange(NUM_STEPS), 0, self.num_rows == 2, self.device))
+        return list(
+            micro_batches(
+                Update(0, 0, rows, steps),
+                size,
+                0,
+                recorded(self.num_rows),
+                np.arange(NUM_SAMPLES),
+                torch.arange(NUM_STEPS, device=self.device),
+            )
+        )
 
     def read(self, part, next_part=None) -> list[torch.Tensor]:
         expected = self.expected(part)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from ranks import sgd
 from runs import BY_PROMPT
-from shared import first_gradient, relative_error, run, untimed, weights
+from shared import conditions, first_gradient, relative_error, run, untimed, weights
 from tiny import SD_BETAS
 
 from ddpo_fast import algorithms
@@ -120,15 +120,20 @@ def test_denoising_loss_by_hand():
     assert noise_pred.grad.flatten().tolist() == [-2 * 3, -2 * -0.5, 3 * 3, 3 * -0.5]
 
 
+DIFFUSION = SimpleNamespace(sigmas=None)
+"""What the levels of a diffusion model's training need of a recording."""
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_noised_samples_are_those_of_the_scheduler(prediction_type):
     """And the target is what, taken as the model's output, gives the sample back."""
     scheduler = DDIMScheduler(**SD_BETAS, clip_sample=False, prediction_type=prediction_type)
-    schedule = Noising.of(Levels.of_training(scheduler), dtype=torch.float64)
+    schedule = Noising.of(Levels.of_training(DIFFUSION, scheduler), dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randn(5, 4, 6, 6, generator=generator, dtype=torch.float64)
     timesteps, ids = torch.tensor([0, 1, 481, 998, 999]), torch.arange(5) + (1 << 33)
     x_t, target = schedule.noised(x0, timesteps, 7, ids, 2)
+    assert schedule.times.tolist() == list(range(1000))
     noise = normal_noise(7, ids, FIRST_NOISE_STEP + 2000 + timesteps, 144).view(x0.shape)
     torch.testing.assert_close(x_t, scheduler.add_noise(x0, noise.double(), timesteps), rtol=0, atol=1e-5)
     for row, t in enumerate(timesteps.tolist()):
@@ -142,7 +147,7 @@ def test_noised_samples_are_those_of_the_scheduler(prediction_type):
 
 
 def test_noise_of_a_sample_is_new_in_every_pass_and_timestep():
-    schedule = Noising.of(Levels.of_training(DDIMScheduler(**SD_BETAS)))
+    schedule = Noising.of(Levels.of_training(DIFFUSION, DDIMScheduler(**SD_BETAS)))
     zero, ids = torch.zeros(1, 4, 4, 4), torch.tensor([3])
     draws = [schedule.noised(zero, torch.tensor([t]), 0, ids, epoch)[1] for t in (0, 5, 999) for epoch in (0, 1, 2)]
     draws.append(schedule.noised(zero, torch.tensor([5]), 0, ids + 1, 0)[1])
@@ -385,9 +390,10 @@ def test_kl_by_hand_and_of_samples_that_do_not_count():
     latents = torch.ones(2, 3, 1, 1, 1)
     counted, rows, steps = torch.tensor([True, False]), torch.tensor([0, 0, 1]), torch.tensor([1, 0, 0])
     ops = SimpleNamespace(ppo_loss=lambda *args: (torch.tensor(7.0), torch.full((4, 3), 5.0)))
-    objective = OnTrajectory(algorithms.find("ddpo_is")(), advantages_of(), ops, 1.0, 1e-4, 1, kl_coefficient=0.5)
-    rollout = SimpleNamespace(latents=latents, log_probs=None, coefficients=TABLE.float(), good=counted)
-    part = SimpleNamespace(rows=rows, kept=steps, unet_rows=rows, unet_kept=steps)
+    objective = OnTrajectory(algorithms.find("ddpo_is")(), advantages_of(), ops, 1e-4, 1, kl_coefficient=0.5)
+    schedule = SimpleNamespace(guidance_scale=1.0)
+    rollout = SimpleNamespace(latents=latents, log_probs=None, coefficients=TABLE.float(), good=counted, schedule=schedule)
+    part = SimpleNamespace(rows=rows, kept=steps, x_rows=rows, x_kept=steps)
     x, cost = objective.on(rollout, part, 0, torch.ones(2))
     loss, figures = cost(noise_pred, {"reference": reference}, 4.0)
     expected = torch.tensor([0.2**2 / (2 * 0.3**2), 0.4**2 / (2 * 0.4**2), 0.0])
@@ -411,17 +417,19 @@ def test_kl_is_the_mean_log_ratio_of_samples():
 def test_the_reference_is_the_untrained_model(options, tiny_model, forward):
     policy = assemble(parse(options(lora__forward=forward))).policy
     untrained = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
-    latents, t, embeds = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([481, 481]), policy.encode_prompts(["a", "b"])
-    names = {name for name, parameter in policy.unet.named_parameters() if parameter.requires_grad}
+    inputs = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([481, 481]), conditions(policy, ["a", "b"])
+    latents, t, _ = inputs
+    embeds = policy.pipe.encode_prompt(["a", "b"], "cpu", 1, False)[0]
+    names = {name for name, parameter in policy.network.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         expected = untrained(latents, t, encoder_hidden_states=embeds).sample
         for parameter in policy.trainable_parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        trained = policy.predict_noise(latents, t, embeds)
-        bounds.assert_same_output(policy.predict_under("reference", latents, t, embeds), expected, untrained)
-        assert torch.equal(policy.predict_noise(latents, t, embeds), trained)  # and LoRA is on again
+        trained = policy.predict(*inputs)
+        bounds.assert_same_output(policy.predict_under("reference", *inputs), expected, untrained)
+        assert torch.equal(policy.predict(*inputs), trained)  # and LoRA is on again
     assert (trained - expected).abs().max() > 1e-2
-    assert {name for name, parameter in policy.unet.named_parameters() if parameter.requires_grad} == names
+    assert {name for name, parameter in policy.network.named_parameters() if parameter.requires_grad} == names
 
 
 @pytest.mark.parametrize("changed", [dict(lora__forward="separate"), dict(train__algorithm="ddpo_sf", sample__guidance_scale=1.0)])
@@ -434,7 +442,7 @@ def test_the_update_adds_the_gradient_of_the_kl(options, changed):
     untrained = UNet2DConditionModel.from_pretrained(config.model.path, subfolder="unet").double()
     embeds, uncond = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, [""] * len(prompts)))
     scale, alphas, divergences = config.sample.guidance_scale, (1 - pipe.scheduler.betas.double()).cumprod(0), []
-    for step, t in enumerate(rollout.schedule.timesteps.tolist()):
+    for step, t in enumerate(rollout.schedule.times.tolist()):
         a_t, a_p = alphas[t], alphas[t - 200] if t >= 200 else alphas[0]
         s = ((1 - a_p) / (1 - a_t) * (1 - a_t / a_p)).sqrt()
         x_t, means = rollout.latents[:, step], []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from shared import policy_of, run, untimed
+from shared import conditions, latent_shape, policy_of, run, untimed
 from tiny import SD_BETAS
 
 from ddpo_fast import assemble
@@ -41,9 +41,9 @@ def policy(tiny_model) -> Policy:
 
 
 def gradients(policy: Policy) -> list[torch.Tensor]:
-    policy.unet.zero_grad()
-    latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    policy.predict_noise(latents, torch.tensor([500, 7]), policy.uncond_embeds.repeat(2, 1, 1)).square().sum().backward()
+    policy.network.zero_grad()
+    latents = torch.randn(2, *latent_shape(policy), generator=torch.Generator().manual_seed(0))
+    policy.predict(latents, torch.tensor([500, 7]), conditions(policy, ["a", "b"])).square().sum().backward()
     return [parameter.grad.clone() for parameter in policy.trainable_parameters()]
 
 
@@ -52,17 +52,17 @@ def gradients(policy: Policy) -> list[torch.Tensor]:
 def test_a_back_end_is_the_same_attention(policy, backend):
     """On a CPU PyTorch itself takes its flash kernel: the same bits."""
     expected = [policy.example_call(4), *gradients(policy)]
-    set_attention(policy.unet, backend)
+    set_attention(policy.network, backend)
     found = [policy.example_call(4), *gradients(policy)]
-    bounds.assert_same_network(found, expected, policy.unet)
+    bounds.assert_same_network(found, expected, policy.network)
     assert backend == "math" or all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does
 def test_compiled_attention_has_it_without_a_break(policy, monkeypatch):
     """A back end that gives zeros shows which one was compiled: all that is left is the last bias."""
-    attn, dispatch = policy.unet.mid_block.attentions[0].transformer_blocks[0].attn1, attention_backends.dispatch_attention_fn
-    set_attention(policy.unet, "math")
+    attn, dispatch = policy.network.mid_block.attentions[0].transformer_blocks[0].attn1, attention_backends.dispatch_attention_fn
+    set_attention(policy.network, "math")
     monkeypatch.setattr(attention_backends, "dispatch_attention_fn", lambda *args, **kwargs: 0 * dispatch(*args, **kwargs))
     torch._dynamo.reset()
     attn.compile(fullgraph=True, backend="eager")
@@ -71,23 +71,23 @@ def test_compiled_attention_has_it_without_a_break(policy, monkeypatch):
 
 
 def test_sdpa_is_diffusers_own(policy):
-    attentions = [module for module in policy.unet.modules() if isinstance(module, Attention)]
-    set_attention(policy.unet, "math")
+    attentions = [module for module in policy.network.modules() if isinstance(module, Attention)]
+    set_attention(policy.network, "math")
     assert all(isinstance(attn.processor, AttnProcessor2_0) and type(attn.processor) is not AttnProcessor2_0 for attn in attentions)
     for _ in range(2):
-        set_attention(policy.unet, "sdpa")
+        set_attention(policy.network, "sdpa")
         assert all(type(attn.processor) is AttnProcessor2_0 and vars(attn.processor) == {} for attn in attentions)
 
 
 def test_calls_are_counted(policy):
     """Self-attention and cross-attention of every block, once each."""
     calls, layers = attention_calls(lambda: policy.example_call(2)), []
-    for module in policy.unet.modules():
+    for module in policy.network.modules():
         if isinstance(module, Attention):
             module.register_forward_hook(lambda attn, args, out: layers.append((args[0].shape[1], attn.heads)))
     policy.example_call(2)
     assert Counter((call.queries, call.heads) for call in calls.elements()) == Counter(layers) and layers
-    text = policy.uncond_embeds.shape[1]
+    text = conditions(policy, ["a"]).leaves[0].shape[1]
     assert sum(count for call, count in calls.items() if call.keys == text) == len(layers) // 2
     assert not any(call.masked for call in calls)
 
@@ -232,14 +232,14 @@ def test_a_kernel_that_refuses_the_shapes_is_an_error_with_them(policy, monkeypa
     monkeypatch.setattr(attention_backends, "dispatch_attention_fn", refuse)
     reason = r"it refuses \d+ queries, \d+ keys, 2 heads of \d+ channels, float32: No operator found for"
     with pytest.raises(ValueError, match=f"attention.backend=flash: it cannot run here: {reason} .*; valid is auto or sdpa"):
-        resolve("flash", policy.unet, lambda: policy.example_call(2), 4, torch.float32, CPU)
+        resolve("flash", policy.network, lambda: policy.example_call(2), 4, torch.float32, CPU)
 
 
 def test_attention_that_calls_neither_pytorch_s_nor_the_dispatcher_s_is_refused(policy):
-    policy.unet.set_attn_processor(AttnProcessor())
+    policy.network.set_attn_processor(AttnProcessor())
     with pytest.raises(ValueError, match="attention.backend=math: this model has no attention that can be replaced; valid is sdpa"):
-        set_attention(policy.unet, "math")
-    assert resolve("auto", policy.unet, lambda: policy.example_call(2), 4, torch.float32, torch.device("cuda")) == ("sdpa", "")
+        set_attention(policy.network, "math")
+    assert resolve("auto", policy.network, lambda: policy.example_call(2), 4, torch.float32, torch.device("cuda")) == ("sdpa", "")
 
 
 def test_a_run_uses_it_and_keeps_it(options):

@@ -6,7 +6,8 @@ from pathlib import Path
 import bounds
 import pytest
 import torch
-from shared import policy_of, run
+from shared import conditions, latent_shape, policy_of, run
+from torch.utils._pytree import tree_map_only
 
 import ddpo_fast.embedded
 from ddpo_fast.assemble import assemble
@@ -35,19 +36,21 @@ def models(tiny_model, sdxl) -> dict[str, Path]:
 def test_a_network_rounds_as_its_layers_say(models, kind, dtype):
     """Against fp64, and rows together against each alone, by steps; from a fiftieth of the bound to the bound."""
     policy = policy_of(models[kind], scope="none")
-    exact = copy.deepcopy(policy.unet).double()
-    bound = bounds.network_rounding(policy.unet, dtype)
-    unet = policy.unet.to(dtype)
+    exact = copy.deepcopy(policy.network).double()
+    bound = bounds.network_rounding(policy.network, dtype)
+    unet = policy.network.to(dtype)
     prompts = ["cat", "dog", "lion"] if kind == "embedded" else ["a", "b", "c"]
-    latents = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    texts, added = policy.encode_prompts(prompts), {}
-    if policy.is_sdxl:
-        added = {"text_embeds": policy.pool_prompts(prompts), "time_ids": policy.time_ids.expand(3, -1)}
+    latents = torch.randn(3, *latent_shape(policy), generator=torch.Generator().manual_seed(0))
+    given = conditions(policy, prompts)
 
     @torch.no_grad()
     def call(network, rows: slice, t: int) -> torch.Tensor:
-        given = {name: tensor[rows].to(network.dtype) for name, tensor in added.items()}
-        return network(latents[rows].to(network.dtype), t, texts[rows].to(network.dtype), added_cond_kwargs=given or None).sample
+        def in_its_dtype(*args, **kwargs):
+            cast = lambda leaf: leaf.to(network.dtype) if leaf.is_floating_point() else leaf  # noqa: E731
+            args, kwargs = tree_map_only(torch.Tensor, cast, (args, kwargs))
+            return network(*args, **kwargs)
+
+        return given[rows].call(in_its_dtype, latents[rows], torch.full((len(latents[rows]),), t))
 
     for t in (981, 501, 1):
         together, size = call(unet, slice(3), t), rms(call(exact, slice(3), t))
@@ -71,13 +74,13 @@ def test_an_update_that_computes_something_else_is_seen(options, monkeypatch, si
     """Outputs of the update off by rounding's size and, the mistake, by a thousandth."""
     argv = options(run__iterations=1)
     delta = {"rounding": bounds.of(parse(argv)).network, "mistake": 1e-3}[size]
-    predict, generator = Policy.predict_noise, torch.Generator().manual_seed(0)
+    predict, generator = Policy.predict, torch.Generator().manual_seed(0)
 
     def off(policy, *args):
         out = predict(policy, *args)
         return out * (1 + delta * torch.randn(out.shape, generator=generator)) if torch.is_grad_enabled() else out
 
-    monkeypatch.setattr(Policy, "predict_noise", off)
+    monkeypatch.setattr(Policy, "predict", off)
     folder = run(argv)
     error, bound = read_metrics(folder)[1]["ratio_error"], bounds.of_run(folder).ratio
     assert (error <= bound) == kept and error > bound / 50

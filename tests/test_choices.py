@@ -12,7 +12,7 @@ import bounds
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from shared import first_gradient, flow_levels, relative_error, run, untimed, weights
+from shared import first_gradient, relative_error, run, untimed, weights
 from tiny import SD_BETAS
 
 from ddpo_fast import algorithms, samplers
@@ -38,7 +38,7 @@ ON_UNETS = tuple(name for name in samplers.CHOICES if samplers.find(name).PROCES
 def levels(prediction_type: str = "epsilon", num_steps: int = 7) -> Levels:
     """Those of a process, from almost only noise to almost none."""
     if prediction_type == "flow":
-        return flow_levels(torch.linspace(0.97, 0.02, num_steps + 1, dtype=torch.float64))
+        return Levels.of_flow(torch.arange(num_steps), torch.linspace(0.97, 0.02, num_steps + 1, dtype=torch.float64))
     return Levels.of_steps(DDIMScheduler(**SD_BETAS, clip_sample=False, prediction_type=prediction_type), num_steps)
 
 

@@ -13,12 +13,13 @@ from test_places import MOVING, NAMES, began, moved  # noqa: F401
 
 from ddpo_fast import train as trainer
 from ddpo_fast.pipelines.folders import find_model, open_pipeline
+from ddpo_fast.pipelines.template import Recording
 from ddpo_fast.records.checkpoint import list_checkpoints, read_state
 from ddpo_fast.records.fingerprints import _weights, changes, of_model, of_reward
 
 
 def of(model: Path) -> dict[str, str]:
-    return of_model(open_pipeline(find_model(str(model)), torch.float32), has_own_vae=True)
+    return of_model(open_pipeline(find_model(str(model)), torch.float32), "unet", has_own_vae=True)
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_it_is_of_what_is_in_a_place_and_not_of_the_place(model, tmp_path):
     assert of(tmp_path / "deeper" / "again") == before
     policy = policy_of(model, targets=["attention"], rank=2, alpha=2.0)
     policy.merge_lora()
-    assert of_model(policy.pipe, has_own_vae=True) == before  # LoRA is the run's and not the model's
+    assert of_model(policy.pipe, "unet", has_own_vae=True) == before  # LoRA is the run's and not the model's
 
 
 @pytest.mark.parametrize(
@@ -104,16 +105,18 @@ def test_rewards(tmp_path):
     assert found == [its_code, its_code, its_files, its_code]
 
 
-def test_resume_says_what_has_changed_once(moved, caplog):  # noqa: F811
+def test_resume_says_what_has_changed_once(moved, caplog, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Recording, "digest", "that of another version of diffusers")
     new = [f"--{option}={moved / place}" for option, place in NAMES.items()]
     (moved / "p.txt").write_text("a\nb\nd\n")
     (moved / "r.py").write_text(MOVING.format(at_import="", in_call="pass  # new"))
     change_one_element(moved / "vae" / "diffusion_pytorch_model.safetensors")
     trainer.main([f"--run.dir={moved}/run", "--resume", "--run.iterations=2", *new])
     said = [record.message for record in caplog.records if "since iteration" in record.message]
-    whats = ("prompts.file (the prompts)", "reward.name (the text of its code)", "model.vae (the vae weights)")
+    whats = ("prompts.file (the prompts)", "reward.name (the text of its code)", "model.path (how its pipeline calls its network)")
+    whats = (*whats, "model.vae (the vae weights)")
     assert said == [f"{what}: it has changed since iteration 1; the run goes on with what is there now" for what in whats]
     caplog.clear()
     trainer.main([f"--run.dir={moved}/run", "--resume", "--run.iterations=3"])
     assert not [record for record in caplog.records if "since iteration" in record.message]
-    assert len(read_state(list_checkpoints(moved / "run")[-1])["fingerprints"]) == 11
+    assert len(read_state(list_checkpoints(moved / "run")[-1])["fingerprints"]) == 12

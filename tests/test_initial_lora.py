@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from shared import policy_of, run
+from shared import conditions, policy_of, run
 
 from ddpo_fast import sample
 from ddpo_fast import train as trainer
@@ -82,12 +82,12 @@ def fused(model: Path, file: Path, embeds) -> torch.Tensor:
     """What a UNet predicts whose weights have grown by alpha / r up down, by the definition of kohya's format."""
     tensors, policy = load_file(file), make_policy(model, scope="none")
     with torch.no_grad():
-        for name, module in policy.unet.named_modules():
+        for name, module in policy.network.named_modules():
             layer = f"lora_unet_{name.replace('.', '_')}"
             if f"{layer}.alpha" in tensors:
                 down, up, alpha = (tensors[f"{layer}.{part}"].float() for part in ("lora_down.weight", "lora_up.weight", "alpha"))
                 module.weight += (alpha / len(down) * up.flatten(1) @ down.flatten(1)).view_as(module.weight)
-    return noise(policy.unet, embeds)
+    return noise(policy.network, embeds)
 
 
 FORMS = {
@@ -111,9 +111,9 @@ def test_it_is_the_model_that_diffusers_has(form, exported, tiny_model, pipe, tm
         file = folder / "lora" / LORA_FILE
     started = make_policy(tiny_model, rank=5, alpha=2.0)
     said = start_from(started.pipe, str(init), "all")
-    embeds = started.encode_prompts(["a", "b"])
+    (embeds,) = conditions(started, ["a", "b"]).leaves
     expected = fused(tiny_model, file, embeds) if "its own" in form else of_diffusers(pipe, file, embeds)
-    bounds.assert_same_output(noise(started.unet, embeds), expected, started.unet)
+    bounds.assert_same_output(noise(started.network, embeds), expected, started.network)
     assert re.search(r"lora.init=.*: \d+ of the \d+ layers that are trained, rank [1-4]( to [1-4])? of 5$", said)
     assert is_lora(str(init)) and not is_lora(str(tiny_model))
 
@@ -124,7 +124,7 @@ def test_with_the_same_options_it_is_the_very_same_lora(exported, tiny_model, pi
         started = make_policy(tiny_model)
         start_from(started.pipe, str(init), "all")
         assert all(torch.equal(a, b) for a, b in zip(started.trainable_parameters(), policy.trainable_parameters(), strict=True))
-    policy.unet.save_lora_adapter(tmp_path)  # names without unet.
+    policy.network.save_lora_adapter(tmp_path)  # names without unet.
     started = make_policy(tiny_model)
     start_from(started.pipe, str(tmp_path), "all")
     assert all(torch.equal(a, b) for a, b in zip(started.trainable_parameters(), policy.trainable_parameters(), strict=True))
@@ -135,7 +135,7 @@ def test_layers_that_it_lacks_start_as_usual(exported, tiny_model, tmp_path):
     save_file(tensors, tmp_path / "one.safetensors")
     fresh, started = (torch.manual_seed(0) and make_policy(tiny_model) for _ in range(2))
     assert " 1 of the " in start_from(started.pipe, str(tmp_path / "one.safetensors"), "all")
-    for (name, a), (_, b) in zip(fresh.unet.named_parameters(), started.unet.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(fresh.network.named_parameters(), started.network.named_parameters(), strict=True):
         assert torch.equal(a, b) != (f"{MID_Q}.lora_" in name)
 
 

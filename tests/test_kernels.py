@@ -300,7 +300,7 @@ def test_x0_clipping_columns_are_those_of_the_alphas(prediction, clip):
         Levels.of_steps(sd_scheduler(prediction_type=prediction, clip_sample=clip, clip_sample_range=0.7), 10), "ddim", eta=1.0
     )
     assert schedule.coefficients.shape == (10, 7 if clip else 4)
-    for t, columns in zip(schedule.timesteps.tolist(), schedule.coefficients[:, 4:]):
+    for t, columns in zip(schedule.times.tolist(), schedule.coefficients[:, 4:]):
         a_t, a_p = alphas[t].item(), alphas[max(t - 100, 0)].item()
         x0_of_x, x0_of_out = {
             "epsilon": (a_t**-0.5, -(((1 - a_t) / a_t) ** 0.5)),

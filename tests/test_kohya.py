@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shared import policy_of
+from shared import conditions, policy_of
 
 from ddpo_fast.policy import Policy
 from ddpo_fast.records import kohya
@@ -58,22 +58,23 @@ def test_names_and_shapes(exported):
 
 def test_a_layer_grows_by_alpha_over_rank_up_down(exported):
     folder, policy = exported
-    tensors, layer = load_file(folder / "mine.safetensors"), policy.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    tensors, layer = load_file(folder / "mine.safetensors"), policy.network.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     down, up, alpha = (tensors[f"{next(iter(EXPECTED))}.{name}"] for name in ("lora_down.weight", "lora_up.weight", "alpha"))
     torch.testing.assert_close(layer.get_delta_weight("default"), alpha / 4 * up @ down)
 
 
 def test_loaded_into_diffusers_it_predicts_the_same_noise(exported, tiny_model):
     folder, policy = exported
-    latents, t, embeds = torch.randn(2, 4, 8, 8), torch.tensor([481, 21]), policy.encode_prompts(["a", "b"])
+    latents, t, given = torch.randn(2, 4, 8, 8), torch.tensor([481, 21]), conditions(policy, ["a", "b"])
+    (embeds,) = given.leaves
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, requires_safety_checker=False)
     with torch.no_grad():
-        expected = policy.predict_noise(latents, t, embeds)
+        expected = policy.predict(latents, t, given)
         untrained = pipe.unet(latents, t, encoder_hidden_states=embeds).sample
         pipe.load_lora_weights(folder, weight_name="mine.safetensors")
         loaded = pipe.unet(latents, t, encoder_hidden_states=embeds).sample
     assert (expected - untrained).abs().max() > 1e-2
-    bounds.assert_same_output(loaded, expected, policy.unet)
+    bounds.assert_same_output(loaded, expected, policy.network)
 
 
 def test_the_folder_of_the_lora_still_loads_as_before(exported, tiny_model):

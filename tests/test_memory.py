@@ -19,23 +19,23 @@ def scarce(monkeypatch):
     """`scarce(rollout, update)`: memory for so many UNet rows. In the update it runs out in the middle of the backward pass."""
 
     def limit(rollout: int, update: int) -> list[int]:
-        predict_noise, rows = Policy.predict_noise, []
+        own, rows = Policy.predict, []
 
-        def predict(policy, unet_input, *args):
-            rows.append(len(unet_input))
-            if not torch.is_grad_enabled() and len(unet_input) > rollout:
+        def predict(policy, x, *args):
+            rows.append(len(x))
+            if not torch.is_grad_enabled() and len(x) > rollout:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            if not torch.is_grad_enabled() or len(unet_input) <= update:
-                return predict_noise(policy, unet_input, *args)
-            watch = policy.unet.up_blocks[0].register_forward_hook(lambda module, args, out: out.register_hook(run_out) and None)
-            noise_pred = predict_noise(policy, unet_input, *args)
+            if not torch.is_grad_enabled() or len(x) <= update:
+                return own(policy, x, *args)
+            watch = policy.network.up_blocks[0].register_forward_hook(lambda module, args, out: out.register_hook(run_out) and None)
+            out = own(policy, x, *args)
             watch.remove()
-            return noise_pred
+            return out
 
         def run_out(gradient):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-        monkeypatch.setattr(Policy, "predict_noise", predict)
+        monkeypatch.setattr(Policy, "predict", predict)
         return rows
 
     return limit

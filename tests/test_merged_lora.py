@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
-from shared import CPU, joined, policy_of, run, weights
+from shared import CPU, conditions, joined, latent_shape, policy_of, run, weights
 from torch import nn
 
 from ddpo_fast.assemble import assemble
@@ -357,14 +357,14 @@ def test_merging_twice_or_beside_another_adapter_is_refused():
 def make_policy(path: Path, dtype: str) -> Policy:
     torch.manual_seed(0)
     policy = policy_of(path, dtype, rank=2, alpha=3.0)
-    random_lora(policy.unet)
+    random_lora(policy.network)
     return policy
 
 
 def predict(policy) -> torch.Tensor:
     torch.manual_seed(5)
-    latents = torch.randn(2, *policy.latent_shape).to(policy.dtype)
-    return policy.predict_noise(latents, torch.tensor([981, 21]), policy.encode_prompts(["a", "b"]))
+    latents = torch.randn(2, *latent_shape(policy)).to(policy.dtype)
+    return policy.predict(latents, torch.tensor([981, 21]), conditions(policy, ["a", "b"]))
 
 
 @pytest.mark.rounding
@@ -376,11 +376,11 @@ def test_after_a_step_or_a_load_the_next_forward_has_the_new_weights(tiny_model,
     policy.merge_lora()
     num_layers = len(policy.merged_layers)
     optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=3e-2)
-    engine = Engine(policy.unet, optimizer, zero_stage=stage, max_grad_norm=1.0, dtype=torch.float32)
+    engine = Engine(policy.network, optimizer, zero_stage=stage, max_grad_norm=1.0, dtype=torch.float32)
     policy.attach(engine.module)
 
     def separately():
-        unmerge(policy.unet)
+        unmerge(policy.network)
         policy.merged_layers = []
         with torch.no_grad():
             y = predict(policy)
@@ -408,7 +408,7 @@ def test_after_a_step_or_a_load_the_next_forward_has_the_new_weights(tiny_model,
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_is_within_its_rounding(tiny_model, dtype):
     def differentiated(policy):
-        policy.unet.zero_grad()
+        policy.network.zero_grad()
         y = predict(policy)
         (2**8 * y.float().square().mean()).backward()  # fp16 needs a loss scale
         gradient = [p.grad for p in policy.trainable_parameters()]
@@ -416,7 +416,7 @@ def test_half_precision_is_within_its_rounding(tiny_model, dtype):
         return y.detach().double(), torch.cat([g.flatten() for g in gradient]).double()
 
     exact, policy = differentiated(make_policy(tiny_model, "fp32")), make_policy(tiny_model, dtype)
-    separate, tolerance = differentiated(policy), bounds.BACKWARD * bounds.network_rounding(policy.unet, policy.dtype)
+    separate, tolerance = differentiated(policy), bounds.BACKWARD * bounds.network_rounding(policy.network, policy.dtype)
     policy.merge_lora()
     assert {layer.merged_weight.dtype for layer in policy.merged_layers} == {policy.dtype}
     for ours, peft_s, e in zip(differentiated(policy), separate, exact, strict=True):
@@ -443,7 +443,7 @@ def test_two_iterations_merged_or_separate_end_in_the_same_weights(options):
 def test_auto_merges_in_fp32(options, changed, merged):
     policy = assemble(parse([*options(), *changed.split()])).policy
     assert bool(policy.merged_layers) == merged
-    assert any(isinstance(module, MergedLinear) for module in policy.unet.modules()) == merged
+    assert any(isinstance(module, MergedLinear) for module in policy.network.modules()) == merged
 
 
 def test_merged_without_lora_is_refused(options):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
-from shared import run
+from shared import conditions, run
 from test_report import make_run
 from tiny import SD_BETAS
 
@@ -33,6 +33,8 @@ WHOLE = {
 def written(folder, path="/secret/folder/my_model", **changed):
     """A run directory with weights, made by hand."""
     make_run(folder, **changed)
+    call = {"network": ["unet", "UNet2DConditionModel"], "guidance": "guidance_scale", "arguments": {}, "scheduler": {}}
+    (folder / "environment.json").write_text(json.dumps(call))
     (folder / "config.yaml").write_text(yaml.safe_dump(WHOLE | {"model": {"path": path}}))
     (folder / "lora").mkdir()
     (folder / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
@@ -97,7 +99,7 @@ def test_snippet_samples_as_the_evaluation_does(tmp_path, evaluation, call):
     folder = written(tmp_path / "run")
     sampling = {"sample": WHOLE["sample"] | {"sampler": "ddim"}, "eval": evaluation} if evaluation else {}
     (folder / "config.yaml").write_text(yaml.safe_dump(WHOLE | {"model": {"path": "m"}} | sampling))
-    assert f'pipe("a prompt", {call})' in card(read_run(folder), "w", public=False)
+    assert f'pipe(prompt="a prompt", {call})' in card(read_run(folder), "w", public=False)
 
 
 @pytest.mark.parametrize("public", [True, False])
@@ -138,13 +140,14 @@ def test_snippet_loads_what_was_trained(options, scope, tiny_model, tmp_path):
     made = assemble(parse(options("other", model__path=model, lora__scope=scope)))
     policy, schedule, scheduler = made.policy, made.schedule(1), names["pipe"].scheduler
     scheduler.set_timesteps(schedule.num_steps)
-    assert torch.equal(scheduler.timesteps, schedule.timesteps) and not scheduler.config.clip_sample
+    assert torch.equal(scheduler.timesteps, schedule.times) and not scheduler.config.clip_sample
     policy.load_exported(folder)
     latents, t = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([481, 481])  # both branches of guidance
-    embeds = policy.encode_prompts(["a", "b"])
+    given = conditions(policy, ["a", "b"])
+    (embeds,) = given.leaves
     with torch.no_grad():
         loaded = names["pipe"].unet(latents, t, encoder_hidden_states=embeds).sample
-        bounds.assert_same_output(loaded, policy.predict_noise(latents, t, embeds), policy.unet)
+        bounds.assert_same_output(loaded, policy.predict(latents, t, given), policy.network)
 
 
 def test_push_is_one_commit_without_local_paths_in_the_card(tmp_path, monkeypatch, capsys):
@@ -199,7 +202,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
 
     push_fails([folder], "the following arguments are required: REPO_ID")
     push_fails([tmp_path / "none", "me/lora"], "there is no config.yaml in it; valid is the directory of a run")
-    push_fails([early, "me/lora"], "there is no lora/ or unet/ in it yet")
+    push_fails([early, "me/lora"], "there is no lora/ (or whole network) in it yet")
     push_fails([folder, "lora"], "REPO_ID=lora: valid is user/name")
     push_fails([folder, "me/lora"], "REPO_ID=me/lora: there is no token for the hub")
     monkeypatch.setattr(push, "get_token", lambda: "hf_x")

@@ -1,7 +1,9 @@
 """What is planned against what is: counts by hand, real runs under the same modes, closed forms, 2 real ranks."""
 
 import dataclasses
+import json
 import math
+import re
 import typing
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from counted import count_model
 from diffusers import DDIMScheduler
-from shared import policy_of
+from shared import CPU, conditions, latent_shape, policy_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,10 +20,12 @@ from bench import predict
 from ddpo_fast import assemble
 from ddpo_fast import train as trainer
 from ddpo_fast.config.command_line import parse
-from ddpo_fast.config.options import OptimizerConfig
+from ddpo_fast.config.options import LoraConfig, OptimizerConfig
 from ddpo_fast.distributed.optimizer import make_optimizer
 from ddpo_fast.dtypes import DTYPES
 from ddpo_fast.gpus import GPUS, parse_devices
+from ddpo_fast.pipelines.folders import find_model
+from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning import plan as plan_module
 from ddpo_fast.planning.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, architecture, flop_counter
 from ddpo_fast.planning.plan import (
@@ -86,8 +90,8 @@ def real(tiny_model, dtype: str, scope: str, merged: bool = False) -> Policy:
 
 
 def predict_noise(policy: Policy, num_rows: int) -> torch.Tensor:
-    x, embeds = torch.randn(num_rows, *policy.latent_shape).to(policy.dtype), policy.uncond_embeds.expand(num_rows, -1, -1)
-    return policy.predict_noise(x, torch.full((num_rows,), 500), embeds)
+    x = torch.randn(num_rows, *latent_shape(policy)).to(policy.dtype)
+    return policy.predict(x, torch.full((num_rows,), 500), conditions(policy, ["a"] * num_rows))
 
 
 def test_parameters_by_hand_and_as_loaded(tiny_model):
@@ -96,30 +100,37 @@ def test_parameters_by_hand_and_as_loaded(tiny_model):
     assert counts.num_trainable == 4 * 4 * (6 * (32 + 32) + 2 * (16 + 32))
     policy = real(tiny_model, "fp16", "all")
     assert counts.num_trainable == sum(p.numel() for p in policy.trainable_parameters())
-    for name, network in (("unet", policy.unet), ("vae", policy.pipe.vae), ("text_encoder", policy.pipe.text_encoder)):
+    for name, network in (("unet", policy.network), ("vae", policy.pipe.vae), ("text_encoder", policy.pipe.text_encoder)):
         assert counts.weight_bytes[name] == sum(p.nbytes for p in network.parameters() if not p.requires_grad) > 0
     assert (counts.num_latents, counts.embed_bytes, counts.image_bytes) == (4 * 8 * 8, 8 * 16 * 2, 4 * 3 * 16 * 16)
 
 
 @pytest.mark.parametrize("embed_bytes, num", [(77 * 768 * 2, 7), ((77 * 2048 + 1280) * 2, 100_000)], ids=["SD 1.5", "SDXL"])
 def test_embeddings_of_many_prompts_are_bounded_and_on_the_host_of_a_gpu(tmp_path, monkeypatch, embed_bytes, num):
-    """The empty prompt's are kept, too."""
-    (tmp_path / "prompts.txt").write_text("".join(f"prompt {i % (num - 1)}\n" for i in range(num)))
+    """A text without a prompt and one to try the network with are kept, too."""
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt {i % (num - 2)}\n" for i in range(num)))
     monkeypatch.setattr(plan_module, "count_run", lambda *args: dataclasses.replace(COUNTS, embed_bytes=embed_bytes))
     plan = make_plan(parse(["--plan=H200", f"--prompts.file={tmp_path}/prompts.txt"]))
-    kept = min(num, 512 * MIB // embed_bytes)
+    kept = min(num - 1, 512 * MIB // embed_bytes) + 1
     assert plan.work.prompts == (0, kept) and plan.memory["prompt embeddings"] == 0
-    assert f"prompt embeddings         0  {kept:,} prompts, {kept * embed_bytes / MIB:,.0f} on the host\n" in plan_text(plan)
+    assert f"prompt embeddings         0  {kept:,} texts, {kept * embed_bytes / MIB:,.0f} on the host\n" in plan_text(plan)
 
 
-@pytest.mark.parametrize("heldout", ["null", '["z", "a b"]'])
-def test_embeddings_that_a_run_keeps_are_those_of_the_plan(tiny_model, heldout):
-    argv = [f"--model.path={tiny_model}", "--prompts.list=[a, b, a c]", "--eval.prompts=[a, d]", f"--eval.heldout={heldout}", "--plan"]
-    plan, policy = make_plan(parse(argv)), real(tiny_model, "fp32", "all")
-    for prompts in (["a", "b", "a c"], ["a", "d"], [] if heldout == "null" else ["z", "a b"]):
-        if prompts:
-            policy.encode_prompts(prompts)
-    kept = [tensor.untyped_storage().nbytes() for tensors in policy._prompt_embeds.values() for tensor in tensors]
+@pytest.mark.parametrize("guidance_scale, evaluation", [(3.0, 3.0), (3.0, 1.0), (1.0, 3.0)])
+@pytest.mark.parametrize("heldout", [[], ["z", "a b"]], ids=["", "heldout"])
+@pytest.mark.parametrize("algorithm", ["ddpo_is", "rwr"])
+def test_embeddings_that_a_run_keeps_are_those_of_the_plan(tiny_model, heldout, guidance_scale, evaluation, algorithm):
+    """A text for each guidance scale. A regression here trains without guidance."""
+    argv = [f"--model.path={tiny_model}", "--prompts.list=[a, b, a c]", "--eval.prompts=[a, d]", f"--train.algorithm={algorithm}", "--plan"]
+    argv += [f"--eval.heldout={json.dumps(heldout)}"] if heldout else []
+    argv += [f"--sample.guidance_scale={guidance_scale}", f"--eval.guidance_scale={evaluation}"]
+    argv += ["--algorithm.guidance_scale=1"] if algorithm == "rwr" else []
+    plan, policy = make_plan(parse(argv)), Policy(find_model(str(tiny_model)), "fp32", CPU, LoraConfig())
+    policy.record(Asked(10, guidance_scale))
+    for prompts, scale in ((["a", "b", "a c"], guidance_scale), (["a", "d", *heldout], evaluation), (["a", "b", "a c"], 1.0)):
+        if scale != 1.0 or prompts[1] == "d" or algorithm == "rwr" or guidance_scale == 1:
+            conditions(policy, prompts, scale)
+    kept = [row.untyped_storage().nbytes() for rows in (*policy._texts.values(), *sum(policy._unconditional.values(), [])) for row in rows]
     assert plan.memory["prompt embeddings"] * MIB == sum(kept) == plan.work.prompts[0] * plan.counts.embed_bytes > 0
 
 
@@ -141,8 +152,9 @@ def test_bytes_and_operations_are_those_of_a_real_run(tiny_model, dtype, scope, 
     lora = SimpleNamespace(scope=scope, targets=["attention"], rank=4, alpha=4.0)
     counts = count_model(architecture(str(tiny_model)), DTYPES[dtype], lora, on_gpu=False, fused=False, merged=merged)
     policy, rows = real(tiny_model, dtype, scope, merged), 5
+    conditions(policy, ["a"])  # encoded before anything is counted
     assert counts.weight_bytes["merged"] == sum(layer.merged_weight.nbytes for layer in policy.merged_layers)
-    parameters = {p.untyped_storage().data_ptr() for p in (*policy.unet.parameters(), *policy.unet.buffers())}
+    parameters = {p.untyped_storage().data_ptr() for p in (*policy.network.parameters(), *policy.network.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -211,7 +223,7 @@ def test_sdxl():
 @pytest.mark.parametrize("path", [path for path, parts in ARCHITECTURES.items() if "scheduler" in parts])
 def test_known_schedulers_make_a_schedule(path):
     schedule = Schedule.of(Levels.of_steps(DDIMScheduler(**ARCHITECTURES[path]["scheduler"]), 50), "ddim", 1.0)
-    assert schedule.timesteps[0] == 981 and schedule.timesteps[-1] == 1
+    assert schedule.times[0] == 981 and schedule.times[-1] == 1
 
 
 def test_a_folder_without_configs_is_one_line(tmp_path):
@@ -278,7 +290,7 @@ def test_latents_that_a_rollout_keeps(options, latents):
     assert work.kept_latents == latents
     assert memory_mib(COUNTS, work, 1)["rollout"] == pytest.approx(work.num_samples * (latents + 4 * max(0, latents - 1) / MIB))
     embeds = memory_mib(dataclasses.replace(COUNTS, embed_bytes=MIB), work, 1)["rollout"] - memory_mib(COUNTS, work, 1)["rollout"]
-    assert embeds == pytest.approx(work.num_samples)
+    assert embeds == pytest.approx(work.num_samples / work.samples_per_prompt + 1) and work.samples_per_prompt == 4
 
 
 def test_decoding_in_parts():
@@ -322,6 +334,7 @@ def test_gradient_checkpointing_is_counted_as_it_runs(tiny_model, sd15, sd15_sav
     """The peak of a real call and of the counted one; of SD 1.5 a row saves its blocks' inputs, and most of the forward is run twice."""
     policy = real(tiny_model, "fp32", "all")
     policy.checkpoint_gradients()
+    conditions(policy, ["a"])  # encoded before anything is counted
     arch, rows = architecture(str(tiny_model)), 16
     counts = count_model(arch, torch.float32, ATTENTION, on_gpu=False, fused=False, checkpointing=True)
     with LiveBytes() as live:
@@ -422,10 +435,10 @@ def test_bytes_and_operations_of_score_accumulation_are_those_of_a_real_run(tiny
     made = assemble.assemble(config)
     policy, gradients, rows = made.policy, made.gradients, 2 * num_samples
     counts = count_model(architecture(str(tiny_model)), torch.float32, config.lora, on_gpu=False, fused=False, merged=forward == "merged")
-    inputs = torch.randn(rows, *policy.latent_shape), torch.full((rows,), 500), policy.uncond_embeds.expand(rows, -1, -1)
+    inputs = torch.randn(rows, *latent_shape(policy)), torch.full((rows,), 500), conditions(policy, ["a"] * rows)
 
     def step() -> None:
-        gradients.predict(0, lambda rows: policy.predict_noise(*(tensor[rows] for tensor in inputs)))
+        gradients.predict(0, lambda rows: policy.predict(*(part[rows] for part in inputs)))
         gradients.out.square().mean().backward()
         gradients.out = None
 
@@ -549,7 +562,7 @@ def test_plan_of_score_accumulation(nothing_starts, tiny_model, capsys):
     options = ["--plan", "--train.num_minibatches=1", "--sample.batch_size=4", "--train.estimator=score_accumulation"]
     trainer.main(["--model.path", str(tiny_model), *options])
     out = capsys.readouterr().out
-    assert "sample gradients" in out and "prompt embeddings of " in out
+    assert "sample gradients" in out and re.search(r"rollout +0  embeddings of \d+ texts\n", out)
     assert "the combined gradient; no UNet call" in out
     assert "update                   0.00 TFLOP        0.0 s" in out and out.endswith("it fits\n")
 

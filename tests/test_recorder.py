@@ -3,11 +3,12 @@
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from families import CALL, FAMILIES
-from shared import CPU, flow_levels
+from shared import CPU
 from torch import Tensor
 
 from ddpo_fast.kernels.reference import guide
@@ -35,13 +36,13 @@ class Own:
     """Of each prompt (G, *shape) of each step: the unconditional branch first."""
     pictures: list[Tensor]
 
-    def rows(self, *prompts: int) -> Tensor:
+    def rows(self, *prompts: int) -> np.ndarray:
         """The rows of `texts` that these prompts are in."""
-        return torch.tensor(prompts) + self.recording.num_branches - 1
+        return np.array(prompts) + self.recording.num_branches - 1
 
-    def call(self, x: Tensor, steps: list[int], rows: Tensor) -> Tensor:
+    def call(self, x: Tensor, steps: list[int], rows: np.ndarray) -> Tensor:
         recording = self.recording
-        return recording.template.call(self.recorder.network, x, recording.times[steps], self.texts.gather(rows))
+        return recording.template.call(self.recorder.network, x, recording.times[steps], self.texts.gather(torch.from_numpy(rows)))
 
 
 @torch.no_grad()
@@ -102,7 +103,7 @@ def test_the_network_s_outputs_are_the_pipeline_s_own_bits(own):
     branches = own.recording.branches
     sizes = [range(len(branches))] if len({call for call, _ in branches}) == 1 else [[0], [1]]
     for prompt, (latents, outputs) in enumerate(zip(own.latents, own.outputs)):
-        rows = own.rows(prompt) if len(branches) == 1 else torch.cat([torch.zeros(1, dtype=torch.int64), own.rows(prompt)])
+        rows = np.concatenate([np.zeros(len(branches) - 1, np.int64), own.rows(prompt)])
         for k, expected in enumerate(outputs):
             for size in map(list, sizes):
                 x = latents[k].repeat(len(size), *[1] * len(own.recording.shape))
@@ -122,19 +123,14 @@ def test_rows_may_be_of_any_steps(own):
 def test_a_step_without_noise_is_the_pipeline_s_own(own):
     """The guided output that a step is made of moves the latents as the scheduler does, by Euler's step or DDIM's at eta 0."""
     recording, scheduler = own.recording, own.pipe.scheduler
-    if recording.sigmas is None:
-        levels = Levels.of_steps(scheduler, NUM_STEPS)
-        assert torch.equal(recording.times, levels.times)
-    else:
-        levels = flow_levels(recording.sigmas)
-    table = Schedule.of(levels, "ode", 0.0).coefficients
+    table = Schedule.of(Levels.of(recording, scheduler), "ode", 0.0).coefficients
     for prompt, latents in enumerate(own.latents):
         conditions = own.texts.conditions(own.rows(prompt))
         for k, (x, expected) in enumerate(pairwise(latents)):
             given = x.repeat(recording.num_outputs, *[1] * len(recording.shape))
             out = conditions.call(own.recorder.network, given, recording.times[k].expand(len(given)))
             out = guide(out, 1, recording.output_scale)
-            ours = table[k, 0] * x + table[k, 1] * recording.sign * out
+            ours = table[k, 0] * x + table[k, 1] * out
             assert (ours - expected).norm() <= 1e-5 * expected.norm()
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from shared import recorded
 
 from ddpo_fast.config.command_line import parse
 from ddpo_fast.distributed.ranks import Ranks
@@ -79,35 +80,37 @@ def test_choice_of_steps_depends_on_sample_and_key_and_is_uniform():
 
 
 @pytest.mark.parametrize("first_kept", [0, 2])
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("num_branches", [1, 2])
 @pytest.mark.parametrize("size", [1, 2, 5, 12, 13, 100])
-def test_micro_batches_cover_every_transition_once(size, guided, first_kept):
+def test_micro_batches_cover_every_transition_once(size, num_branches, first_kept):
     rows, steps = transitions(np.array([3, 1, 8]), 0, np.arange(4), 4, KEY)
-    timesteps = torch.tensor([901, 601, 301, 1])
-    parts = list(micro_batches(Update(0, 0, rows, steps), size, timesteps, first_kept, guided, "cpu"))
+    recording, prompts = recorded(num_branches), np.arange(9) + num_branches - 1
+    parts = list(micro_batches(Update(0, 0, rows, steps), size, first_kept, recording, prompts, torch.tensor([901, 601, 301, 1])))
     lengths = [len(part.rows) for part in parts]
     assert len(parts) == -(-12 // size) and max(lengths) <= size and max(lengths) - min(lengths) <= 1
     assert torch.cat([part.rows for part in parts]).tolist() == rows.tolist()
     assert torch.cat([part.steps for part in parts]).tolist() == steps.tolist()
     for part in parts:
         assert torch.equal(part.kept, part.steps - first_kept)
-        for ours, unet in ((part.rows, part.unet_rows), (part.kept, part.unet_kept), (timesteps[part.steps], part.timesteps)):
-            assert ours.dtype == unet.dtype == torch.int64
-            assert unet.tolist() == ours.tolist() * (1 + guided)
-        assert part.embed_rows.tolist() == [0] * len(part.rows) * guided + [row + 1 for row in part.rows.tolist()]
+        assert [index.tolist() for index in part.pairs] == [part.rows.tolist(), part.steps.tolist()]
+        times = torch.tensor([901, 601, 301, 1])[part.steps]
+        for ours, network in ((part.rows, part.x_rows), (part.kept, part.x_kept), (times, part.times)):
+            assert ours.dtype == network.dtype == torch.int64
+            assert network.tolist() == ours.tolist() * num_branches
+        assert part.text_rows.tolist() == [0] * len(part.rows) * (num_branches - 1) + (part.rows + num_branches - 1).tolist()
 
 
 def rollout(value: float, count: int) -> Rollout:
     schedule = Schedule(torch.arange(9), torch.arange(36.0).view(9, 4), np.arange(2, 7))
-    tensors = [torch.full((count, 3, 4), value), None, torch.arange(count), torch.full((count, 6, 4, 1, 1), value)]
-    return Rollout(*tensors, torch.full((count, 5), value), torch.ones(count, dtype=bool), schedule, 2)
+    prompts, latents = [f"{value} {i}" for i in range(count)], torch.full((count, 6, 4, 1, 1), value)
+    return Rollout(prompts, torch.arange(count), latents, torch.full((count, 5), value), torch.ones(count, dtype=bool), schedule, 2)
 
 
 def test_rollouts_join_along_the_samples():
     joined = Rollout.cat([rollout(0, 2), rollout(1, 1)])
-    assert joined.prompt_embeds.shape == (3, 3, 4) and joined.latents.shape == (3, 6, 4, 1, 1) and joined.log_probs.shape == (3, 5)
-    assert joined.prompt_embeds[:, 0, 0].tolist() == joined.latents[:, 0, 0, 0, 0].tolist() == joined.log_probs[:, 0].tolist() == [0, 0, 1]
-    assert joined.sample_ids.tolist() == [0, 1, 0] and joined.pooled_embeds is None and joined.first_kept == 2
+    assert joined.prompts == ["0 0", "0 1", "1 0"] and joined.latents.shape == (3, 6, 4, 1, 1) and joined.log_probs.shape == (3, 5)
+    assert joined.latents[:, 0, 0, 0, 0].tolist() == joined.log_probs[:, 0].tolist() == [0, 0, 1]
+    assert joined.sample_ids.tolist() == [0, 1, 0] and joined.good.tolist() == [True] * 3 and joined.first_kept == 2
 
 
 def test_a_rollout_has_the_coefficients_of_the_steps_that_it_keeps():

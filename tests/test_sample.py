@@ -137,7 +137,7 @@ def test_mistakes_are_one_line(finished, capsys, tmp_path):
         ([], "the following arguments are required: RUN_DIR"),
         ([str(folder)], 'PROMPT: there is none; valid is at least one, such as "a lion"'),
         ([str(tmp_path / "none"), "a"], f"RUN_DIR={tmp_path / 'none'}: there is no config.yaml in it; valid is the directory of a run"),
-        ([str(tmp_path / "early"), "a"], "there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint"),
+        ([str(tmp_path / "early"), "a"], "there is no lora/ (or whole network) in it yet; a run writes it with its first checkpoint"),
         ([str(folder), "a", "--seed", "-1"], r"--seed=[-1]: valid is whole numbers in [0, 2^32)"),
         ([str(folder), "a", "--eval.num_steps=0"], "eval.num_steps=0: valid is a whole number >= 1"),
         ([str(folder), "a", "--eval.sampler=euler"], "eval.sampler=euler: expected Literal['cps', 'dance_sde', "),

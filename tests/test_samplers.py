@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from shared import flow_levels
 from tiny import SD_BETAS
 from torch import Tensor
 
@@ -24,7 +23,8 @@ def sd3_scheduler(num_steps: int = NUM_STEPS) -> FlowMatchEulerDiscreteScheduler
 
 
 def sd3_levels(num_steps: int = NUM_STEPS) -> Levels:
-    return flow_levels(sd3_scheduler(num_steps).sigmas)
+    scheduler = sd3_scheduler(num_steps)
+    return Levels.of_flow(scheduler.timesteps, scheduler.sigmas.double())
 
 
 def table_of(levels: Levels, sampler: str, eta: float) -> Tensor:
@@ -145,7 +145,7 @@ def test_precise_is_the_sde_of_flow_sde_in_the_limit():
     """The noise that a step draws differs by a part that is halved where the step is."""
     apart = []
     for num_steps in (100, 200):
-        levels = flow_levels(torch.linspace(0.9, 0.1, num_steps + 1, dtype=torch.float64))
+        levels = Levels.of_flow(torch.arange(num_steps), torch.linspace(0.9, 0.1, num_steps + 1, dtype=torch.float64))
         exact, euler = (samplers.find(name).noise(levels, 0.7)[1] for name in ("precise", "flow_sde"))
         apart.append((exact / euler - 1).abs().max())
     assert apart[1] < 0.05 and 1.8 < apart[0] / apart[1] < 2.2
@@ -209,7 +209,7 @@ def sampled(schedule: Schedule, baseline: float) -> tuple[Tensor, Tensor]:
 def test_the_mean_policy_gradient_is_the_derivative_of_the_expected_reward(record_property, sampler, eta, end, window, missing):
     """It is that of the steps that have a density, with the network of the other steps held fixed. Those are the steps outside a window,
     and a last one of cps that ends at the picture. `missing`: how far that is from the whole derivative, over its norm."""
-    levels = flow_levels(torch.tensor([1.0, 0.75, 0.5, 0.25, end], dtype=torch.float64))
+    levels = Levels.of_flow(torch.arange(4), torch.tensor([1.0, 0.75, 0.5, 0.25, end], dtype=torch.float64))
     schedule = Schedule.of(levels, sampler, eta, stochastic=window, dtype=torch.float64)
     weights = WEIGHTS.repeat(schedule.num_steps, 1, 1).requires_grad_()
     value = expected_reward(schedule.coefficients, weights)
@@ -222,3 +222,8 @@ def test_the_mean_policy_gradient_is_the_derivative_of_the_expected_reward(recor
     apart = ((exact - whole).norm() / whole.norm()).item()
     record_property("missing", apart)
     assert apart == pytest.approx(missing, abs=1e-4)
+
+
+def test_a_sampler_of_diffusion_models_is_refused_for_a_flow_model():
+    with pytest.raises(ValueError, match="^sample.sampler=ddim: it is for diffusion models, and this is a flow model; valid is cps, "):
+        Schedule.of(sd3_levels(), "ddim", 1.0)

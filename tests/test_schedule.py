@@ -9,7 +9,8 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from ddpo_fast.kernels import reference as ops
-from ddpo_fast.schedule import Levels, Schedule, changed_steps, ddim_scheduler
+from ddpo_fast.pipelines.ddim import changed_steps, ddim_scheduler
+from ddpo_fast.schedule import Levels, Schedule
 
 SD_CONFIG = dict(
     beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000, timestep_spacing="leading",
@@ -149,7 +150,7 @@ def test_a_first_step_from_pure_noise_keeps_none_of_it():
 def test_table_of_stable_diffusion(num_steps, row, t, std, coef_x, coef_eps, mean_logp):
     schedule = Schedule.of(Levels.of_steps(sd_scheduler(), num_steps), "ddim", eta=1.0)
     assert schedule.num_steps == num_steps
-    assert schedule.timesteps[row] == t
+    assert schedule.times[row] == t
     c_x, c_out, s, log_norm = schedule.coefficients[row].tolist()
     assert (c_x, c_out, s, -0.5 - log_norm) == pytest.approx((coef_x, coef_eps, std, mean_logp), rel=0, abs=1e-6)
 
@@ -180,7 +181,7 @@ def test_step_is_that_of_diffusers(prediction_type, num_steps, eta, clip):
     next_latents, _ = take_step(schedule, noise_pred, latents, steps, ids)
     noise = ops.normal_noise(SEED, ids, steps, math.prod(SHAPE)).view_as(latents).double()
     scheduler.set_timesteps(num_steps)
-    assert schedule.timesteps.tolist() == scheduler.timesteps.tolist()
+    assert schedule.times.tolist() == scheduler.timesteps.tolist()
     for step, t in enumerate(scheduler.timesteps):
         out, x_t, z = noise_pred[step].double(), latents[step].double(), noise[step]
         expected = scheduler.step(out, t, x_t, eta=eta, variance_noise=z).prev_sample
@@ -286,7 +287,7 @@ def test_scheduler_without_a_density_is_refused(config, reason):
 def test_zero_snr_starts_from_pure_noise(prediction_type, num_steps):
     scheduler = fp64_alphas(sd_scheduler(**ZERO_SNR, prediction_type=prediction_type))
     schedule = Schedule.of(Levels.of_steps(scheduler, num_steps), "ddim", eta=0.9)
-    assert schedule.timesteps[0] == 999 and schedule.coefficients.isfinite().all()
+    assert schedule.times[0] == 999 and schedule.coefficients.isfinite().all()
     noise_pred, latents, steps, ids = process(num_steps)
     next_latents, _ = take_step(schedule, noise_pred, latents, steps, ids)
     noise = ops.normal_noise(SEED, ids, steps, math.prod(SHAPE)).view_as(latents).double()
@@ -303,7 +304,7 @@ def test_any_scheduler_of_the_model_gives_the_ddim_table(scheduler_class, predic
     config = {**SD_CONFIG, "prediction_type": prediction_type}
     expected = Schedule.of(Levels.of_steps(DDIMScheduler(**config), 50), "ddim", eta=1.0)
     schedule = Schedule.of(Levels.of_steps(scheduler_class.from_config(config), 50), "ddim", eta=1.0)
-    assert torch.equal(schedule.timesteps, expected.timesteps)
+    assert torch.equal(schedule.times, expected.times)
     assert torch.equal(schedule.coefficients, expected.coefficients)
 
 
@@ -325,7 +326,7 @@ def test_steps_without_a_density_are_stable_diffusions(scheduler_class, saved):
     """Whatever sampler was saved with the model, and with its object or its config."""
     expected, config = Schedule.of(Levels.of_steps(sd_scheduler(), 50), "ddim", eta=1.0), {**SD_CONFIG, **saved}
     schedule = Schedule.of(Levels.of_steps(ddim_scheduler(config), 50), "ddim", eta=1.0)
-    assert torch.equal(schedule.timesteps, expected.timesteps) and torch.equal(schedule.coefficients, expected.coefficients)
+    assert torch.equal(schedule.times, expected.times) and torch.equal(schedule.coefficients, expected.coefficients)
     assert changed_steps(config, ddim_scheduler(config)) == {key: SD_CONFIG[key] for key in saved}
     assert torch.equal(
         Schedule.of(Levels.of_steps(scheduler_class.from_config(config), 50), "ddim", eta=1.0).coefficients, expected.coefficients
@@ -351,7 +352,7 @@ def test_steps_with_a_density_stay_as_they_are_saved(saved, num_steps):
     config = {**SD_CONFIG, **saved}
     schedule, own = Schedule.of(Levels.of_steps(ddim_scheduler(config), num_steps), "ddim", eta=1.0), DDIMScheduler(**config)
     own.set_timesteps(num_steps)
-    assert torch.equal(schedule.timesteps, own.timesteps) and changed_steps(config, ddim_scheduler(config)) == {}
+    assert torch.equal(schedule.times, own.timesteps) and changed_steps(config, ddim_scheduler(config)) == {}
 
 
 def test_zero_snr_keeps_its_first_step():
@@ -359,7 +360,7 @@ def test_zero_snr_keeps_its_first_step():
     config = {**SD_CONFIG, **ZERO_SNR, "prediction_type": "v_prediction"}
     expected = Schedule.of(Levels.of_steps(ddim_scheduler(config), 50), "ddim", eta=1.0)
     schedule = Schedule.of(Levels.of_steps(ddim_scheduler(config | {"timestep_spacing": "linspace"}), 50), "ddim", eta=1.0)
-    assert schedule.timesteps[0] == 999 and torch.equal(schedule.coefficients, expected.coefficients)
+    assert schedule.times[0] == 999 and torch.equal(schedule.coefficients, expected.coefficients)
 
 
 @pytest.mark.parametrize("dtype, wide", [(torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])

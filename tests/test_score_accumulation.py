@@ -74,7 +74,7 @@ def started(model: nn.Module, num_samples: int = NUM_SAMPLES) -> ScoreAccumulati
     """A ScoreAccumulation before the only step of its only batch."""
     algorithm, engine = algorithms.find("ddpo_is")(), SimpleNamespace(loss_scale=1.0)
     credit = Advantages(PromptBaseline(0, 1), 5.0)
-    objective = OnTrajectory(algorithm, credit, select("reference", CPU), 3.0, 0.1, 4)
+    objective = OnTrajectory(algorithm, credit, select("reference", CPU), 0.1, 4)
     scores = ScoreAccumulation(score(model), engine, objective)
     begin(scores, num_samples)
     return scores
@@ -273,9 +273,9 @@ def test_the_update_calls_no_unet_and_evaluation_has_no_graph(options, monkeypat
         stage.pop()
 
     class Counting(Policy):
-        def predict_noise(self, *args):
+        def predict(self, *args):
             calls.append((stage[-1], torch.is_grad_enabled()))
-            return super().predict_noise(*args)
+            return super().predict(*args)
 
     monkeypatch.setattr(assembling, "Policy", Counting)
     for function in (update, evaluate):
@@ -288,9 +288,9 @@ def test_only_steps_that_are_trained_on_have_a_graph(options, monkeypatch):
     rows = []
 
     class Counting(Policy):
-        def predict_noise(self, unet_input, *args):
-            rows.append((torch.is_grad_enabled(), len(unet_input)))
-            return super().predict_noise(unet_input, *args)
+        def predict(self, x, *args):
+            rows.append((torch.is_grad_enabled(), len(x)))
+            return super().predict(x, *args)
 
     monkeypatch.setattr(assembling, "Policy", Counting)
     _, metrics = result(options(run__iterations=1, train__timestep_fraction=0.4, model__share_guidance="false", **SCORES))

@@ -4,7 +4,20 @@ import bounds
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from shared import CPU, REDNESS, command_line, first_gradient, kept, policy_of, random_lora, relative_error, run, weights
+from shared import (
+    CPU,
+    REDNESS,
+    command_line,
+    conditions,
+    first_gradient,
+    kept,
+    latent_shape,
+    policy_of,
+    random_lora,
+    relative_error,
+    run,
+    weights,
+)
 from tiny import make_sdxl
 
 from ddpo_fast import memory
@@ -12,6 +25,7 @@ from ddpo_fast.assemble import assemble
 from ddpo_fast.config.command_line import parse
 from ddpo_fast.kernels import select
 from ddpo_fast.networks.fused_unet import fuse
+from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning.counts import flop_counter
 from ddpo_fast.planning.plan import make_plan, plan_text
 from ddpo_fast.records.metrics import read_metrics
@@ -69,13 +83,16 @@ def test_the_unet_is_given_what_diffusers_gives_it(options, sdxl, tmp_path, forc
     pipe.set_progress_bar_config(disable=True)
     expected = given_to_unet(pipe.unet, lambda: pipe(PROMPTS, num_inference_steps=1, guidance_scale=3.0, output_type="latent"))
     rollouts = []
-    ours = given_to_unet(made.policy.unet, lambda: rollouts.append(kept(made, PROMPTS)))
+    ours = given_to_unet(made.policy.network, lambda: rollouts.append(kept(made, PROMPTS)))
     assert ours["rows"] == expected["rows"] == 8
     for key in ("text", "text_embeds", "time_ids"):
         bounds.assert_same_output(ours[key], expected[key], pipe.text_encoder_2)
     assert (ours["text"][:4] == 0).all() == (ours["text_embeds"][:4] == 0).all() == force_zeros
     assert ours["time_ids"].unique(dim=0).tolist() == [[16, 16, 0, 0, 16, 16]]
-    assert torch.equal(rollouts[0].pooled_embeds, ours["text_embeds"][4:]) and rollouts[0].pooled_embeds.shape == (4, 12)
+    held = conditions(made.policy, rollouts[0].prompts, 3.0).leaves  # what an update gives it of these samples
+    for key in ("text", "text_embeds", "time_ids"):
+        assert sum(leaf.shape == ours[key].shape and torch.equal(leaf, ours[key]) for leaf in held) == 1, key
+    assert rollouts[0].prompts == PROMPTS and ours["text_embeds"].shape == (8, 12)
 
 
 def test_an_empty_prompt_is_encoded(sdxl):
@@ -83,8 +100,10 @@ def test_an_empty_prompt_is_encoded(sdxl):
     policy = policy_of(sdxl, "fp32", **SMALL_LORA)
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl)
     embeds, _, pooled, _ = pipe.encode_prompt("", do_classifier_free_guidance=False)
-    assert torch.equal(policy.encode_prompts([""]), embeds) and torch.equal(policy.pool_prompts([""]), pooled)
-    assert policy.uncond_embeds.abs().max() == policy.uncond_pooled_embeds.abs().max() == 0
+    given = conditions(policy, [""], 3.0).leaves
+    for rows in (embeds, pooled):
+        (leaf,) = (leaf for leaf in given if leaf.shape[1:] == rows.shape[1:])
+        assert leaf[:1].abs().max() == 0 and torch.equal(leaf[1:], rows)
 
 
 def test_gradient_is_that_of_the_textbook_loop(options):
@@ -97,7 +116,7 @@ def test_gradient_is_that_of_the_textbook_loop(options):
     pipe, alphas = made.policy.pipe, (1 - made.policy.pipe.scheduler.betas.double()).cumprod(0)
     for i, (prompt, advantage) in enumerate(zip(PROMPTS, (1.0, -2.0, 0.5, 1.5))):
         embeds, uncond, pooled, uncond_pooled = pipe.encode_prompt(prompt)
-        for k, t in enumerate(rollout.schedule.timesteps.tolist()):
+        for k, t in enumerate(rollout.schedule.times.tolist()):
             x, y = rollout.latents[i : i + 1, k], rollout.latents[i : i + 1, k + 1]
             e, e_uncond = (
                 pipe.unet(
@@ -134,23 +153,17 @@ def test_fused_kernels_compute_the_same(sdxl):
     policy = policy_of(sdxl, "fp32", **SMALL_LORA)
     for parameter in policy.trainable_parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    texts = (
-        torch.cat([uncond, text])
-        for uncond, text in zip(
-            (policy.uncond_embeds, policy.uncond_pooled_embeds), (policy.encode_prompts(["a"]), policy.pool_prompts(["a"]))
-        )
-    )
-    inputs = torch.randn(1, *policy.latent_shape).repeat(2, 1, 1, 1), torch.tensor([481, 481]), *texts
+    inputs = torch.randn(1, *latent_shape(policy)).repeat(2, 1, 1, 1), torch.tensor([481, 481]), conditions(policy, ["a"], 3.0)
 
     def compute() -> list[torch.Tensor]:
-        policy.unet.zero_grad()
-        y = policy.predict_noise(*inputs)
+        policy.network.zero_grad()
+        y = policy.predict(*inputs)
         y.square().mean().backward()
         return [y.detach(), *(parameter.grad.clone() for parameter in policy.trainable_parameters())]
 
-    expected, fused = compute(), fuse(policy.unet, select("triton", CPU))
+    expected, fused = compute(), fuse(policy.network, select("triton", CPU))
     assert fused["geglu"] == 2 + 2 + 2 * 2 and fused["group_norm_silu"] > 0
-    bounds.assert_same_network(compute(), expected, policy.unet)
+    bounds.assert_same_network(compute(), expected, policy.network)
 
 
 @pytest.mark.rounding
@@ -165,20 +178,21 @@ def test_the_cache_changes_nothing(options):
 def test_saved_weights_are_the_policy_in_plain_diffusers(options, sdxl):
     made = assemble(parse(options(lora__alpha=3.0)))
     policy, t = made.policy, torch.tensor([481, 21])
-    latents, texts = torch.randn(2, 4, 8, 8), (policy.encode_prompts(["a", "b"]), policy.pool_prompts(["a", "b"]))
+    latents, given = torch.randn(2, 4, 8, 8), conditions(policy, ["a", "b"])
     with torch.no_grad():
-        untrained = policy.predict_noise(latents, t, *texts)  # LoRA starts at 0
+        untrained = policy.predict(latents, t, given)  # LoRA starts at 0
         for parameter in policy.trainable_parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        expected = policy.predict_noise(latents, t, *texts)
+        expected = policy.predict(latents, t, given)
     policy.export(made.directory.path)
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl)
     pipe.load_lora_weights(made.directory.path / "lora")
-    added = {"text_embeds": texts[1], "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)}
+    embeds, _, pooled, _ = zip(*(pipe.encode_prompt(prompt, do_classifier_free_guidance=False) for prompt in ("a", "b")))
+    added = {"text_embeds": torch.cat(pooled), "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)}
     with torch.no_grad():
-        loaded = pipe.unet(latents, t, encoder_hidden_states=texts[0], added_cond_kwargs=added).sample
+        loaded = pipe.unet(latents, t, encoder_hidden_states=torch.cat(embeds), added_cond_kwargs=added).sample
     assert (expected - untrained).abs().max() > 1e-2
-    bounds.assert_same_output(loaded, expected, policy.unet)
+    bounds.assert_same_output(loaded, expected, policy.network)
 
 
 def test_full_fine_tuning(options, sdxl):
@@ -191,25 +205,39 @@ def test_full_fine_tuning(options, sdxl):
 def test_embeddings_that_were_used_last_are_kept(sdxl, monkeypatch):
     """Three prompts are kept; what is encoded again is the same, and what is needed together is encoded once."""
     policy = policy_of(sdxl, "fp32", **SMALL_LORA)
-    expected = policy.encode_prompts([*"abcde"]), policy.pool_prompts([*"abcde"])
-    (size,) = {sum(tensor.untyped_storage().nbytes() for tensor in tensors) for tensors in policy._prompt_embeds.values()}
+    asked = Asked(10, 3.0)
+
+    def given(*prompts: str) -> list[torch.Tensor]:
+        texts, rows = policy.texts(policy.record(asked), [*prompts])
+        return texts.gather(torch.from_numpy(rows))
+
+    def kept() -> list[str]:
+        assert all(way == asked.texts for way, _ in policy._texts)
+        return [prompt for _, prompt in policy._texts]
+
+    expected = given(*"abcde")
+    (size,) = {sum(row.untyped_storage().nbytes() for row in rows) for rows in policy._texts.values()}
     assert size == make_plan(parse([f"--model.path={sdxl}", "--plan", "--model.dtype=fp32"])).counts.embed_bytes
     monkeypatch.setattr(memory, "MIB", 1)
     monkeypatch.setattr(memory, "PROMPT_EMBEDS_MIB", 4 * size - 1)
-    encoded, encode = [], policy.pipe.encode_prompt
-    monkeypatch.setattr(policy.pipe, "encode_prompt", lambda prompt, **kwargs: encoded.append(prompt) or encode(prompt, **kwargs))
+    encoded, encode = [], StableDiffusionXLPipeline.encode_prompt
+
+    def noting(pipe, prompt, *args, **kwargs):
+        encoded.extend(prompt)
+        return encode(pipe, prompt, *args, **kwargs)
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "encode_prompt", noting)
 
     def newly_encoded(*prompts: str) -> list[str]:
         encoded.clear()
         rows = [ord(prompt) - ord("a") for prompt in prompts]
-        assert torch.equal(policy.encode_prompts([*prompts]), expected[0][rows])
-        assert torch.equal(policy.pool_prompts([*prompts]), expected[1][rows])
+        assert all(torch.equal(leaf, whole[rows]) for leaf, whole in zip(given(*prompts), expected, strict=True))
         return [*encoded]
 
-    assert newly_encoded("c", "d") == [] and list(policy._prompt_embeds) == ["e", "c", "d"]
-    assert newly_encoded("a", "e") == ["a"] and list(policy._prompt_embeds) == ["d", "a", "e"]
-    assert newly_encoded("b", "a", "c", "d", "b", "e") == ["b", "c"] and list(policy._prompt_embeds) == ["b", "a", "c", "d", "e"]
-    assert newly_encoded("d") == [] and list(policy._prompt_embeds) == ["c", "e", "d"]
+    assert newly_encoded("c", "d") == [] and kept() == ["e", "c", "d"]
+    assert newly_encoded("a", "e") == ["a"] and kept() == ["d", "a", "e"]
+    assert newly_encoded("b", "a", "c", "d", "b", "e") == ["b", "c"] and kept() == ["b", "a", "c", "d", "e"]
+    assert newly_encoded("d") == [] and kept() == ["c", "e", "d"]
 
 
 def test_both_text_encoders_are_on_the_device_while_prompts_are_new(sdxl, monkeypatch):
@@ -218,21 +246,26 @@ def test_both_text_encoders_are_on_the_device_while_prompts_are_new(sdxl, monkey
         encoder = getattr(policy.pipe, name)
         monkeypatch.setattr(encoder, "to", lambda device, name=name: moves.append((name, str(device))))
     policy.offload_text_encoder = True
-    policy.encode_prompts(["new"])
-    assert policy.pool_prompts(["new"]).shape == (1, 12)
-    assert moves == [("text_encoder", "cpu"), ("text_encoder_2", "cpu")] * 2
+    there_and_back = [("text_encoder", "cpu"), ("text_encoder_2", "cpu")] * 2
+    recording = policy.record(Asked(5, 3.0))  # evaluation's steps may be others than sampling's, and recorded after the encoders have gone
+    assert moves == there_and_back
+    policy.texts(recording, ["new"])
+    assert moves == 2 * there_and_back
+    policy.texts(policy.record(Asked(5, 3.0)), ["new"])
+    assert moves == 2 * there_and_back
 
 
 def test_in_fp16_the_vae_decodes_in_fp32_if_it_says_so(sdxl, tmp_path):
     """Its own does; another one, for `model.vae`, does not."""
     policy = policy_of(sdxl, "fp16", **SMALL_LORA)
     assert policy.pipe.vae.dtype == torch.float32 and policy.pipe.unet.conv_in.weight.dtype == torch.float16
-    latents = torch.randn(2, *policy.latent_shape)
+    recording = policy.record(Asked(10, 3.0))
+    latents = torch.randn(2, *recording.shape)
     own = AutoencoderKL.from_pretrained(sdxl, subfolder="vae")
     with torch.no_grad():
         expected = (own.decode(latents / own.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     tolerance = bounds.SIGMAS * bounds.network_rounding(own.decoder, torch.float16) / 2  # its weights are rounded to fp16
-    assert (policy.decode_latents(latents) - expected).abs().max() <= tolerance < 0.2 * expected.std()
+    assert (policy.decode(latents, recording) - expected).abs().max() <= tolerance < 0.2 * expected.std()
 
     torch.manual_seed(3)
     mean, std = [0.1, 0.2, -0.3, 0.4], [1.0, 2.0, 3.0, 0.5]
@@ -243,7 +276,7 @@ def test_in_fp16_the_vae_decodes_in_fp32_if_it_says_so(sdxl, tmp_path):
     scaled = latents / other.config.scaling_factor * torch.tensor(std).view(4, 1, 1) + torch.tensor(mean).view(4, 1, 1)
     with torch.no_grad():
         expected = (other.decode(scaled).sample / 2 + 0.5).clamp(0, 1)
-    assert (policy.decode_latents(latents) - expected).abs().max() <= tolerance
+    assert (policy.decode(latents, policy.record(Asked(10, 3.0))) - expected).abs().max() <= tolerance
     assert policy.pipe.vae.config.force_upcast is False
 
 
@@ -256,10 +289,10 @@ def test_the_plan_counts_what_is_loaded(options, sdxl):
         for name in ("unet", "vae", "text_encoder", "text_encoder_2")
     }
     assert plan.counts.weight_bytes == frozen | {"merged": 0}
-    texts, latents = (policy.encode_prompts(["a"]), policy.pool_prompts(["a"])), torch.randn(1, *policy.latent_shape).half()
-    assert plan.counts.embed_bytes == sum(text.nbytes for text in texts)
+    given, latents = conditions(policy, ["a"]), torch.randn(1, *latent_shape(policy)).half()
+    assert plan.counts.embed_bytes == sum(leaf.nbytes for leaf in given.leaves)
     assert plan.counts.trained_shapes == tuple(tuple(p.shape) for p in policy.trainable_parameters())
     with flop_counter() as flops, torch.no_grad():
-        policy.predict_noise(latents, torch.tensor([481]), *texts)
+        policy.predict(latents, torch.tensor([481]), given)
     assert plan.counts.forward.row_flop == flops.get_total_flops()
     assert plan_text(plan).endswith("it fits")

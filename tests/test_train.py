@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from shared import first_gradient, relative_error, run, sampled, textbook_log_prob, untimed, weights
+from shared import conditions, first_gradient, latent_shape, relative_error, run, sampled, textbook_log_prob, untimed, weights
 from tiny import make_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,7 +45,7 @@ def test_gradient_is_that_of_the_textbook_loop(options, algorithm, guidance_scal
     """Against the paper's loop: whole minibatch, one timestep at a time, formulas written out anew from the cumulative alphas."""
     argv = options(train__num_minibatches=1, train__algorithm=algorithm, sample__guidance_scale=guidance_scale)
     first = first_gradient(argv)
-    prompts, rollout, advantages, timesteps = first.prompts, first.rollout, first.credit, first.rollout.schedule.timesteps
+    prompts, rollout, advantages, timesteps = first.prompts, first.rollout, first.credit, first.rollout.schedule.times
     pipe = first.run.policy.pipe
     pipe.unet.zero_grad()
     for step, t in enumerate(timesteps.tolist()):
@@ -132,12 +132,12 @@ def test_a_report_that_cannot_be_made_does_not_end_the_run(options, monkeypatch,
 def test_readme_snippet_loads_the_trained_policy_in_plain_diffusers(options, tiny_model, monkeypatch, tmp_path):
     made = assemble(parse(options(lora__alpha=3.0)))
     latents, t = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([481, 481])  # both branches of guidance
-    embeds = made.policy.encode_prompts(["a", "b"])
+    given = conditions(made.policy, ["a", "b"])
     with torch.no_grad():
-        untrained = made.policy.predict_noise(latents, t, embeds)  # LoRA starts at 0
+        untrained = made.policy.predict(latents, t, given)  # LoRA starts at 0
         for parameter in made.policy.trainable_parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        expected = made.policy.predict_noise(latents, t, embeds)
+        expected = made.policy.predict(latents, t, given)
     made.policy.export(Path(made.config.run.dir))
     snippet = re.search(r"```python\n(from diffusers.*?)```", README.read_text(), re.S)[1]
     for shown, here in (("ddpo_fast/embedded/model", tiny_model), ("runs/NAME", made.config.run.dir), ("lion.png", tmp_path / "lion.png")):
@@ -146,10 +146,10 @@ def test_readme_snippet_loads_the_trained_policy_in_plain_diffusers(options, tin
     names = {}
     exec(snippet, names)
     with torch.no_grad():
-        loaded = names["pipe"].unet(latents, t, encoder_hidden_states=embeds).sample
+        loaded = names["pipe"].unet(latents, t, encoder_hidden_states=given.leaves[0]).sample
     assert (tmp_path / "lion.png").stat().st_size > 0
     assert (expected - untrained).abs().max() > 1e-2
-    bounds.assert_same_output(loaded, expected, made.policy.unet)
+    bounds.assert_same_output(loaded, expected, made.policy.network)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
@@ -374,13 +374,14 @@ def test_metrics_survive_a_line_cut_short(options):
 @pytest.mark.rounding
 def test_pictures_are_decoded_in_parts(options, monkeypatch):
     """To rounding the same, and never more than asked for. Pictures are half of what the decoder gives, which is about 1."""
-    policy, sizes = assemble(parse(options())).policy, []
-    latents = torch.randn(5, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    whole, decode = policy.decode_latents(latents), policy.pipe.vae.decode
+    made, sizes = assemble(parse(options())), []
+    policy, recording = made.policy, made.denoising.recording
+    latents = torch.randn(5, *recording.shape, generator=torch.Generator().manual_seed(0))
+    whole, decode = policy.decode(latents, recording), policy.pipe.vae.decode
     monkeypatch.setattr(policy.pipe.vae, "decode", lambda part, **kwargs: sizes.append(len(part)) or decode(part, **kwargs))
     policy.decode_batch = 2
     bound = bounds.SIGMAS * bounds.network_rounding(policy.pipe.vae.decoder) / 2
-    assert (policy.decode_latents(latents) - whole).abs().max() <= bound
+    assert (policy.decode(latents, recording) - whole).abs().max() <= bound
     assert sizes == [2, 2, 1] and whole.std() > 0
 
 
@@ -389,8 +390,10 @@ def test_the_text_encoder_is_on_the_device_while_prompts_are_new(options, monkey
     encoder = policy.pipe.text_encoder
     monkeypatch.setattr(encoder, "to", lambda device: moves.append(str(device)) or encoder)
     assert policy.offload_text_encoder
-    embeds = policy.encode_prompts(["new", "other"])
-    assert moves == ["cpu", "cpu"] and torch.equal(policy.encode_prompts(["other", "new"]), embeds.flip(0)) and len(moves) == 2
+    latent_shape(policy)  # records without guidance, for which it encodes, too
+    assert moves == ["cpu", "cpu"]
+    (first,), (again,) = (conditions(policy, prompts).leaves for prompts in (["new", "other"], ["other", "new"]))
+    assert moves == ["cpu", "cpu"] * 2 and torch.equal(again, first.flip(0))
 
 
 def test_evaluation_is_the_same_every_time(options):
@@ -401,7 +404,7 @@ def test_evaluation_is_the_same_every_time(options):
 
 def test_pictures_that_are_not_finite_get_no_reward(options, monkeypatch):
     """An overflow looks like a black picture to a JPEG encoder: the best reward there is."""
-    decode_latents, ddim_step = Policy.decode_latents, reference.ddim_step
+    decode, ddim_step = Policy.decode, reference.ddim_step
 
     def overflowing(noise_pred, latents, coefficients, steps, seed, sample_ids, *rest):
         next_latents, *others = ddim_step(noise_pred, latents, coefficients, steps, seed, sample_ids, *rest)
@@ -409,14 +412,14 @@ def test_pictures_that_are_not_finite_get_no_reward(options, monkeypatch):
             next_latents[2] = torch.inf
         return next_latents, *others
 
-    def black(policy, latents):
-        images = decode_latents(policy, latents)
+    def black(policy, *args):
+        images = decode(policy, *args)
         if len(images) > 2:
             images[1] = torch.nan
         return images
 
     monkeypatch.setattr(reference, "ddim_step", overflowing)
-    monkeypatch.setattr(Policy, "decode_latents", black)
+    monkeypatch.setattr(Policy, "decode", black)
     folder = run(options(reward__name="jpeg_compressibility", run__iterations=1))
     row = read_metrics(folder)[1]
     assert (

@@ -74,7 +74,7 @@ def test_gradient_is_that_of_the_window_s_steps_alone(options, algorithm, guidan
     first = first_gradient(options(**changed))
     rollout, pipe, window = first.rollout, first.run.policy.pipe, first.rollout.schedule.trained
     for place, step in enumerate(window):
-        t = int(rollout.schedule.timesteps[step])
+        t = int(rollout.schedule.times[step])
         x_t, next_x = rollout.latents[:, place], rollout.latents[:, place + 1]
         log_prob = textbook_log_prob(pipe, first.prompts, x_t, next_x, (t, t - 200), guidance_scale)
         ratio = (log_prob - rollout.log_probs[:, place].double()).exp()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from runs import BY_PROMPT, ENVIRONMENT, LIMIT_S, ROOT, deepspeed, ports, printed, write_job
 from safetensors.torch import load_file
-from shared import command_line, joined, policy_of, run, run_dir
+from shared import command_line, conditions, joined, latent_shape, policy_of, run, run_dir
 
 from ddpo_fast import assemble
 from ddpo_fast import train as trainer
@@ -107,7 +107,7 @@ def launch(num_ranks: int, runs: list[list[str]], folder: Path) -> None:
 
 
 def test_the_plain_runs_move_the_weights_more_than_the_tolerance(make, plain, tiny_model):
-    before = joined(policy_of(tiny_model, scope="none").unet.state_dict())
+    before = joined(policy_of(tiny_model, scope="none").network.state_dict())
     assert (plain["full", "adamw"] - before).norm() > 4 * tolerance(make("plain-full-adamw", "full"))
     lora = make("plain-lora-adamw")
     assert bounds.moved(run_dir(lora)) > 4 * tolerance(lora)
@@ -192,13 +192,13 @@ def test_half_precision_at_stage_3_has_fp32_masters_and_skips_what_is_not_finite
     init_distributed(60)
     policy = policy_of(tiny_model, "fp16", scope="none")
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=1e-3)
-    engine = Engine(policy.unet, optimizer, zero_stage=3, max_grad_norm=1.0, dtype=torch.float16)
+    engine = Engine(policy.network, optimizer, zero_stage=3, max_grad_norm=1.0, dtype=torch.float16)
     policy.attach(engine.module, partitioned=True)
     assert {p.ds_tensor.dtype for p in engine.parameters} == {torch.float32}
 
     def step(factor: float) -> tuple[float, torch.Tensor]:
-        latents, embeds = torch.ones(2, *policy.latent_shape).half(), policy.encode_prompts(["a", "b"])
-        noise_pred = policy.predict_noise(latents, torch.full((2,), 5), embeds)
+        latents, given = torch.ones(2, *latent_shape(policy)).half(), conditions(policy, ["a", "b"])
+        noise_pred = policy.predict(latents, torch.full((2,), 5), given)
         engine.backward(noise_pred.float().square().mean() * engine.loss_scale * factor, last=True)
         norm = engine.step()
         with engine.gathered():

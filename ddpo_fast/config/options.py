@@ -141,6 +141,10 @@ class SampleConfig:
     """How a picture is denoised."""
     guidance_scale: float = 3.0
     """Classifier-free guidance w in uncond + w (cond - uncond), in sampling and in training. 1 turns it off and halves the work."""
+    height: Optional[int] = None
+    """Height of a picture, in pixels. Default: the pipeline's own."""
+    width: Optional[int] = None
+    """Width of a picture, in pixels. Default: the pipeline's own."""
     eta: float = 1.0
     """How much noise a step draws anew. ddim and cps: 0 < eta <= 1. flow_sde, dance_sde and precise: a finite number > 0. ode: none."""
     window: Optional[dict[str, int]] = None
@@ -298,6 +302,10 @@ class EvalConfig:
     """Denoising steps of evaluation pictures. Default: sample.num_steps."""
     guidance_scale: Optional[float] = None
     """Classifier-free guidance of evaluation pictures. Default: sample.guidance_scale."""
+    height: Optional[int] = None
+    """Height of evaluation pictures, in pixels. Default: sample.height."""
+    width: Optional[int] = None
+    """Width of evaluation pictures, in pixels. Default: sample.width."""
     heldout: Optional[Union[PromptSet, list[str]]] = None
     """Prompts that the run does not train on, such as unseen_animals. They make a second fixed evaluation set of eval.num_samples pictures
     (metrics heldout_*), which shows what the model has learnt about other prompts. It also decides which weights are the best: see
@@ -387,7 +395,7 @@ class Config:
     @property
     def evaluation(self) -> SampleConfig:
         """How evaluation pictures are made: as samples, but for what eval says, and without a window."""
-        own = {name: getattr(self.eval, name) for name in ("sampler", "num_steps", "guidance_scale")}
+        own = {name: getattr(self.eval, name) for name in ("sampler", "num_steps", "guidance_scale", "height", "width")}
         return dataclasses.replace(self.sample, window=None, **{name: value for name, value in own.items() if value is not None})
 
     def __getitem__(self, option: str):

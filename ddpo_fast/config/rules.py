@@ -120,7 +120,18 @@ RULES = [
         lambda c: f"null, or a sampler that takes sample.eta={c.sample.eta}",
         lambda v, c: v is None or samplers.find(v).takes(c.sample.eta),
     ),
-    ("eval.num_steps", f"{_positive[1]}, or null", lambda v, c: v is None or _positive[0](v, c)),
+    *(
+        (option, f"{_positive[1]}, or null", lambda v, c: v is None or _positive[0](v, c))
+        for option in ("eval.num_steps", "sample.height", "sample.width", "eval.height", "eval.width")
+    ),
+    *(  # a pipeline that is given one side only takes its own size
+        (
+            f"{of}.width",
+            f"{_positive[1]} beside {of}.height, or null without it",
+            lambda v, c, of=of: (v is None) == (c[f"{of}.height"] is None),
+        )
+        for of in ("sample", "eval")
+    ),
     ("eval.guidance_scale", "a finite number >= 1; 1 is no guidance; or null", lambda v, c: v is None or _number(1)(v, c)),
     ("sample.num_samples", "a multiple of train.num_minibatches", lambda v, c: v % c.train.num_minibatches == 0),
     ("train.kl_coefficient", "a finite number >= 0", _number(0)),

@@ -15,10 +15,11 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from torch import nn
 
 from ddpo_fast.pipelines import model_parts, single_file
+from ddpo_fast.pipelines.ddim import changed_steps
+from ddpo_fast.pipelines.families import FAMILIES, Family
 from ddpo_fast.pipelines.hub import CONFIGS, check_readable, choose_weights, file_names, in_one_line, local_folder
 from ddpo_fast.pipelines.model_parts import NETWORKS, TEXT_ENCODERS, read_config
 from ddpo_fast.pipelines.single_file import PREFIXES, SDXL_PREFIXES, is_vae, names_in
-from ddpo_fast.schedule import changed_steps
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Model:
     """The option that its configs come from: "model.path=..." or, for a single file, "model.config=..."."""
     kind: type
     """The pipeline's class."""
+    family: Family
     folder: Path
     """Where its configs and tokenizers are."""
     configs: dict[str, dict]
@@ -100,7 +102,18 @@ def find_model(path: str, config: str | None = None, vae: str | None = None, var
     configs["unet"] = model_parts.check_unet(option, kind, configs["unet"], channels)
     if variant is not None and variant not in {found.variant for found in weights.values()}:
         raise ValueError(f"model.variant={variant}: no part of {path} has weights of that variant; valid is null")
-    return Model(path, option, kind, folder, configs, tokenizers, scheduler, weights, _notes(option, stated, scheduler, weights))
+    return Model(
+        path,
+        option,
+        kind,
+        FAMILIES[kind.__name__],
+        folder,
+        configs,
+        tokenizers,
+        scheduler,
+        weights,
+        _notes(option, stated, scheduler, weights),
+    )
 
 
 def _find_weights(option: str, source: str, folder: Path, parts: list[str], variant: str | None) -> dict[str, Weights]:

@@ -17,7 +17,7 @@ import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ddpo_fast.schedule import SD_STEPS, ddim_scheduler
+from ddpo_fast.pipelines.ddim import SD_STEPS, ddim_scheduler
 
 CLASSES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 """What can be trained, by the name in model_index.json."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -197,8 +198,9 @@ class Recorder:
     def record(self, asked: Asked) -> Recording:
         """What the pipeline gives its network when it is called as asked. Raises ValueError for a pipeline that does not fit."""
         answers: tuple[list, list] = [], []
-        whole = self._trace(2, asked)
-        two, three = (self._trace(2 + more, replace(asked, num_steps=2), answers[more]) for more in (0, 1))
+        with _silent():
+            whole = self._trace(2, asked)
+            two, three = (self._trace(2 + more, replace(asked, num_steps=2), answers[more]) for more in (0, 1))
         self.answers[asked] = [_Answer.of(*pair) for pair in zip(*answers)]
         calls_per_step, rest = divmod(len(whole.calls), asked.num_steps)
         if rest or calls_per_step not in (1, 2) or len(whole.guided) != asked.num_steps or len(two.calls) != 2 * calls_per_step:
@@ -231,6 +233,34 @@ class Recorder:
         template = recording.template
         return [[_row(calls[call].leaves[i], template.dims[i], number) for i in template.texts] for call, number in recording.branches]
 
+    def own_outputs(self, prompt: str, recording: Recording) -> list[tuple[int, Tensor, list[Tensor]]]:
+        """What the network gives in the first and the last step of the pipeline's own call: the step, latents and each branch's output.
+
+        Both are (1, *shape). The steps between them run without the network.
+        """
+        shown, found, outputs = {0, recording.asked.num_steps - 1}, [], []
+        steps = iter(range(recording.asked.num_steps))
+        step = next(steps)
+
+        def network(*args, **kwargs):
+            if step not in shown:
+                return (_latents_of(args, kwargs),)
+            out = self.network(*args, **kwargs)
+            outputs.append(out[0])
+            return out
+
+        def stepped(out: Tensor, x: Tensor) -> Tensor:
+            nonlocal step
+            if step in shown:
+                found.append((step, x, [outputs[call][block].reshape(x.shape) for call, block in recording.branches]))
+            outputs.clear()
+            step = next(steps, None)
+            return 0.9 * x
+
+        with self._replaced(network, stepped, lambda x: x, self._encode(), False):
+            self._call([prompt], recording.asked, "latent")
+        return found
+
     def decode(self, x: Tensor, recording: Recording) -> Tensor:
         """Pictures (B, 3, H, W) fp32 in [0, 1] of final latents (B, *shape), by the pipeline without a step."""
         answers = iter(self.answers[recording.asked])
@@ -238,6 +268,17 @@ class Recorder:
         with self._replaced(_not_called, _not_called, lambda _: latents, lambda *_: next(answers).rows(len(x)), True):
             pictures = self._call([""] * len(x), recording.asked, "pt").float()
         return pictures.contiguous(memory_format=torch.channels_last)  # some pipelines copy: a reward's sums shall round alike for all
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, diffusers says nothing of probes that are too long for a tokenizer: the user has not asked for them."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _latents_of(args: tuple, kwargs: dict) -> Tensor | list[Tensor]:

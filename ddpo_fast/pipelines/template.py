@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
@@ -28,6 +29,16 @@ class Asked:
     height: int | None = None
     width: int | None = None
     """Pixels; None: the pipeline's own size."""
+
+    @classmethod
+    def of(cls, options) -> "Asked":
+        """For the pictures that `options`, config.sample or config.evaluation, ask for."""
+        return cls(options.num_steps, options.guidance_scale, options.height, options.width)
+
+    @property
+    def texts(self) -> tuple:
+        """What a prompt's text depends on."""
+        return self.guidance_scale, self.height, self.width
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,10 @@ class Recording:
         """Rows of the output that a sample has for `guide`: both branches, or the one that a rescaling pipeline makes of them."""
         return 1 if self.rescaled else self.num_branches
 
+    def text_rows(self, prompts: np.ndarray) -> np.ndarray:
+        """Which texts the network rows of some samples are given, of their prompts' (B,): all unconditional rows come first."""
+        return np.concatenate([np.zeros_like(prompts), prompts]) if self.num_outputs == 2 else prompts
+
     def combined(self, out: Tensor) -> Tensor:
         """The rows that a step and a loss take of the network's output: (R, *shape) as it is, or (R / 2, *shape) fp32 where rescaled.
 
@@ -128,6 +143,7 @@ class Texts:
     recording: Recording
     leaves: list
     """Tensors, or lists, with a row for the unconditional branch, if there is one, and then for each prompt."""
+    device: torch.device
 
     @classmethod
     def of(cls, recording: Recording, rows: list[list[Row]], device: torch.device) -> "Texts":
@@ -140,7 +156,7 @@ class Texts:
                 raise ValueError(f"its text is {tuple(column[0].shape)} for one prompt and another size for others: they cannot be batched")
             else:
                 leaves.append(torch.cat(column, template.dims[i]).to(device))
-        return cls(recording, leaves)
+        return cls(recording, leaves, device)
 
     def gather(self, index: Tensor) -> list:
         """The template's leaves for network rows (R,), each a row of these texts."""
@@ -152,9 +168,9 @@ class Texts:
                 found.append(leaf.index_select(template.dims[i], index))
         return found
 
-    def conditions(self, prompts: Tensor) -> "Conditions":
-        """Those of samples whose prompts are in these rows (B,): of guidance, all unconditional rows come first."""
-        return Conditions(self, torch.cat([torch.zeros_like(prompts), prompts]) if self.recording.num_outputs == 2 else prompts)
+    def conditions(self, prompts: np.ndarray) -> "Conditions":
+        """Those of samples whose prompts are in these rows (B,), see `Recording.text_rows`."""
+        return Conditions(self, torch.from_numpy(self.recording.text_rows(prompts)).to(self.device))
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from ddpo_fast import dtypes
+from ddpo_fast.algorithms import Regression
 from ddpo_fast.config.conflicts import possible
 from ddpo_fast.distributed.deepspeed_options import BUCKET_ELEMENTS
 from ddpo_fast.distributed.optimizer import state_bytes
 from ddpo_fast.gpus import GPUS, HERE, parse_devices
 from ddpo_fast.memory import free_mib, num_kept_prompts
+from ddpo_fast.pipelines.ddim import ddim_scheduler
+from ddpo_fast.pipelines.model_parts import latent_size
+from ddpo_fast.pipelines.recorder import PROBES
 from ddpo_fast.planning.counts import MIB, ModelCounts, architecture, count_model
-from ddpo_fast.planning.work import Work, denoisings, merges_lora, shares_guidance
+from ddpo_fast.planning.work import Work, check_steps, merges_lora, shares_guidance
 from ddpo_fast.prompts import evaluation_sets, load_prompts
-from ddpo_fast.schedule import ddim_scheduler
 from ddpo_fast.terminal import user_error
 
 USABLE = 0.9
@@ -91,10 +94,11 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
         gradients *= 1 / num_devices if work.offload == "none" else 0
     if work.zero_stage > 0 or num_devices > 1:
         gradients += min(trained, 4 * BUCKET_ELEMENTS)
-    trajectory = 4 * counts.num_latents * work.kept_latents + 4 * max(0, work.kept_latents - 1) + counts.embed_bytes
+    trajectory = 4 * counts.num_latents * work.kept_latents + 4 * max(0, work.kept_latents - 1)
     batch = min(work.batch_size, samples)
     transitions = min(work.micro_batch, work.update_transitions(num_devices))
-    rollout, sampled_rows = samples * trajectory / MIB, max(work.rows, work.evaluation_rows) * batch
+    rollout = (samples * trajectory + work.texts(num_devices) * counts.embed_bytes) / MIB
+    sampled_rows = max(work.rows, work.evaluation_rows) * batch
     sampling, update = max(counts.forward.mib(sampled_rows), rollout), update_mib(counts, work, work.trained_rows * transitions)
     if work.score_accumulation:
         parts = batch * trained if work.trained_steps < work.population else 0
@@ -238,7 +242,7 @@ def make_plan(config) -> Plan:
     device = find_device(name, dtype, num_devices)
     work = Work.of(fit_sizes(config, counts, device.memory_mib, num_devices, on_gpu))
     work = with_cache(work, config, counts, device.memory_mib, num_devices, on_gpu)
-    kept = min(num_prompts(config), num_kept_prompts(counts.embed_bytes, work.batch_size))
+    kept = num_texts(config, num_kept_prompts(counts.embed_bytes, work.batch_size))
     work = replace(work, prompts=(0, kept) if on_gpu else (kept, 0))
     flop = iteration_flop(counts, work, num_devices)
     sampling, update = (num_devices * device.matmul_flops * fraction for fraction in device.fractions)
@@ -257,18 +261,23 @@ def print_plan(config) -> None:
             user_error(error)
 
 
-def num_prompts(config) -> int:
-    """Different prompts that a config's run encodes: to train on, to evaluate on, and the empty one."""
+def num_texts(config, most: int) -> int:
+    """Texts that a config's run keeps: for each of its guidance scales the prompts, `most` in all, and one without a prompt."""
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
-    evaluations = evaluation_sets(config.eval, prompts)
-    return len({"", *prompts.texts, *(text for chosen in evaluations for text in chosen.prompts.texts)})
+    evaluated = {text for chosen in evaluation_sets(config.eval, prompts) for text in chosen.prompts.texts}
+    wanted = [(config.sample.guidance_scale, text) for text in (PROBES[0], *prompts.texts)]  # one to try the network with
+    wanted += [(config.evaluation.guidance_scale, text) for text in evaluated]
+    if isinstance(config.algorithm, Regression):
+        wanted += [(config.training_guidance, text) for text in prompts.texts]
+    return min(len(set(wanted)), most) + len({scale for scale, _ in wanted} - {1})
 
 
 def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
     """The counts of a config's model. Raises ValueError naming the option at fault."""
     model = config.model
     arch = architecture(model.path, model.vae, model.config, model.variant)
-    denoisings(config, ddim_scheduler(arch["scheduler"]))
+    arch = arch | {"unet": sized(arch, config.sample.height, config.sample.width)}
+    check_steps(config, ddim_scheduler(arch["scheduler"]))
     counts = count_model(
         arch,
         dtype,
@@ -284,6 +293,13 @@ def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
             counts, weight_bytes={part: size for part, size in counts.weight_bytes.items() if not part.startswith("text_encoder")}
         )
     return counts
+
+
+def sized(arch: dict[str, dict], height: int | None, width: int | None) -> dict:
+    """The UNet's config with the latents' size of pictures of so many pixels; None: its own."""
+    config, downsamplings = arch["unet"], len(arch["vae"].get("block_out_channels", (64,))) - 1
+    sides = [size if pixels is None else pixels >> downsamplings for size, pixels in zip(latent_size(config), (height, width))]
+    return config | {"sample_size": sides}
 
 
 AUTO_SIZES = {("sample", "batch_size"): ("sampling", "decode"), ("train", "micro_batch"): ("update",)}
@@ -346,7 +362,7 @@ def plan_text(plan: Plan) -> str:
     kept = work.trained_transitions(plan.num_devices) if any(work.held) else 0
     notes = {
         "frozen weights": weights,
-        "prompt embeddings": f"{sum(work.prompts):,} prompts, {sum(work.prompts) * counts.embed_bytes / MIB:,.0f} on the host",
+        "prompt embeddings": f"{sum(work.prompts):,} texts, {sum(work.prompts) * counts.embed_bytes / MIB:,.0f} on the host",
         "trained weights": f"{counts.num_trainable:,} in fp32",
         "gathered weights": "only with zero.stage=3",
         "optimizer state": f"{work.optimizer}, ZeRO {work.zero_stage}",
@@ -366,7 +382,7 @@ def plan_text(plan: Plan) -> str:
         notes["optimizer state"] += f", {host_mib(counts, work, plan.num_devices):,.0f} of what is offloaded on the host"
     if work.score_accumulation:
         notes |= {
-            "rollout": f"prompt embeddings of {samples} samples",
+            "rollout": f"embeddings of {work.texts(plan.num_devices):,} texts",
             "sample gradients": f"{samples} samples",
             "sampling": f"batches of {batch}, {work.rows} UNet rows each sample, {saved}",
             "update": "the combined gradient; no UNet call",

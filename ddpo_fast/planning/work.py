@@ -7,7 +7,7 @@ import torch
 
 from ddpo_fast.algorithms import Regression
 from ddpo_fast.config.conflicts import possible
-from ddpo_fast.schedule import Denoising, Window
+from ddpo_fast.schedule import Levels, Schedule, Window
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Work:
     held: tuple[int, int] = (0, 0)
     """Transitions of a rank in the activation cache, on the device and on the host."""
     prompts: tuple[int, int] = (0, 0)
-    """Prompts whose embeddings a rank keeps, in its own memory, if that is a CPU's, and on the host beside it."""
+    """Texts that a rank keeps, in its own memory, if that is a CPU's, and on the host beside it."""
     score_accumulation: bool = False
     """Whether sampling does the update's network calls: train.estimator."""
     offload: str = "none"
@@ -45,6 +45,7 @@ class Work:
     """Network rows of a transition in the update; None: G, as in sampling."""
     evaluation_rows: int = 1
     """Network rows of an evaluation picture, which is sampled in batches as large."""
+    samples_per_prompt: int = 1
 
     @property
     def trained_rows(self) -> int:
@@ -73,7 +74,7 @@ class Work:
             train.num_minibatches, train.inner_epochs, train.micro_batch, trained_steps, config.optimizer.name, config.zero.stage,
             sample.decode_batch, score_accumulation=train.estimator == "score_accumulation", offload=config.zero.offload,
             stochastic_steps=stochastic, regression=regression, update_rows=1 if config.training_guidance == 1 else 2,
-            evaluation_rows=1 if config.evaluation.guidance_scale == 1 else 2,
+            evaluation_rows=1 if config.evaluation.guidance_scale == 1 else 2, samples_per_prompt=config.prompts.samples_per_prompt,
         )  # fmt: skip
 
     def share(self, num_devices: int) -> int:
@@ -82,6 +83,10 @@ class Work:
         if self.num_samples % multiple:
             raise ValueError(f"sample.num_samples={self.num_samples}: valid is a multiple of {multiple} with {num_devices} ranks")
         return self.num_samples // num_devices
+
+    def texts(self, num_devices: int) -> int:
+        """Texts that an update has on the device at most: each prompt's of the rank's samples once, and one without a prompt."""
+        return -(-self.share(num_devices) // self.samples_per_prompt) + self.trained_rows - 1
 
     def update_transitions(self, num_devices: int) -> int:
         """Transitions of a rank that one update trains on."""
@@ -107,15 +112,20 @@ def merges_lora(config, dtype: torch.dtype) -> bool:
     return config.lora.forward == "merged" or config.lora.forward == "auto" and dtype == torch.float32 and possible("merged", config)
 
 
-def denoisings(config, scheduler, device: torch.device | str = "cpu") -> tuple[Denoising, Denoising]:
-    """How a config makes samples, and evaluation pictures. Raises ValueError, naming the option, for steps that the model does not have."""
+def check_steps(config, scheduler) -> None:
+    """Raises ValueError, naming the option, for denoising steps that a diffusion model with this scheduler does not have."""
     num_levels = scheduler.config.num_train_timesteps
     if isinstance(config.algorithm, Regression) and config.algorithm.num_timesteps > num_levels:
         raise ValueError(
             f"algorithm.num_timesteps={config.algorithm.num_timesteps}: valid is 1 to {num_levels}, the model's training steps"
         )
-    sampling = Denoising.of(config.sample, scheduler, device)
+    _check_steps(config.sample, scheduler)
     try:
-        return sampling, Denoising.of(config.evaluation, scheduler, device)
+        _check_steps(config.evaluation, scheduler)
     except ValueError as error:
         raise ValueError(re.sub(r"^sample\.(num_steps|sampler)", r"eval.\1", str(error))) from None  # sample's own are good
+
+
+def _check_steps(options, scheduler) -> None:
+    stochastic = Window.of(options.window, options.num_steps).steps(0, 1)
+    Schedule.of(Levels.of_steps(scheduler, options.num_steps), options.sampler, options.eta, stochastic=stochastic)

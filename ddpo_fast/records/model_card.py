@@ -10,13 +10,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from ddpo_fast import algorithms
 from ddpo_fast.algorithms import PolicyGradient
 from ddpo_fast.files import write_text
-from ddpo_fast.places import LORA_FILE
+from ddpo_fast.places import LORA_FILE, NETWORKS
 from ddpo_fast.prompts import EVALUATIONS
 from ddpo_fast.records.report import Run, read_run
 
 _OPTIONS = (
     "train.algorithm lora.init lora.scope lora.targets lora.rank lora.alpha prompts.name prompts.file sample.num_samples sample.num_steps "
-    "sample.guidance_scale sample.sampler sample.eta sample.window train.num_minibatches train.inner_epochs train.learning_rate run.seed"
+    "sample.guidance_scale sample.height sample.width sample.sampler sample.eta sample.window train.num_minibatches train.inner_epochs "
+    "train.learning_rate run.seed"
 ).split()
 _POLICY_GRADIENT_OPTIONS = ("train.clip_range", "train.kl_coefficient", "baseline.name")
 _CURVE = 12
@@ -24,7 +25,7 @@ _CURVE = 12
 
 
 def write_card(run_dir: Path, part: str = "") -> None:
-    """Writes README.md, before.png and after.png into <run_dir>/<part>/lora, or <run_dir>/<part>/unet after full fine-tuning."""
+    """Writes README.md, before.png and after.png into <run_dir>/<part>/lora, or to the network after full fine-tuning."""
     run, folder = read_run(run_dir), weights_folder(run_dir / part)
     for name, path in pictures(run).items():
         shutil.copyfile(path, folder / name)
@@ -32,11 +33,11 @@ def write_card(run_dir: Path, part: str = "") -> None:
 
 
 def weights_folder(run_dir: Path) -> Path:
-    """<run_dir>/lora or <run_dir>/unet. Raises ValueError if there is neither yet."""
-    for name in ("lora", "unet"):
+    """<run_dir>/lora, or the folder of the whole network. Raises ValueError if there is neither yet."""
+    for name in ("lora", *NETWORKS):
         if (run_dir / name).is_dir():
             return run_dir / name
-    raise ValueError(f"RUN_DIR={run_dir}: there is no lora/ or unet/ in it yet; a run writes it with its first checkpoint")
+    raise ValueError(f"RUN_DIR={run_dir}: there is no lora/ (or whole network) in it yet; a run writes it with its first checkpoint")
 
 
 def pictures(run: Run) -> dict[str, Path]:
@@ -62,9 +63,11 @@ def card(run: Run, weights: str, public: bool) -> str:
     """
     options, full = run.config, run.config["lora"]["scope"] == "none"
     (base, on_hub), reward = base_model(run), Path(options["reward"]["name"]).name
-    tags = ["text-to-image", "stable-diffusion", "ddpo", "reinforcement-learning", *([] if full else ["lora"])]
+    part, network = run.environment["network"]
+    kind = ["stable-diffusion"] if part == "unet" else []
+    tags = ["text-to-image", *kind, "ddpo", "reinforcement-learning", *([] if full else ["lora"])]
     data = ModelCardData(base_model=base if on_hub else None, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
-    what = "The UNet" if full else "A LoRA for the UNet"
+    what = f"The {network}" if full else f"A LoRA for the {network}"
     origin = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`, a local model"
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {run.name}",
@@ -75,7 +78,7 @@ def card(run: Run, weights: str, public: bool) -> str:
     if pictures(run):
         parts.append("The same prompts and the same noise, before and after; below each picture its reward:")
         parts.append("![before](before.png)\n\n![after](after.png)")
-    elsewhere = "" if full else _elsewhere(weights, public)
+    elsewhere = "" if full else _elsewhere(part, weights, public)
     parts += ["## Use", _use(run, weights, full, public), elsewhere, "## Training", _training(run)]
     content = "\n\n".join(part for part in parts if part) + "\n"
     return str(ModelCard(content))
@@ -103,10 +106,12 @@ def _mean(row: dict, name: str) -> str:
 
 
 def _use(run: Run, weights: str, full: bool, public: bool) -> str:
-    model = run.config["model"]
-    steps = "".join(f", {key}={value!r}" for key, value in run.environment.get("scheduler", {}).items())
+    """Python code that draws a picture as the evaluation does: by DDIM, or as a flow model's pipeline does."""
+    model, environment = run.config["model"], run.environment
+    part, network = environment["network"]
+    by_ddim = "scheduler" in environment
     names = {name: Path(path).name if public and not _is_on_hub(path) else path for name, path in model.items() if isinstance(path, str)}
-    classes, arguments = {"DDIMScheduler", "UNet2DConditionModel"} if full else {"DDIMScheduler"}, f'"{names["path"]}"'
+    classes, arguments = {*([network] if full else []), *(["DDIMScheduler"] if by_ddim else [])}, f'"{names["path"]}"'
     pipeline, constructor = "DiffusionPipeline", "from_pretrained"
     if "config" in names:  # a single file, which does not say what it is of
         pipeline = DiffusionPipeline.load_config(model["config"])["_class_name"]
@@ -115,27 +120,34 @@ def _use(run: Run, weights: str, full: bool, public: bool) -> str:
         vae = "from_single_file" if names["vae"].endswith(".safetensors") else "from_pretrained"
         arguments += f', vae=AutoencoderKL.{vae}("{names["vae"]}")'
         classes.add("AutoencoderKL")
-    if variant := run.environment.get("variant"):
+    if variant := environment.get("variant"):
         arguments += f', variant="{variant}"'
-    load = f'pipe.unet = UNet2DConditionModel.from_pretrained("{weights}")' if full else f'pipe.load_lora_weights("{weights}")'
-    call = f"num_inference_steps={run.sampling['num_steps']}, guidance_scale={run.sampling['guidance_scale']}, eta={run.sampling['eta']}"
-    return (
-        f"```python\nfrom diffusers import {', '.join(sorted({*classes, pipeline}))}\n\n"
-        f"pipe = {pipeline}.{constructor}({arguments})\n{load}\n"
-        f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{steps})\n"
-        f'image = pipe("a prompt", {call}).images[0]\n```'
-    )
+    arguments += "".join(f", {absent}=None" for absent in model.get("parts", {}))
+    lines = [f"from diffusers import {', '.join(sorted({*classes, pipeline}))}", "", f"pipe = {pipeline}.{constructor}({arguments})"]
+    lines.append(f'pipe.{part} = {network}.from_pretrained("{weights}")' if full else f'pipe.load_lora_weights("{weights}")')
+    call = {"num_inference_steps": run.sampling["num_steps"], environment["guidance"]: run.sampling["guidance_scale"]}
+    if by_ddim:
+        steps = "".join(f", {key}={value!r}" for key, value in environment["scheduler"].items())
+        lines.append(f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{steps})")
+        call["eta"] = run.sampling["eta"]
+    call |= {side: run.sampling[side] for side in ("height", "width") if run.sampling[side] is not None}
+    shown = ", ".join(f"{key}={value!r}" for key, value in (call | environment["arguments"]).items())
+    lines.append(f'image = pipe(prompt="a prompt", {shown}).images[0]')
+    return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def _elsewhere(weights: str, public: bool) -> str:
+def _elsewhere(part: str, weights: str, public: bool) -> str:
     """What to do with a LoRA outside of a pipeline of diffusers."""
     fetch = f"`hf download {weights} --local-dir lora`, then " if public else ""
     folder = "lora" if public else weights
-    return (
+    kohya = (
         f"For ComfyUI, AUTOMATIC1111 and others, {fetch}`ddpo-fast kohya {folder}` writes a file that they read whole. "
         f"`{LORA_FILE}` has names that they do not all know, and they leave out what they do not know.\n\n"
-        "A UNet alone takes it, too:\n\n"
-        f'```python\nunet.load_lora_adapter("{weights}", prefix="unet", weight_name="{LORA_FILE}")\n```\n\n'
+    )
+    return (
+        f"{kohya if part == 'unet' else ''}"
+        f"The {part} alone takes it, too:\n\n"
+        f'```python\n{part}.load_lora_adapter("{weights}", prefix="{part}", weight_name="{LORA_FILE}")\n```\n\n'
         "Its layers are then peft's. `PeftModel.from_pretrained` does not read it."
     )
 

@@ -104,11 +104,12 @@ class Run:
 
     @property
     def sampling(self) -> dict:
-        """How its evaluation pictures are made: sampler, num_steps, guidance_scale, eta, as diffusers' DDIM takes them."""
+        """How its evaluation pictures are made: sampler, num_steps, guidance_scale, eta, as diffusers' DDIM takes them, and their size."""
         sample, evaluation = self.config["sample"], self.config.get("eval", {})
         names = "sampler", "num_steps", "guidance_scale"  # the run may be older than an option
         chosen = {name: sample.get(name, "ddim") if evaluation.get(name) is None else evaluation[name] for name in names}
-        return chosen | {"eta": sample["eta"] if samplers.find(chosen["sampler"]).STOCHASTIC else 0.0}
+        size = {name: evaluation.get(name) or sample.get(name) for name in ("height", "width")}
+        return chosen | {"eta": sample["eta"] if samplers.find(chosen["sampler"]).STOCHASTIC else 0.0} | size
 
     @property
     def evaluation_names(self) -> list[str]:

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from ddpo_fast.distributed.engine import any_rank, broadcast
 from ddpo_fast.files import new_folder, write_text
+from ddpo_fast.pipelines.ddim import SD_STEPS
 from ddpo_fast.prompts import EVALUATIONS, Evaluation
 from ddpo_fast.records import checkpoint
 from ddpo_fast.records.metrics import MetricsWriter, peak_memory_mib
 from ddpo_fast.records.model_card import write_card
 from ddpo_fast.records.report import environment, write_report
 from ddpo_fast.run import Run
-from ddpo_fast.schedule import SD_STEPS
 from ddpo_fast.scoring.scorer import BadRewards
 from ddpo_fast.timing import StageTimer
 
@@ -134,11 +134,13 @@ class Record:
         return writer
 
     def _write_configuration(self) -> None:
-        """Writes config.yaml, and environment.json, which has the scheduler's steps and the variant of weights that the run has chosen."""
-        policy = self.run.policy
+        """Writes config.yaml, and environment.json, which has what the run has chosen and how diffusers has to be called to draw so."""
+        policy, family = self.run.policy, self.run.policy.family
         write_text(self.path / "config.yaml", self.config.replace(run__resume=False).to_yaml())
-        scheduler = {key: policy.pipe.scheduler.config[key] for key in (*SD_STEPS, "clip_sample")}
-        chosen = {"scheduler": scheduler, "variant": policy.variant}
+        chosen = {"variant": policy.variant, "network": [family.network, type(policy.network).__name__], "guidance": family.guidance}
+        chosen["arguments"] = policy.recorder.arguments
+        if family.process == "diffusion":
+            chosen["scheduler"] = {key: policy.pipe.scheduler.config[key] for key in (*SD_STEPS, "clip_sample")}
         write_text(self.path / "environment.json", json.dumps(environment(self.run.ranks.world_size) | chosen, indent=1))
 
     def _say_beginning(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ddpo_fast.algorithms import PolicyGradient, Regression
 from ddpo_fast.kernels import Ops
 from ddpo_fast.kernels.reference import guide, step_mean
+from ddpo_fast.pipelines.template import Recording
 from ddpo_fast.schedule import Noising, Schedule
 from ddpo_fast.updates.credit import Credit
 from ddpo_fast.updates.transitions import MicroBatch, Rollout
@@ -33,16 +34,17 @@ class Objective(Protocol):
     """What of a rollout the loss needs: the steps that are trained on, or the finished samples."""
     anchors: tuple[str, ...]
     """Names of other weights. The loss also needs the network's output under them. "reference": the model without LoRA."""
-    guided: bool
-    """Whether the loss is of both branches."""
     credit: Credit
     """What a sample's reward counts in the loss."""
 
     def population(self, schedule: Schedule) -> np.ndarray:
         """The steps, or levels of noise, that transitions are drawn from."""
 
-    def timesteps(self, schedule: Schedule) -> Tensor:
-        """What the network is told of each step or level: int64, on the CPU."""
+    def recording(self, schedule: Schedule) -> Recording:
+        """How the pipeline calls its network, of which the loss takes the output."""
+
+    def times(self, schedule: Schedule) -> Tensor:
+        """What the network is told of each step or level."""
 
     def on(self, rollout: Rollout, part: MicroBatch, epoch: int, credit: Tensor) -> tuple[Tensor, Loss]:
         """The network's input (G B, *shape) for a micro-batch, at least fp32, and the loss of what it gives back. credit: (M,)."""
@@ -93,36 +95,39 @@ class OnTrajectory:
     keeps = "trajectory"
 
     def __init__(
-        self, algorithm: PolicyGradient, credit: Credit, ops: Ops, guidance_scale: float, clip_range: float, latent_dim: int,
-        kl_coefficient: float = 0.0,
-    ):  # fmt: skip
+        self, algorithm: PolicyGradient, credit: Credit, ops: Ops, clip_range: float, latent_dim: int, kl_coefficient: float = 0.0
+    ):
         """clip_range: at SD's 16,384 latent elements, see `scaled_clip_range`."""
-        self.algorithm, self.credit, self.ops, self.guidance_scale = algorithm, credit, ops, guidance_scale
+        self.algorithm, self.credit, self.ops = algorithm, credit, ops
         self.clip_range, self.latent_dim, self.kl_coefficient = scaled_clip_range(clip_range, latent_dim), latent_dim, kl_coefficient
-        self.guided = guidance_scale != 1
         self.anchors = ("reference",) if kl_coefficient else ()
         self.figures = ("loss", "ratio", "clip_fraction", "approx_kl", *(["kl_to_reference"] if kl_coefficient else []))
 
     def population(self, schedule: Schedule) -> np.ndarray:
         return schedule.trained
 
-    def timesteps(self, schedule: Schedule) -> Tensor:
-        return schedule.timesteps.cpu()
+    def recording(self, schedule: Schedule) -> Recording:
+        return schedule.recording
+
+    def times(self, schedule: Schedule) -> Tensor:
+        return schedule.times
 
     def on(self, rollout: Rollout, part: MicroBatch, epoch: int, credit: Tensor) -> tuple[Tensor, Loss]:
+        guidance_scale = rollout.schedule.guidance_scale
+
         def loss(out: Tensor, anchors: dict[str, Tensor], weight: float) -> tuple[Tensor, Tensor]:
             total, figures = self.ops.ppo_loss(
                 out, rollout.latents, rollout.log_probs, credit, rollout.coefficients, part.rows, part.kept,
-                self.guidance_scale, self.clip_range, weight, self.algorithm.rule == "score",
+                guidance_scale, self.clip_range, weight, self.algorithm.rule == "score",
             )  # fmt: skip
             if "reference" in anchors:
                 x_t = rollout.latents[part.rows, part.kept]
-                kl = kl_divergence(out, anchors["reference"], x_t, rollout.coefficients, part.kept, self.guidance_scale)
+                kl = kl_divergence(out, anchors["reference"], x_t, rollout.coefficients, part.kept, guidance_scale)
                 kl = kl * rollout.good[part.rows]
                 total, figures = total + weight * self.kl_coefficient * kl.sum(), torch.cat([figures, kl.detach()[None]])
             return total, figures
 
-        return rollout.latents[part.unet_rows, part.unet_kept], loss
+        return rollout.latents[part.x_rows, part.x_kept], loss
 
     def describe(self) -> str:
         return f"clip range {self.clip_range:.3g} at this model's {self.latent_dim:,} latent elements"
@@ -143,24 +148,27 @@ class OnNoised:
 
     keeps, anchors, figures = "final", (), ("loss",)
 
-    def __init__(self, algorithm: Regression, credit: Credit, noising: Noising, guidance_scale: float, seed: int):
-        self.algorithm, self.credit, self.noising, self.guidance_scale, self.seed = algorithm, credit, noising, guidance_scale, seed
-        self.guided = guidance_scale != 1
+    def __init__(self, algorithm: Regression, credit: Credit, noising: Noising, recording: Recording, seed: int):
+        """recording: how the network is called in training, whose guidance may be another one than sampling's."""
+        self.algorithm, self.credit, self.noising, self._recording, self.seed = algorithm, credit, noising, recording, seed
 
     def population(self, schedule: Schedule) -> np.ndarray:
         return np.arange(self.noising.num_levels)
 
-    def timesteps(self, schedule: Schedule) -> Tensor:
-        return torch.arange(self.noising.num_levels)
+    def recording(self, schedule: Schedule) -> Recording:
+        return self._recording
+
+    def times(self, schedule: Schedule) -> Tensor:
+        return self.noising.times
 
     def on(self, rollout: Rollout, part: MicroBatch, epoch: int, credit: Tensor) -> tuple[Tensor, Loss]:
         x0 = rollout.latents[part.rows, -1]
         x_t, target = self.noising.noised(x0, part.steps, self.seed, rollout.sample_ids[part.rows], epoch)
 
         def loss(out: Tensor, anchors: dict[str, Tensor], weight: float) -> tuple[Tensor, Tensor]:
-            return denoising_loss(out, target, credit[part.rows], self.guidance_scale, weight)
+            return denoising_loss(out, target, credit[part.rows], self._recording.output_scale, weight)
 
-        return x_t.repeat(2 if self.guided else 1, *[1] * (x_t.dim() - 1)), loss
+        return x_t.repeat(self._recording.num_outputs, *[1] * (x_t.dim() - 1)), loss
 
     def describe(self) -> str:
         return f"{self.algorithm.num_timesteps} of {self.noising.num_levels} timesteps a sample and pass"

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.memory import Room
+from ddpo_fast.pipelines.template import Conditions
 from ddpo_fast.policy import Policy
 from ddpo_fast.schedule import Schedule
 from ddpo_fast.updates.activation_cache import Cache
@@ -48,17 +49,18 @@ class Replay:
     def _add(self, update: Update, rollout: Rollout, credit: Tensor, progress: Callable[[int], object], size: int) -> list[Figures]:
         """`add` in micro-batches of at most `size` transitions; begins with no gradient, so that it may be called again."""
         policy, objective = self.policy, self.objective
-        texts, timesteps = policy.texts_with_empty(rollout.prompt_embeds, rollout.pooled_embeds), objective.timesteps(rollout.schedule)
+        recording = objective.recording(rollout.schedule)
+        times, (texts, prompts) = objective.times(rollout.schedule), policy.texts(recording, rollout.prompts)
         self.engine.forget_gradient()
         self.cache.forget_fetched()
         done, weight = [], self.engine.loss_scale / len(update.rows)
-        parts = list(micro_batches(update, size, timesteps, rollout.first_kept, objective.guided, policy.device))
+        parts = list(micro_batches(update, size, rollout.first_kept, recording, prompts, times))
         for part, next_part in zip_longest(parts, parts[1:]):
             x, loss = objective.on(rollout, part, update.epoch, credit)
-            inputs = x.to(policy.dtype), part.timesteps, *(text[part.embed_rows] for text in texts)
-            with self.cache.reading(part, next_part, lambda rows: policy.predict_noise(*(tensor[rows] for tensor in inputs))):  # noqa: B023
+            inputs = x.to(policy.dtype), part.times, Conditions(texts, part.text_rows)
+            with self.cache.reading(part, next_part, lambda rows: policy.predict(*(given[rows] for given in inputs))):  # noqa: B023
                 anchors = {name: policy.predict_under(name, *inputs) for name in objective.anchors}
-                out = policy.predict_noise(*inputs)
+                out = policy.predict(*inputs)
             total, figures = loss(out, anchors, weight)
             self.engine.backward(total, last=next_part is None)
             done.append((part.rows, part.steps, figures))

@@ -119,7 +119,7 @@ class ScoreAccumulation:
         with torch.enable_grad():
             loss, figures = objective.ops.ppo_loss(
                 self.out, torch.stack([x_t, next_x], 1), log_probs[:, None], torch.ones_like(log_probs),
-                self.schedule.coefficients[step : step + 1], trained, torch.zeros_like(trained), objective.guidance_scale,
+                self.schedule.coefficients[step : step + 1], trained, torch.zeros_like(trained), self.schedule.guidance_scale,
                 objective.clip_range, self.weight, True,
             )  # fmt: skip
         loss.backward()

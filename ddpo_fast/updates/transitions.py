@@ -1,13 +1,14 @@
 """Which transitions each update trains on, and what the network is given of them. Shape letter: B transitions."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddpo_fast.distributed.ranks import Ranks
+from ddpo_fast.pipelines.template import Recording
 from ddpo_fast.planning.work import Work
 from ddpo_fast.schedule import Schedule
 
@@ -16,13 +17,10 @@ from ddpo_fast.schedule import Schedule
 class Rollout:
     """B samples. Transition (i, k) is latents[i, k] -> latents[i, k + 1], of the K steps that are kept: each latent is stored once.
 
-    L tokens, E and P embedding widths, *shape one sample's latents.
+    *shape is that of one sample's latents.
     """
 
-    prompt_embeds: Tensor
-    """(B, L, E) in the compute dtype."""
-    pooled_embeds: Tensor | None
-    """(B, P) in the compute dtype, of SDXL; None for SD 1.x and 2.x."""
+    prompts: list[str]
     sample_ids: Tensor
     """(B,) int64, which with the run's seed fix all noise."""
     latents: Tensor
@@ -46,7 +44,8 @@ class Rollout:
     def cat(cls, parts: list["Rollout"]) -> "Rollout":
         """The rollouts of several batches as one."""
         columns = {name: [getattr(part, name) for part in parts] for name in cls.__dataclass_fields__}
-        return cls(**{name: torch.cat(column) if isinstance(column[0], Tensor) else column[0] for name, column in columns.items()})
+        joined = {name: torch.cat(column) for name, column in columns.items() if isinstance(column[0], Tensor)}
+        return replace(parts[0], prompts=[prompt for part in parts for prompt in part.prompts], **joined)
 
 
 @dataclass(frozen=True)
@@ -102,37 +101,41 @@ def updates(work: Work, population: np.ndarray, ranks: Ranks, key: tuple[int, in
 
 @dataclass
 class MicroBatch:
-    """B transitions of a Rollout and the network rows that they need, as int64 indices on the device: G B rows, G = 2 with guidance."""
+    """B transitions of a Rollout and the rows that the network is given of them, G B; as int64 indices on the device."""
 
     pairs: tuple[np.ndarray, np.ndarray]
     """The transitions, samples and steps, not on the device."""
     rows: Tensor
     """(B,) sample."""
     steps: Tensor
-    """(B,) denoising step."""
+    """(B,) denoising step, or of a regression level of noise."""
     kept: Tensor
     """(B,) the same among the steps that the rollout keeps; only of a rollout that keeps a trajectory."""
-    unet_rows: Tensor
-    """(G B,) sample whose latents the network row takes."""
-    unet_kept: Tensor
+    x_rows: Tensor
+    """(G B,) sample whose latents the network row takes,"""
+    x_kept: Tensor
     """(G B,) and which of the latents that the rollout keeps."""
-    timesteps: Tensor
-    """(G B,)."""
-    embed_rows: Tensor
-    """(G B,) row of the prompt embeddings with the empty prompt's put before them."""
+    text_rows: Tensor
+    """(G B,) the row of the rollout's texts that the network row is given."""
+    times: Tensor
+    """(G B,) what the network is told of its step."""
 
 
-def micro_batches(update: Update, size: int, timesteps: Tensor, first_kept: int, guided: bool, device) -> Iterator[MicroBatch]:
+def micro_batches(
+    update: Update, size: int, first_kept: int, recording: Recording, prompts: np.ndarray, times: Tensor
+) -> Iterator[MicroBatch]:
     """An update's transitions in pieces of at most `size`, all about as large: a small last one would use the hardware badly.
 
-    All indices go to the device in one copy; timesteps: (S,) int64, on the CPU. first_kept: the first step that the rollout keeps.
+    All indices go to the device in one copy. first_kept: the first step that the rollout keeps. recording: how the network is called.
+    prompts: which text each sample of the rollout has. times: of every step, on the device.
     """
     parts, num_parts = [], -(-len(update.rows) // size)
     pairs = list(zip(np.array_split(update.rows, num_parts), np.array_split(update.steps, num_parts)))
     for r, s in pairs:
         k = s - first_kept
-        parts.append([r, s, k, r, k, timesteps.numpy()[s], r + 1])
-        if guided:
-            parts[-1][3:] = [np.tile(index, 2) for index in parts[-1][3:6]] + [np.concatenate([np.zeros_like(r), r + 1])]
-    indices = torch.from_numpy(np.concatenate(sum(parts, []))).to(device).split([len(index) for part in parts for index in part])
-    yield from (MicroBatch(pair, *indices[7 * number : 7 * number + 7]) for number, pair in enumerate(pairs))
+        parts.append([r, s, k, *(np.tile(index, recording.num_outputs) for index in (r, k)), recording.text_rows(prompts[r])])
+    steps = np.concatenate([np.tile(s, recording.num_outputs) for _, s in pairs])
+    indices = torch.from_numpy(np.concatenate([*sum(parts, []), steps])).to(times.device)
+    *indices, steps = indices.split([*(len(index) for part in parts for index in part), len(steps)])
+    told = times[steps].split([recording.num_outputs * len(r) for r, _ in pairs])
+    yield from (MicroBatch(pair, *indices[6 * number : 6 * number + 6], told[number]) for number, pair in enumerate(pairs))

@@ -1,0 +1,75 @@
+"""What a policy proves before a run begins: its network's call is the pipeline's, and stays so when it is made faster."""
+
+import pytest
+import torch
+from shared import CPU, policy_of, run, sampled
+
+from ddpo_fast.assemble import assemble
+from ddpo_fast.config.command_line import parse
+from ddpo_fast.config.options import LoraConfig
+from ddpo_fast.pipelines.folders import find_model
+from ddpo_fast.pipelines.recorder import Recorder
+from ddpo_fast.pipelines.template import Asked, Template
+from ddpo_fast.planning.plan import make_plan
+from ddpo_fast.policy import Policy
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_network_gives_its_pipeline_s_own_bits(tiny_model, monkeypatch, guidance_scale):
+    """In the first and in the last of 10 steps; the others run without the network."""
+    found, own_outputs = [], Recorder.own_outputs
+    monkeypatch.setattr(Recorder, "own_outputs", lambda *args: found.append(own_outputs(*args)) or found[-1])
+    policy = Policy(find_model(str(tiny_model)), "fp32", CPU, LoraConfig())
+    recording = policy.record(Asked(10, guidance_scale))
+    ((first, last),) = found
+    assert (first[0], last[0]) == (0, 9) and len(first[2]) == len(last[2]) == recording.num_branches
+    texts, (row,) = policy.texts(recording, ["a"])
+    for step, x, outputs in (first, last):
+        times, index = recording.times[step].expand(len(outputs)), torch.tensor([0] * (len(outputs) - 1) + [row])
+        ours = recording.template.call(policy.network, torch.cat([x] * len(outputs)), times, texts.gather(index))
+        assert torch.equal(ours, torch.cat(outputs)) and ours.std() > 0
+
+
+def test_a_call_that_is_not_the_pipeline_s_is_refused(tiny_model, monkeypatch):
+    call = Template.call
+    monkeypatch.setattr(Template, "call", lambda self, network, x, times, texts: call(self, network, x, times + 1, texts))
+    with pytest.raises(ValueError, match=r"^model.path=\S+: in step 0 its network gives numbers that are not its pipeline's, by \S+ of"):
+        policy_of(tiny_model)
+
+
+def test_a_network_that_has_changed_is_refused(options, monkeypatch):
+    """After it has been merged, fused, laid out and given to the engine."""
+    attach = Policy.attach
+
+    def spoiling(policy, *args, **kwargs):
+        attach(policy, *args, **kwargs)
+        policy.network.conv_in.weight.data *= 1.1
+
+    monkeypatch.setattr(Policy, "attach", spoiling)
+    with pytest.raises(ValueError, match=r"^model.path=\S+: made ready for the run, its network gives numbers that it did not before"):
+        assemble(parse(options()))
+
+
+def test_pictures_of_another_size(options, tiny_model):
+    """A run draws 24 x 16 pixels and evaluates at 32 x 32, of a model whose own pictures are 16 x 16; --plan counts those latents."""
+    size = {"sample__height": 24, "sample__width": 16, "eval__height": 32, "eval__width": 32}
+    folder = run(options(run__iterations=1, **size))
+    made = assemble(parse(options("again", **size)))
+    rollout, _, images = sampled(made, ["a", "b"])
+    assert rollout.latents.shape[2:] == made.denoising.recording.shape == (4, 12, 8) and images.shape[1:] == (3, 24, 16)
+    assert made.evaluating.recording.shape == (4, 16, 16)
+    text = (folder / "lora" / "README.md").read_text()
+    assert "eta=1.0, height=32, width=32)" in text
+    assert make_plan(parse([*options("plan", **size), "--plan"])).counts.num_latents == 4 * 12 * 8
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"sample__height": 21, "sample__width": 16}, "divisible by 8 but are 21 and 16"),
+        ({"eval__height": 16, "eval__width": 20}, "divisible by 8 but are 16 and 20"),
+    ],
+)
+def test_a_size_that_the_pipeline_refuses_is_one_line(options, sizes, message):
+    with pytest.raises(ValueError, match=rf"^model.path=\S+: .*{message}"):
+        assemble(parse(options(**sizes)))
