@@ -348,7 +348,7 @@ def test_a_unet_that_cannot_be_split_is_one_line(options, capsys, monkeypatch, m
     monkeypatch.setattr(Policy, "example_call", lambda *args: call(*args) + call(*args))
     with pytest.raises(SystemExit, match="2"):
         trainer.main(options(cache__mode=mode))
-    assert capsys.readouterr().err == f"error: cache.mode={mode}: this UNet calls a block twice; valid is off\n"
+    assert capsys.readouterr().err == f"error: cache.mode={mode}: this network calls a block twice; valid is off\n"
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path, limit, fre
 
 
 class Recorded:
-    """What a cache needs of a `SplitUNet`; the tensors of a call are those that it is given."""
+    """What a cache needs of a `Split`; the tensors of a call are those that it is given."""
 
     def __init__(self):
         self.kept, self.replayed = [], None

@@ -30,7 +30,7 @@ from ddpo_fast.networks.gradient_checkpointing import checkpoint_gradients
 from ddpo_fast.networks.lora import set_trainable
 from ddpo_fast.networks.merged_lora import merge
 from ddpo_fast.networks.shared_guidance import SharedGuidance
-from ddpo_fast.networks.split_unet import SplitUNet, stored_bytes
+from ddpo_fast.networks.split import Split, stored_bytes
 from ddpo_fast.pipelines.folders import find_model
 from ddpo_fast.pipelines.hub import local_folder
 from ddpo_fast.pipelines.model_parts import NETWORKS, TEXT_ENCODERS, check_vae, read_config, text_encoder
@@ -269,7 +269,7 @@ class ModelCounts:
     decode: Call
     """The VAE's decoder; a row is a picture."""
     prefix_flop: float
-    """Of a row before the UNet's first trained layer, see `SplitUNet`; 0 if there is none."""
+    """Of a row before the network's first trained layer, see `Split`; 0 if there is none."""
     kept_row_bytes: int
     """What the activation cache stores of a row."""
     cached_update: Call
@@ -349,7 +349,7 @@ def _count_calls(networks: _Networks) -> dict[str, object]:
         decode, image_bytes = count(networks.decode)
     update, saved_row_bytes = count(networks.forward, _backward)
     found = {"forward": forward, "decode": decode, "image_bytes": int(image_bytes), "update": update, "saved_row_bytes": saved_row_bytes}
-    split = SplitUNet(networks.unet, networks.forward)
+    split = Split(networks.unet, networks.forward)
     if not split.wanted:
         return found | {"prefix_flop": 0.0, "kept_row_bytes": 0, "cached_update": update}
     kept: dict[int, list[Tensor]] = {}

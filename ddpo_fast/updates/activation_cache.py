@@ -1,7 +1,7 @@
-"""UNet activations kept across PPO epochs: what the frozen layers before the first trained one compute, read instead of computed again.
+"""What the network computes before its first trained layer, kept across PPO epochs: read instead of computed again.
 
-Filled by the rollout at no extra UNet call, in the dtype that it computes in, so reading it back is exact. Shape letters: B samples of
-this rank, S denoising steps, G UNet rows a transition (2 with guidance), M transitions of a micro-batch.
+Filled by the rollout at no extra network call, in the dtype that it computes in, so reading it back is exact. Shape letters: B samples of
+this rank, S denoising steps, G network rows a transition (2 with guidance), M transitions of a micro-batch.
 """
 
 import weakref
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.memory import free_host_mib, free_mib, local_ranks
-from ddpo_fast.networks.split_unet import SplitUNet, stored_bytes
+from ddpo_fast.networks.split import Split, stored_bytes
 from ddpo_fast.planning.counts import MIB, flop_counter
 from ddpo_fast.planning.plan import FRACTIONS, WORTH, matmul_flops
 from ddpo_fast.policy import Policy
@@ -28,7 +28,7 @@ DEVICE, HOST = 0, 1
 
 @dataclass(frozen=True)
 class _Segment:
-    """Where a slot holds one kept tensor of a UNet row."""
+    """Where a slot holds one kept tensor of a network row."""
 
     start: int
     num_bytes: int
@@ -43,7 +43,7 @@ class _Segment:
         return rows[:, self.start : self.start + self.num_bytes].view(self.dtype).view(len(rows), *self.shape)
 
     def logical(self, tensor: Tensor) -> Tensor:
-        """(N, *shape) as the UNet has it, of the same memory."""
+        """(N, *shape) as the network has it, of the same memory."""
         return tensor.permute(*np.argsort(self.order).tolist())
 
 
@@ -70,12 +70,12 @@ def _pinned(size: tuple[int, int]) -> Tensor:
 class ActivationCache:
     """The kept tensors of transitions, in slots of fixed size: so many on the device, so many in pinned host memory, the rest recomputed.
 
-    An iteration `begin`s with which transitions are trained on; the rollout runs the UNet inside of `filling`, the update inside of
+    An iteration `begin`s with which transitions are trained on; the rollout runs the network inside of `filling`, the update inside of
     `reading`. Host memory reaches the device on a stream of its own, one micro-batch ahead.
     """
 
     def __init__(
-        self, split: SplitUNet, call: Callable[[int], Tensor], num_rows: int, device: torch.device, device_mib: float, host_mib: float
+        self, split: Split, call: Callable[[int], Tensor], num_rows: int, device: torch.device, device_mib: float, host_mib: float
     ):
         """`call`: as `split` was given. `num_rows`: G. The budgets are this rank's, and no slot lies beyond them even in part."""
         self.split, self.num_rows, self.device = split, num_rows, device
@@ -83,7 +83,7 @@ class ActivationCache:
         with flop_counter() as flops:
             self.segments, self.row_bytes = _segments([tensor[:1] for tensor in split.run_prefix(partial(call, 2))])
         self.prefix_flop = flops.get_total_flops() / 2
-        """Of a UNet row: what reading it saves."""
+        """Of a network row: what reading it saves."""
         self.slot_bytes = num_rows * self.row_bytes
         self.budgets_mib = device_mib, host_mib
         self.budgets = [int(mib * MIB) // self.slot_bytes for mib in self.budgets_mib]
@@ -134,7 +134,7 @@ class ActivationCache:
 
     @contextmanager
     def filling(self, rows: slice, step: int) -> Iterator[None]:
-        """Inside, a call of the UNet on the samples `rows` at `step`, G times over, fills their slots."""
+        """Inside, a call of the network on the samples `rows` at `step`, G times over, fills their slots."""
         slots = self.slots[rows, step]
         if (slots < 0).all():
             yield
@@ -142,9 +142,9 @@ class ActivationCache:
         with self.split.recording() as kept:
             yield
         for tier, chosen in self._by_tier(slots):
-            places, unet_rows = self._places(slots[chosen], tier), self._unet_rows(chosen, len(slots)).to(self.device)
+            places, network_rows = self._places(slots[chosen], tier), self._network_rows(chosen, len(slots)).to(self.device)
             if len(chosen) < len(slots):
-                kept_rows = [tensor.index_select(0, unet_rows) for tensor in kept]
+                kept_rows = [tensor.index_select(0, network_rows) for tensor in kept]
             else:
                 kept_rows = kept
             if tier == HOST and self.stream is not None:
@@ -158,13 +158,13 @@ class ActivationCache:
         self.slots[rows][bad.cpu().numpy()] = -1
 
     @contextmanager
-    def reading(self, part: MicroBatch, next_part: MicroBatch | None, run_unet: Callable[[Tensor], object]) -> Iterator[None]:
-        """Inside, a call of the UNet on a micro-batch takes up where its trained layers begin.
+    def reading(self, part: MicroBatch, next_part: MicroBatch | None, run_network: Callable[[Tensor], object]) -> Iterator[None]:
+        """Inside, a call of the network on a micro-batch takes up where its trained layers begin.
 
-        `run_unet(rows)` calls the UNet on some of the micro-batch's G M rows: what has no slot is recomputed so, less its trained part.
+        `run_network(rows)` calls it on some of the micro-batch's G M rows: what has no slot is recomputed so, less its trained part.
         Meanwhile the next micro-batch's tensors are copied from host memory to the GPU.
         """
-        with self.split.replaying(self._load(part, run_unet)):
+        with self.split.replaying(self._load(part, run_network)):
             if next_part is not None:
                 self._fetch(next_part)
             yield
@@ -198,16 +198,16 @@ class ActivationCache:
                 self.stores[HOST][place].copy_(row, non_blocking=True)
         staged.record_stream(self.stream)
 
-    def _load(self, part: MicroBatch, run_unet: Callable[[Tensor], object]) -> list[Tensor]:
+    def _load(self, part: MicroBatch, run_network: Callable[[Tensor], object]) -> list[Tensor]:
         slots = self.slots[part.pairs]
         self.reads += len(slots)
         self.hits += int((slots >= 0).sum())
         sources = []  # rows of the micro-batch, and their kept tensors
         for tier, chosen in self._by_tier(slots):
-            sources.append((self._unet_rows(chosen, len(slots)), self._read(part, tier, self._places(slots[chosen], tier))))
+            sources.append((self._network_rows(chosen, len(slots)), self._read(part, tier, self._places(slots[chosen], tier))))
         if (slots < 0).any():
-            rows = self._unet_rows(np.flatnonzero(slots < 0), len(slots)).to(self.device)
-            sources.append((rows, self.split.run_prefix(lambda: run_unet(rows))))
+            rows = self._network_rows(np.flatnonzero(slots < 0), len(slots)).to(self.device)
+            sources.append((rows, self.split.run_prefix(lambda: run_network(rows))))
         if len(sources) == 1:
             return sources[0][1]
         num_rows = self.num_rows * len(slots)
@@ -234,12 +234,12 @@ class ActivationCache:
         return [(tier, which) for tier, which in chosen if len(which)]
 
     def _places(self, slots: np.ndarray, tier: int) -> Tensor:
-        """Rows of a tier's store in the order of the UNet's rows: all slots' first branch, then all their second."""
+        """Rows of a tier's store in the order of the network's rows: all slots' first branch, then all their second."""
         first = (slots - (self.num_slots[DEVICE] if tier == HOST else 0)) * self.num_rows
         return torch.from_numpy((first + np.arange(self.num_rows)[:, None]).ravel())
 
-    def _unet_rows(self, chosen: np.ndarray, count: int) -> Tensor:
-        """The UNet's rows of some of `count` transitions."""
+    def _network_rows(self, chosen: np.ndarray, count: int) -> Tensor:
+        """The network's rows of some of `count` transitions."""
         return torch.from_numpy((chosen + count * np.arange(self.num_rows)[:, None]).ravel())
 
     def plan_text(self, updates: list[Update], dtype: torch.dtype) -> str:
@@ -261,7 +261,7 @@ class ActivationCache:
 
 
 class NoCache:
-    """Holds nothing: the UNet runs as it is."""
+    """Holds nothing: the network runs as it is."""
 
     hits = reads = 0
 
@@ -280,7 +280,7 @@ class NoCache:
     def forget_fetched(self) -> None:
         pass
 
-    def reading(self, part: MicroBatch, next_part: MicroBatch | None, run_unet: Callable[[Tensor], object]) -> nullcontext:
+    def reading(self, part: MicroBatch, next_part: MicroBatch | None, run_network: Callable[[Tensor], object]) -> nullcontext:
         return nullcontext()
 
 
@@ -288,15 +288,15 @@ NO_CACHE = NoCache()
 Cache = ActivationCache | NoCache
 
 
-def split(mode: str, policy: Policy) -> SplitUNet | None:
-    """Splits the policy's UNet where its first trained layer is, if cache.mode wants that: on, or auto and the prefix is worth it.
+def split(mode: str, policy: Policy) -> Split | None:
+    """Splits the policy's network where its first trained layer is, if cache.mode wants that: on, or auto and the prefix is worth it.
 
-    Raises ValueError for cache.mode=on and a UNet without a prefix, or one that cannot be split.
+    Raises ValueError for cache.mode=on and a network without a prefix, or one that cannot be split.
     """
     if mode == "off":
         return None
     try:
-        split = SplitUNet(policy.network, policy.example_call)
+        split = Split(policy.network, policy.example_call)
     except ValueError as error:
         raise ValueError(f"cache.mode={mode}: {error}; valid is off") from None
     if split.wanted:
@@ -314,8 +314,8 @@ def split(mode: str, policy: Policy) -> SplitUNet | None:
     return None
 
 
-def open_cache(split: SplitUNet | None, policy: Policy, num_rows: int, options) -> Cache:
-    """A run's cache, by `options`, config.cache; where the UNet is not split, one that never holds anything. num_rows: G."""
+def open_cache(split: Split | None, policy: Policy, num_rows: int, options) -> Cache:
+    """A run's cache, by `options`, config.cache; where the network is not split, one that never holds anything. num_rows: G."""
     if split is None:
         return NO_CACHE
     device_mib, host_mib = budgets_mib(options.device_mib, options.host_mib, policy.device)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ddpo_fast.networks.lora import LORA_TARGETS, set_trainable
 from ddpo_fast.networks.merged_lora import merge, unmerge
-from ddpo_fast.networks.split_unet import SplitUNet
+from ddpo_fast.networks.split import Split
 
 CROSS, PLAIN, UP_CROSS, UP_PLAIN = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 BASE = dict(sample_size=8, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=2, layers_per_block=1)
@@ -76,8 +77,8 @@ def call(unet: nn.Module, num_rows: int = 2, **changes) -> torch.Tensor:
     return unet(**rows_of(unet, num_rows) | changes, return_dict=False)[0]
 
 
-def split(unet: nn.Module) -> SplitUNet:
-    return SplitUNet(unet, partial(call, unet))
+def split(unet: nn.Module) -> Split:
+    return Split(unet, partial(call, unet))
 
 
 def differentiate(unet: nn.Module, num_rows: int, **changes) -> list[torch.Tensor]:
@@ -124,8 +125,8 @@ def stage_of(name: str) -> str:
     return ".".join(name.split(".")[: 2 if "blocks." in name and name.startswith(("down", "up")) else 1])
 
 
-def prefix_names(it: SplitUNet) -> list[str]:
-    names = {module: name for name, module in it.unet.named_modules()}
+def prefix_names(it: Split) -> list[str]:
+    names = {module: name for name, module in it.network.named_modules()}
     return [names[stage] for stage in it.prefix]
 
 
@@ -150,7 +151,7 @@ def test_a_replay_is_the_straight_call(tiny_model, kind, scope):
     it = split(unet)
     with torch.no_grad(), it.recording() as kept, Calls(unet) as called:
         assert torch.equal(call(unet, 3), expected[0])
-    assert called == all_called and len(kept) == len(it.wanted) > 0
+    assert called == all_called and len(kept) == len({n for places in it.wanted.values() for n in places.values()}) > 0
     stages = stage_names(unet)
     first = next(n for n, s in enumerate(stages) if any(p.requires_grad for p in unet.get_submodule(s).parameters()))
     assert prefix_names(it) == stages[:first]
@@ -173,12 +174,21 @@ def test_a_replay_is_the_straight_call(tiny_model, kind, scope):
 def test_kept_are_only_the_tensors_that_the_rest_takes():
     """The last up block takes the first skips alone; a block's result is kept once, though it is among the skips, too."""
     for scope, expected in (
-        ("up_blocks.3", [("conv_in", 0), ("down_blocks.0", 1), ("up_blocks.2", 0)]),
-        ("up_blocks.2", [("conv_in", 0), ("down_blocks.0", 0), ("down_blocks.0", 1), ("down_blocks.1", 1), ("up_blocks.1", 0)]),
+        ("up_blocks.3", [("up_blocks.2", 0), ("conv_in", 0), ("down_blocks.0", 1)]),
+        ("up_blocks.2", [("up_blocks.1", 0), ("down_blocks.0", 0), ("down_blocks.1", 1), ("conv_in", 0), ("down_blocks.0", 1)]),
     ):
-        unet = make_unet("sd", scope)
+        unet, made = make_unet("sd", scope), {}
         it, names = split(unet), {module: name for name, module in unet.named_modules()}
-        assert [(names[stage], n) for stage, n in it.wanted] == expected
+
+        def note(stage, args, out, made=made, names=names):
+            for n, tensor in enumerate(tree_leaves(out)):
+                made.setdefault(id(tensor), (names[stage], n))
+
+        for stage in it.blocks:
+            stage.register_forward_hook(note)
+        with torch.no_grad(), it.recording() as kept:
+            call(unet)
+        assert [made[id(tensor)] for tensor in kept] == expected
 
 
 @pytest.mark.rounding
@@ -228,40 +238,14 @@ def test_merged_lora_replays_with_its_new_weights():
     assert (expected[0] - before).norm() > 1e-3 * before.norm()
 
 
-def train_time_embedding(unet):
-    unet.time_embedding.linear_1.weight.requires_grad_(True)
-
-
-def train_conv_in(unet):
-    unet.conv_in.weight.requires_grad_(True)
-
-
-def train_conv_out(unet):
-    unet.conv_out.weight.requires_grad_(True)
-
-
-@pytest.mark.parametrize("train", [train_time_embedding, train_conv_in])
-def test_a_trained_layer_that_every_stage_follows_leaves_no_prefix(tiny_model, train):
+@pytest.mark.parametrize("trained", ["time_embedding.linear_1", "conv_in", "conv_out"])
+def test_a_trained_layer_outside_the_blocks_leaves_no_prefix(tiny_model, trained):
     unet = make_unet("tiny", "up_blocks.1", tiny_model)
-    train(unet)
+    unet.get_submodule(trained).weight.requires_grad_(True)
     expected = differentiate(unet, 2)
     it = split(unet)
-    assert it.wanted == [] and not it.prefix
+    assert not it.wanted and not it.prefix
     assert same_bits(differentiate(unet, 2), expected)
-
-
-def test_a_trained_last_layer_changes_nothing(tiny_model):
-    unet = make_unet("tiny", "up_blocks.1", tiny_model)
-    number = len(split(unet).prefix)
-    unet = make_unet("tiny", "up_blocks.1", tiny_model)
-    train_conv_out(unet)
-    expected = differentiate(unet, 2)
-    it = split(unet)
-    assert len(it.prefix) == number == 5
-    with torch.no_grad(), it.recording() as kept:
-        call(unet)
-    with it.replaying(kept):
-        assert same_bits(differentiate(unet, 2), expected)
 
 
 @pytest.mark.parametrize("scope, prefix", [("none", []), ("all", ["conv_in"])])
@@ -272,23 +256,31 @@ def test_training_everything_leaves_next_to_nothing(tiny_model, scope, prefix):
 
 
 class Net(nn.Module):
-    """What `SplitUNet` knows of a UNet, with something `between` its blocks. Only the up block is trained."""
+    """What `Split` knows of a UNet, with something `between` its blocks, and `behind` them. The up block is trained, and what is named."""
 
-    def __init__(self, between, num_calls=1):
+    def __init__(self, between=lambda h, skip, x: (h, skip), behind=lambda y, skip: y, num_calls=1, trained=("up_blocks",)):
         super().__init__()
         torch.manual_seed(0)
         self.conv_in, self.mid_block, self.conv_out = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
         self.down_blocks, self.up_blocks = nn.ModuleList([nn.Conv2d(4, 4, 1)]), nn.ModuleList([nn.Bilinear(4, 4, 4)])
-        self.between, self.num_calls = between, num_calls
-        self.requires_grad_(False)
-        self.up_blocks.requires_grad_(True)
+        self.between, self.behind, self.num_calls = between, behind, num_calls
+        for name, child in self.named_children():
+            child.requires_grad_(name in trained)
 
     def forward(self, x):
         skip = self.conv_in(x)
         h = self.down_blocks[0](skip)
         for _ in range(self.num_calls):
             h = self.mid_block(h)
-        return self.conv_out(self.up_blocks[0](*self.between(h, skip, x)))
+        return self.behind(self.conv_out(self.up_blocks[0](*self.between(h, skip, x))), skip)
+
+
+class TwoWays(Net):
+    """Beside its down block a UNet that has its mid block: both are given what conv_in returns."""
+
+    def forward(self, x):
+        skip = self.conv_in(x)
+        return self.conv_out(self.up_blocks[0](self.down_blocks[0](skip) + self.mid_block(skip), skip))
 
 
 def call_net(net: Net, num_rows: int) -> torch.Tensor:
@@ -296,48 +288,59 @@ def call_net(net: Net, num_rows: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "between",
+    "between, number",
     [
-        lambda h, skip, x: (1.25 * h, skip),
-        lambda h, skip, x: (h.mul_(1.25), skip),
-        lambda h, skip, x: (h, skip + h),
-        lambda h, skip, x: (h.nan_to_num(), skip),
-        lambda h, skip, x: (h, skip.flatten(2).view_as(skip)),
+        (lambda h, skip, x: (h, skip), 2),
+        (lambda h, skip, x: (h, h), 1),
+        (lambda h, skip, x: (h, x.cos()), 1),
+        (lambda h, skip, x: (1.25 * h, skip), 2),
+        (lambda h, skip, x: (h, skip + h), 2),
+        (lambda h, skip, x: (h.nan_to_num(), skip), 2),
+        (lambda h, skip, x: (h, skip.flatten(2).view_as(skip)), 2),
+        (lambda h, skip, x: (torch.cat([h, skip], 1)[:, :4], x), 1),
     ],
 )
-def test_a_unet_that_works_between_its_blocks_is_refused(between):
-    net = Net(between)
-    with pytest.raises(ValueError, match="does more between its blocks than pass on what they return"):
-        SplitUNet(net, partial(call_net, net))
-
-
-@pytest.mark.parametrize("between", [lambda h, skip, x: (h, skip), lambda h, skip, x: (h, x.cos()), lambda h, skip, x: (h, h)])
-def test_a_unet_that_passes_on_is_not(between):
-    """It may also look at its own arguments again, which a replay has."""
+def test_kept_is_what_a_block_is_given_whatever_was_made_of_it(between, number):
+    """A network may also look at its own arguments again, which a replay has."""
     net = Net(between)
     with torch.no_grad():
         expected = call_net(net, 3)
-        it = SplitUNet(net, partial(call_net, net))
+        it = Split(net, partial(call_net, net))
         with it.recording() as kept:
             call_net(net, 3)
+        assert len(kept) == number
         with it.replaying(kept), Calls(net) as called:
             assert torch.equal(call_net(net, 3), expected)
     assert called == {"", "up_blocks.0", "conv_out"}
 
 
-def test_a_unet_that_passes_on_nothing_as_it_was_is_refused():
-    net = Net(lambda h, skip, x: (2 * h, 2 * skip))
+@pytest.mark.parametrize(
+    "net, prefix",
+    [
+        (Net(behind=lambda y, skip: y + skip), None),  # no block is given what is used there
+        (Net(lambda h, skip, x: (h + skip, skip), trained=["mid_block", "up_blocks"]), None),
+        (Net(lambda h, skip, x: (h + skip, skip)), ["conv_in", "down_blocks.0", "mid_block"]),
+        (TwoWays(trained=["mid_block"]), ["conv_in"]),
+    ],
+)
+def test_the_prefix_ends_before_its_outputs_are_mixed_with_the_rest_s(net, prefix):
+    """Such a mixture, kept, would be one of old weights."""
     with torch.no_grad():
         expected = call_net(net, 3)
-        with pytest.raises(ValueError, match="changes what its blocks return"):
-            SplitUNet(net, partial(call_net, net))
-        assert torch.equal(call_net(net, 3), expected)
+    if prefix is not None:
+        assert prefix_names(Split(net, partial(call_net, net))) == prefix
+        return
+    before = structure(net)
+    with pytest.raises(ValueError, match="^this network uses what its first blocks return in a way that does not let it be split$"):
+        Split(net, partial(call_net, net))
+    with torch.no_grad():
+        assert structure(net) == before and torch.equal(call_net(net, 3), expected)
 
 
-def test_a_unet_that_calls_a_block_twice_is_refused():
-    net = Net(lambda h, skip, x: (h, skip), num_calls=2)
+def test_a_network_that_calls_a_block_twice_is_refused():
+    net = Net(num_calls=2)
     with pytest.raises(ValueError, match="calls a block twice"):
-        SplitUNet(net, partial(call_net, net))
+        Split(net, partial(call_net, net))
 
 
 class SelfGuidedUNet(UNet2DConditionModel):
@@ -349,6 +352,11 @@ class SelfGuidedUNet(UNet2DConditionModel):
         return (2 * strong - weak,)
 
 
+def test_a_unet_that_calls_itself_twice_is_refused():
+    with pytest.raises(ValueError, match="calls a block twice"):
+        split(make_unet("classes", "up_blocks.1", cls=SelfGuidedUNet))
+
+
 class ControlledUNet(UNet2DConditionModel):
     """Adds to what the blocks return, between them, in the way that diffusers has for ControlNet."""
 
@@ -358,11 +366,12 @@ class ControlledUNet(UNet2DConditionModel):
         )
 
 
-@pytest.mark.parametrize("cls, message", [(SelfGuidedUNet, "calls a block twice"), (ControlledUNet, "does more between its blocks")])
-def test_such_unets_of_diffusers_are_refused(cls, message):
-    unet = make_unet("classes", "up_blocks.1", cls=cls)
-    with pytest.raises(ValueError, match=message):
-        split(unet)
+def test_a_unet_that_adds_between_its_blocks_is_split():
+    unet = make_unet("classes", "up_blocks.1", cls=ControlledUNet)
+    expected = differentiate(unet, 2)
+    it = split(unet)
+    with it.replaying(it.run_prefix(partial(call, unet))):
+        assert len(it.prefix) == 5 and same_bits(differentiate(unet, 2), expected)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -373,7 +382,7 @@ def test_undo_leaves_nothing_behind(merged):
         merge(unet)
     it = split(unet)
     assert list(unet.state_dict()) == keys
-    assert [type(stage).__name__ for stage in it.stages] == [
+    assert [type(stage).__name__ for stage in it.blocks] == [
         "Conv2d",
         PLAIN,
         CROSS,
@@ -383,7 +392,7 @@ def test_undo_leaves_nothing_behind(merged):
         UP_CROSS,
         UP_PLAIN,
     ]
-    assert all(isinstance(stage, type(stage).__bases__[1]) for stage in it.stages)
+    assert all(isinstance(stage, type(stage).__bases__[1]) for stage in it.blocks)
     it.undo()
     unmerge(unet)
     assert structure(unet) == before
