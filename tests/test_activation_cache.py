@@ -497,6 +497,24 @@ def test_a_slot_gives_back_what_it_got(device, slots, channels_last, dtype):
         assert it.cache.reads == 15 and it.cache.hits == min(15, sum(slots))
 
 
+def test_rows_may_have_more_or_fewer_tokens():
+    """As texts are longer or shorter. A slot has room for as many as the example, 4; more are computed again."""
+    cache = ActivationCache(Recorded(), lambda count: [torch.zeros(count, 4, 2)], 1, CPU, 100, 0)
+    truth = {number: torch.randn(1, number, 2) for number in (4, 3, 5)}
+    cache.begin(3, 1, [Update(0, 0, np.arange(3), np.zeros(3, int))])
+    for row, tokens in enumerate(truth.values()):
+        with cache.filling(slice(row, row + 1), 0):
+            cache.split.kept.append(tokens)
+    assert (cache.slots[:, 0] >= 0).tolist() == [True, True, False]
+    for chosen, longest in (([1], 4), ([1, 0], 4), ([2, 1], 5)):
+        part = SimpleNamespace(pairs=(np.array(chosen), np.zeros(len(chosen), int)))
+        with cache.reading(part, None, lambda rows: [truth[5]]):
+            (kept,) = cache.split.replayed
+        for tokens, row in zip(kept, chosen, strict=True):
+            number = list(truth)[row]
+            assert len(tokens) == longest and torch.equal(tokens[:number], truth[number][0]) and not tokens[number:].any()
+
+
 def test_a_slot_of_channels_last_is_not_that_of_contiguous():
     """So that the test above sees a layout that is lost."""
     one, other = (Slots("cpu", (100, 0), channels_last=last) for last in (False, True))

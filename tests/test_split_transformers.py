@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+import bounds
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ddpo_fast.networks.gradient_checkpointing import checkpoint_gradients
 from ddpo_fast.networks.lora import block_names
 from ddpo_fast.networks.merged_lora import merge
-from ddpo_fast.networks.split import Split
+from ddpo_fast.networks.split import Split, resized
 from ddpo_fast.pipelines import families
 from ddpo_fast.pipelines.recorder import Recorder
 from ddpo_fast.pipelines.template import Asked, Recording, Texts
@@ -46,7 +47,7 @@ class Flow:
         rows = torch.arange(num_rows) if rows is None else rows
         generator, recording = torch.Generator().manual_seed(0), self.recording
         if x is None:
-            x = torch.randn(num_rows, *recording.shape, generator=generator)[rows]
+            x = torch.randn(3, *recording.shape, generator=generator)[rows]
         texts = self.texts.gather(rows % (recording.num_branches - 1 + len(PROMPTS)))
         return recording.template.call(network, x, recording.times[rows % len(recording.times)], texts)
 
@@ -119,6 +120,25 @@ def test_a_replay_is_the_straight_call(flow):
         assert [name for name in blocks if name in called] == prefix
         split.undo()
         assert structure(network) == before and same_bits(differentiate(flow, network), expected)
+
+
+@pytest.mark.parametrize("flow", ["z_image", "lumina2"], indirect=True)
+def test_rows_may_be_replayed_beside_other_texts(flow):
+    """The longest text of a call makes its number of tokens: fewer than were recorded, as many, more."""
+    network = lora_in(flow, boundaries(flow)[-1])
+    split = Split(network, partial(flow.call, network))
+    prefix = lambda rows: split.run_prefix(lambda: flow.call(network, rows=torch.tensor(rows)))[0]  # noqa: E731
+    every, short = prefix([0, 1, 2]), prefix([1, 0])
+    assert short.shape[1] < every.shape[1]
+    for rows, kept in (
+        ([1, 0], every[[1, 0]]),
+        ([0, 2], every[[0, 2]]),
+        ([1, 2], torch.cat([resized(short[:1], every.shape[1:]), every[2:]])),
+    ):
+        expected = flow.call(network, rows=torch.tensor(rows))
+        with split.replaying([kept]):
+            found = flow.call(network, rows=torch.tensor(rows))
+        bounds.assert_same_output(found, expected, network)
 
 
 def test_merged_and_checkpointed_it_replays_with_its_new_weights(flow):

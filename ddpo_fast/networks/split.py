@@ -4,7 +4,7 @@ The network's own forward runs both parts, so that no code of diffusers is repea
 changed to a subclass whose call can be answered without values, or be given tensors of an earlier call. `undo` leaves nothing behind.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,16 @@ ALIGNMENT = 64
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes that a kept tensor takes where it is stored."""
     return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """(N, ...) cut or filled up with zeros to (N, *shape): rows of fewer tokens end with some that no other token attends to."""
+    if tensor.shape[1:] == tuple(shape):
+        return tensor
+    common = (slice(None), *(slice(min(sizes)) for sizes in zip(tensor.shape[1:], shape, strict=True)))
+    target = tensor.new_zeros(len(tensor), *shape)
+    target[common] = tensor[common]
+    return target
 
 
 def is_trained(module: nn.Module) -> bool:
@@ -200,7 +210,10 @@ class Split:
 
     @contextmanager
     def replaying(self, kept: list[Tensor]) -> Iterator[None]:
-        """Inside, a call of the network on as many rows runs only the rest, from these tensors. It does not use the latents' values."""
+        """Inside, a call of the network on as many rows runs only the rest, from these tensors. It does not use the latents' values.
+
+        Rows may have been recorded beside others, with longer or shorter texts.
+        """
         prefix = set(self.prefix)
 
         def handler(block, call, args, kwargs):
@@ -209,7 +222,7 @@ class Split:
             if block in self.wanted:
                 leaves, spec = tree_flatten((args, kwargs))
                 for n, number in self.wanted[block].items():
-                    leaves[n] = kept[number]
+                    leaves[n] = resized(kept[number], leaves[n].shape[1:])
                 args, kwargs = tree_unflatten(leaves, spec)
             return call(*args, **kwargs)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.memory import free_host_mib, free_mib, local_ranks
-from ddpo_fast.networks.split import Split, stored_bytes
+from ddpo_fast.networks.split import Split, resized, stored_bytes
 from ddpo_fast.planning.counts import MIB, flop_counter
 from ddpo_fast.planning.plan import FRACTIONS, WORTH, matmul_flops
 from ddpo_fast.policy import Policy
@@ -134,13 +134,21 @@ class ActivationCache:
 
     @contextmanager
     def filling(self, rows: slice, step: int) -> Iterator[None]:
-        """Inside, a call of the network on the samples `rows` at `step`, G times over, fills their slots."""
+        """Inside, a call of the network on the samples `rows` at `step`, G times over, fills their slots.
+
+        They lose the slots if the longest text among them makes more tokens than a slot has room for.
+        """
         slots = self.slots[rows, step]
         if (slots < 0).all():
             yield
             return
         with self.split.recording() as kept:
             yield
+        kept = [tensor.permute(segment.order) for segment, tensor in zip(self.segments, kept)]
+        if any(size > room for segment, tensor in zip(self.segments, kept) for size, room in zip(tensor.shape[1:], segment.shape)):
+            self.slots[rows, step] = -1
+            return
+        kept = [resized(tensor, segment.shape) for segment, tensor in zip(self.segments, kept)]
         for tier, chosen in self._by_tier(slots):
             places, network_rows = self._places(slots[chosen], tier), self._network_rows(chosen, len(slots)).to(self.device)
             if len(chosen) < len(slots):
@@ -151,7 +159,7 @@ class ActivationCache:
                 self._to_host(kept_rows, places)
                 continue
             for segment, tensor in zip(self.segments, kept_rows):
-                segment.physical(self.stores[tier]).index_copy_(0, places.to(self.device), tensor.permute(segment.order))
+                segment.physical(self.stores[tier]).index_copy_(0, places.to(self.device), tensor)
 
     def forget(self, rows: slice, bad: Tensor) -> None:
         """Gives up the slots of those of the samples `rows` that are `bad`: they are not finite."""
@@ -191,7 +199,7 @@ class ActivationCache:
     def _to_host(self, kept: list[Tensor], places: Tensor) -> None:
         staged = torch.empty(len(places), self.row_bytes, dtype=torch.uint8, device=self.device)
         for segment, tensor in zip(self.segments, kept):
-            segment.physical(staged).copy_(tensor.permute(segment.order))
+            segment.physical(staged).copy_(tensor)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for row, place in zip(staged, places.tolist()):
@@ -210,12 +218,17 @@ class ActivationCache:
             sources.append((rows, self.split.run_prefix(lambda: run_network(rows))))
         if len(sources) == 1:
             return sources[0][1]
-        num_rows = self.num_rows * len(slots)
-        whole = [torch.empty(num_rows, *s.shape, dtype=s.dtype, device=self.device) for s in self.segments]
-        for rows, tensors in sources:
-            for target, tensor, segment in zip(whole, tensors, self.segments):
-                target.index_copy_(0, rows.to(self.device), tensor.permute(segment.order))
-        return [segment.logical(target) for segment, target in zip(self.segments, whole)]
+        return [self._joined(number, sources, self.num_rows * len(slots)) for number in range(len(self.segments))]
+
+    def _joined(self, number: int, sources: list[tuple[Tensor, list[Tensor]]], num_rows: int) -> Tensor:
+        """One of the kept tensors, of all rows, from those of some rows each."""
+        segment = self.segments[number]
+        parts = [tensors[number].permute(segment.order) for _, tensors in sources]
+        shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts))]
+        whole = torch.empty(num_rows, *shape, dtype=segment.dtype, device=self.device)
+        for (rows, _), part in zip(sources, parts):
+            whole.index_copy_(0, rows.to(self.device), resized(part, shape))
+        return segment.logical(whole)
 
     def _read(self, part: MicroBatch, tier: int, places: Tensor) -> list[Tensor]:
         if tier == HOST and self.stream is not None:
