@@ -101,8 +101,8 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
     """Checks what parsing could not, cheapest first, and joins the ranks. Raises ValueError naming the option at fault."""
     started_in = Path.cwd()
     model = find(config)
-    check_steps(config, model.scheduler)
-    model.check_networks()
+    check_steps(config, model.scheduler, model.record if model.family.process == "flow" else None)
+    model.check_networks(Asked.of(config.sample))
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
     evaluations = evaluation_sets(config.eval, prompts)
     check_optimizer(config.optimizer.name)
@@ -136,7 +136,8 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
 
 def find(config: Config) -> Model:
     """A config's model, of which the weights have not been read. Raises ValueError for one that cannot be trained."""
-    return find_model(config.model.path, config.model.config, config.model.vae, config.model.variant)
+    model = config.model
+    return find_model(model.path, model.config, model.vae, model.variant, model.parts, model.arguments)
 
 
 def _without_metadata(config: Config, prompts: Prompts, evaluations: list[EvaluationSet]) -> str | None:

@@ -66,7 +66,7 @@ class Policy:
         set_trainable(self.network, lora.scope, lora.targets, lora.rank, lora.alpha)
         self.merged_layers: list[nn.Module] = []
         self.guidance: AbstractContextManager = nullcontext()
-        self.recorder = Recorder(self.pipe, self.family, device)
+        self.recorder = Recorder(self.pipe, self.family, device, model.arguments)
         self._recordings: dict[Asked, Recording] = {}
         self._unconditional: dict[tuple, list[list[Row]]] = {}
         """The unconditional branch's rows, if there is one, by `Asked.texts`."""

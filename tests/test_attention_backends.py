@@ -28,6 +28,7 @@ from ddpo_fast.networks.attention_backends import (
     resolve,
     set_attention,
 )
+from ddpo_fast.pipelines.families import FAMILIES
 from ddpo_fast.policy import Policy
 from ddpo_fast.records.metrics import read_metrics
 
@@ -157,7 +158,8 @@ def test_a_wrong_result_is_not_used(monkeypatch):
 def test_what_needs_a_gpu_is_an_error_before_the_model_is_loaded(options, backend, monkeypatch):
     """Whether its package is installed or not."""
     config = parse(options(attention__backend=backend, model__path="hub/unread"))
-    unread = SimpleNamespace(scheduler=DDIMScheduler(**SD_BETAS), check_networks=lambda: None)  # and no weights
+    family = FAMILIES["StableDiffusionPipeline"]
+    unread = SimpleNamespace(family=family, scheduler=DDIMScheduler(**SD_BETAS), check_networks=lambda asked: None)  # and no weights
     monkeypatch.setattr(assemble, "find", lambda config: unread)
     line = f"attention.backend={backend}: it cannot run here: it needs a GPU, and this run is on a CPU; valid is auto or sdpa"
     with pytest.raises(ValueError, match=f"^{line}$"):

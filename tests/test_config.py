@@ -119,7 +119,10 @@ BAD = [  # arguments, what the line must say
     ("--prompts.limit 0", "prompts.limit=0: valid is"),
     ("--model.path /nowhere", "model.path=/nowhere: valid is a folder with model_index.json, or a hub id"),
     ("--model.path {empty}", "valid is a folder with model_index.json"),
-    ("--model.path {other_pipeline}", "it holds a FluxPipeline; valid is a StableDiffusionPipeline"),
+    (
+        "--model.path {other_pipeline}",
+        "it holds a KolorsPipeline; valid is one of StableDiffusionPipeline, StableDiffusionXLPipeline, Stable",
+    ),
     ("--model.path {broken_pipeline}", "model_index.json cannot be read"),
     ("--model.dtype fp8", "model.dtype=fp8: expected Literal"),
     ("--lora.scope middle", "lora.scope=middle: valid is all, mid_up, none, last:SHARE with 0 < SHARE <= 1, or blocks joined by "),
@@ -237,7 +240,7 @@ BAD = [  # arguments, what the line must say
     ("--model.path {deep_pipeline}", "model_index.json cannot be read: maximum recursion depth"),
     ("--model.path {binary_pipeline}", "model_index.json cannot be read: 'utf-8' codec can't decode"),
     ("--model.path {list_pipeline}", "model_index.json cannot be read: it is no object"),
-    ("--model.path {custom_class}", "it holds a ['pipeline', 'MyPipeline']; valid is a StableDiffusionPipeline"),
+    ("--model.path {custom_class}", "it holds a ['pipeline', 'MyPipeline']; valid is one of StableDiffusionPipeline, "),
     ("--model.path {custom_module}", "model_index.json has unet=['own_unet', 'Unet']; valid are classes of diffusers, transformers"),
     ("--model.path {installed_module}", "model_index.json has vae=['os', 'system']; valid are classes of diffusers, transformers"),
     ("--model.path {number_module}", "model_index.json has vae=[7, 7]; valid are classes of diffusers, transformers"),
@@ -296,7 +299,7 @@ def paths(tmp_path_factory, tiny_model) -> Iterator[dict[str, Path]]:
         "rwr_run": "train: {algorithm: rwr_sparse}\nrwr: {percentile: 0.9}",
     }  # fmt: skip
     files = {
-        "file": "", "other_pipeline/model_index.json": json.dumps({"_class_name": "FluxPipeline"}), "broken_pipeline/model_index.json": "{",
+        "file": "", "other_pipeline/model_index.json": '{"_class_name": "KolorsPipeline"}', "broken_pipeline/model_index.json": "{",
         "finished/checkpoints/3": "", "broken_reward.py": "def f(:", "not_yaml": "train: {", "unknown_key": "train: {rate: 1}",
         "unknown_section": "trainer: {learning_rate: 1}", "scalar_section": "train: 3", "list_config": "[1, 2]",
         "binary": BINARY, "null_byte": "a\0b", "python_tag": f"lora: {{rank: !!python/object/apply:os.system ['touch {folder}/exploded']}}",

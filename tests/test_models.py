@@ -19,6 +19,7 @@ from ddpo_fast.config.command_line import parse
 from ddpo_fast.kernels.reference import normal_noise
 from ddpo_fast.pipelines.folders import find_model, open_pipeline
 from ddpo_fast.planning.counts import architecture
+from ddpo_fast.planning.plan import sized
 from ddpo_fast.records.metrics import read_metrics
 from ddpo_fast.schedule import Levels, Schedule
 
@@ -197,7 +198,8 @@ def test_the_plan_of_a_single_file_counts_its_configs(single_files, tmp_path, ca
 
     monkeypatch.setattr("ddpo_fast.planning.plan.count_model", count)
     assert error_of([*options(tmp_path, file, model__config=configs), "--plan=H200"], capsys) == "error: counted\n"
-    assert seen == [architecture(str(path))] and "text_encoder_2" in seen[0]
+    arch = architecture(str(path))
+    assert seen == [arch | {"unet": sized(arch, None, None)}] and "text_encoder_2" in seen[0]
 
 
 def test_another_vae_with_a_single_file(single_files, tmp_path):

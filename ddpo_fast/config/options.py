@@ -27,8 +27,9 @@ class ModelConfig:
     """The model to improve."""
 
     path: str = str(Path(__file__).resolve().parents[1] / "embedded" / "model")
-    """A Stable Diffusion 1.x, 2.x or XL pipeline with epsilon, v- or sample prediction: a folder in diffusers format, a hub id, or, with
-    model.config, a single .safetensors file. See docs/models.md. Default: the small model that ships with the package."""
+    """A text-to-image pipeline of diffusers: Stable Diffusion 1.x, 2.x or XL with epsilon, v- or sample prediction, or a flow transformer
+    such as Stable Diffusion 3 or FLUX.1. A folder in diffusers format, a hub id, or, with model.config, a single .safetensors file of a
+    Stable Diffusion 1.x, 2.x or XL. See docs/models.md. Default: the small model that ships with the package."""
     config: Optional[str] = None
     """Only with a single file as model.path: a folder in diffusers format, or a hub id, of a pipeline with the same layout. Its configs and
     its tokenizer are used, its weights are not."""
@@ -39,6 +40,12 @@ class ModelConfig:
     """Which weights of a folder or hub id are read: fp16 is unet/diffusion_pytorch_model.fp16.safetensors and so on. A part without that
     variant has its plain weights. null: the plain weights; a part without plain weights has its only variant. The variant does not decide
     what the networks compute in: model.dtype does."""
+    parts: dict = field(default_factory=dict)
+    """Parts of the pipeline to go without, each with null: {text_encoder_3: null, tokenizer_3: null} is Stable Diffusion 3 without its
+    T5."""
+    arguments: dict = field(default_factory=dict)
+    """Arguments of the pipeline's own call that differ from its defaults, such as {max_sequence_length: 256}. Prompts, steps, guidance and
+    sizes are options of their own."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """What the networks compute in. Latents, log-probs and trained weights are fp32 in any case. auto: fp16 on a GPU, fp32 on a CPU. bf16
     is not advised: its rounding moves log-probs by about 1e-4, as much as the clip range."""

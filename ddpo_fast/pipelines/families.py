@@ -3,6 +3,7 @@
 An entry holds what the call cannot tell: the names of some of its arguments, what its authors published, how its numbers are meant.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -56,3 +57,32 @@ FAMILIES: dict[str, Family] = {
     "HiDreamImagePipeline": Family("HiDream"),
 }
 """By the name of the pipeline's class."""
+
+_REFUSED = (
+    ("Img2Img|Image2|ImageTo|I2|Inpaint|Edit|Control|Adapter|Kontext|Fill|Redux|Pix2Pix|Depth|Upscale|Refiner", "it is given a picture"),
+    ("Wan|Video|T2V|LTX|Mochi|CogVideo|SkyReels|AnimateDiff|Allegro|Latte", "it draws videos, which no reward here takes"),
+    ("CogView4", "a prompt's text depends on the prompts beside it, so its transitions cannot be batched"),
+    ("PixArt|HunyuanDiT", "its network predicts a variance, too, and diffusers has no LoRA for it"),
+    ("Sprint|Turbo|Distilled|Consistency", "it is distilled to a few steps of its own, which have no density to train by"),
+)
+"""Parts of names of pipelines' classes, and why they are refused."""
+
+
+def find_family(index: Mapping[str, object]) -> str:
+    """The class of a pipeline with this model_index.json. Raises ValueError, with the reason, for one that cannot be trained."""
+    name = index.get("_class_name")
+    if isinstance(name, str) and name in FAMILIES:
+        return name
+    reason = next((why for part, why in _REFUSED if isinstance(name, str) and re.search(part, name)), None)
+    raise ValueError(f"it holds a {name}{'' if reason is None else f': {reason}'}; valid is one of {', '.join(FAMILIES)}")
+
+
+def check_not_distilled(name: str, index: Mapping[str, object], network: Mapping[str, object]) -> None:
+    """Raises ValueError for a distilled model of a family whose other models can be trained. network: the config of its network."""
+    distilled = {
+        "FluxPipeline": (not network.get("guidance_embeds", False), "guidance_embeds=false in transformer/config.json", "FLUX.1-dev"),
+        "Flux2KleinPipeline": (index.get("is_distilled", False), "is_distilled=true in model_index.json", "the base model"),
+    }
+    found, sign, valid = distilled.get(name, (False, "", ""))
+    if found:
+        raise ValueError(f"it is distilled to a few steps of its own, which have no density to train by ({sign}); valid is {valid}")

@@ -111,6 +111,8 @@ def architecture(path: str, vae: str | None = None, config: str | None = None, v
     own = None if vae is None or Path(vae).is_dir() else VAES.get(vae)
     if known is None:
         model = find_model(path, config, vae if own is None else None, variant)
+        if model.family.process == "flow":
+            raise ValueError(f"{model.option}: it holds a {model.kind.__name__}; valid for a plan, and for sizes that are auto, is a UNet")
         model.check_networks()
         known = model.configs | {"scheduler": dict(model.scheduler.config)}
     elif vae is not None and own is None:

@@ -1,13 +1,15 @@
 """What an iteration does, in numbers: one account, which the run and its plan both read."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ddpo_fast.algorithms import Regression
 from ddpo_fast.config.conflicts import possible
-from ddpo_fast.schedule import Levels, Schedule, Window
+from ddpo_fast.pipelines.template import Asked, Recording
+from ddpo_fast.schedule import Denoising, Levels, Schedule, Window
 
 
 @dataclass(frozen=True)
@@ -112,20 +114,30 @@ def merges_lora(config, dtype: torch.dtype) -> bool:
     return config.lora.forward == "merged" or config.lora.forward == "auto" and dtype == torch.float32 and possible("merged", config)
 
 
-def check_steps(config, scheduler) -> None:
-    """Raises ValueError, naming the option, for denoising steps that a diffusion model with this scheduler does not have."""
+def check_steps(config, scheduler, record: Callable[[Asked], Recording] | None = None) -> None:
+    """Raises ValueError, naming the option, for denoising steps that a model with this scheduler does not have.
+
+    record: how a flow model's pipeline is called, which has its levels of noise; None for a diffusion model.
+    """
     num_levels = scheduler.config.num_train_timesteps
     if isinstance(config.algorithm, Regression) and config.algorithm.num_timesteps > num_levels:
         raise ValueError(
             f"algorithm.num_timesteps={config.algorithm.num_timesteps}: valid is 1 to {num_levels}, the model's training steps"
         )
-    _check_steps(config.sample, scheduler)
+    _check_steps(config.sample, scheduler, record)
     try:
-        _check_steps(config.evaluation, scheduler)
+        _check_steps(config.evaluation, scheduler, record)
     except ValueError as error:
         raise ValueError(re.sub(r"^sample\.(num_steps|sampler)", r"eval.\1", str(error))) from None  # sample's own are good
 
 
-def _check_steps(options, scheduler) -> None:
+def _check_steps(options, scheduler, record: Callable[[Asked], Recording] | None) -> None:
+    if record is not None:
+        recording = record(Asked.of(options))
+        try:
+            Denoising.of(options, recording, scheduler)
+        except ValueError as error:
+            raise ValueError(re.sub(r"^(?!sample\.)", f"sample.num_steps={options.num_steps}: ", str(error))) from None
+        return
     stochastic = Window.of(options.window, options.num_steps).steps(0, 1)
     Schedule.of(Levels.of_steps(scheduler, options.num_steps), options.sampler, options.eta, stochastic=stochastic)
