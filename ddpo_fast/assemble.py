@@ -84,13 +84,13 @@ def assemble(config: Config, claim: Claim | None = None) -> Run:
     policy.check_output()
     if config.model.compile:
         (split or policy.network).compile()
+    denoising, evaluating = policy.denoising(config.sample), policy.denoising(config.evaluation)
     gradients: Gradients
     if layers:
         gradients = ScoreAccumulation(layers, engine, objective)
     else:
-        cache = activation_cache.open_cache(split, policy, Work.of(config).rows, config.cache)
+        cache = activation_cache.open_cache(split, policy, denoising.recording.num_branches, config.cache)
         gradients = Replay(policy, engine, objective, cache, room, config.train.micro_batch)
-    denoising, evaluating = policy.denoising(config.sample), policy.denoising(config.evaluation)
     return Run(
         config, start.ranks, start.directory, start.task, policy, denoising, evaluating, start.ops, objective, gradients, engine, room,
         made_of,

@@ -507,12 +507,25 @@ def test_rows_may_have_more_or_fewer_tokens():
             cache.split.kept.append(tokens)
     assert (cache.slots[:, 0] >= 0).tolist() == [True, True, False]
     for chosen, longest in (([1], 4), ([1, 0], 4), ([2, 1], 5)):
-        part = SimpleNamespace(pairs=(np.array(chosen), np.zeros(len(chosen), int)))
+        part = SimpleNamespace(pairs=(np.array(chosen), np.zeros(len(chosen), int)), times=torch.zeros(len(chosen)))
         with cache.reading(part, None, lambda rows: [truth[5]]):
             (kept,) = cache.split.replayed
         for tokens, row in zip(kept, chosen, strict=True):
             number = list(truth)[row]
             assert len(tokens) == longest and torch.equal(tokens[:number], truth[number][0]) and not tokens[number:].any()
+
+
+def test_a_row_that_is_given_may_be_one_of_each_branch():
+    """As where a pipeline rescales its guidance: the network has two rows of a sample, and is given one. Sample 1 has no slot."""
+    truth = torch.arange(6.0)[:, None]
+    cache = ActivationCache(Recorded(), lambda count: [torch.zeros(count, 1)], 2, CPU, 100, 0)
+    cache.begin(3, 1, [Update(0, 0, np.array([0, 2]), np.zeros(2, int))])
+    with cache.filling(slice(0, 3), 0):
+        cache.split.kept.append(truth)
+    part = SimpleNamespace(pairs=(np.array([2, 1, 0]), np.zeros(3, int)), times=torch.zeros(3))
+    with cache.reading(part, None, lambda rows: [truth[[1, 4]]] if rows.tolist() == [1] else None):
+        (kept,) = cache.split.replayed
+    assert kept.flatten().tolist() == [2, 1, 0, 5, 4, 3]
 
 
 def test_a_slot_of_channels_last_is_not_that_of_contiguous():

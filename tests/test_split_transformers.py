@@ -5,7 +5,7 @@ import copy
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, partialmethod
 
 import bounds
 import pytest
@@ -120,6 +120,23 @@ def test_a_replay_is_the_straight_call(flow):
         assert [name for name in blocks if name in called] == prefix
         split.undo()
         assert structure(network) == before and same_bits(differentiate(flow, network), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does
+@pytest.mark.parametrize("flow", ["flux"], indirect=True)
+def test_the_rest_may_be_compiled(flow, monkeypatch):
+    """Block by block, with a boundary between its two lists."""
+    network = lora_in(flow, "single_transformer_blocks.1")
+    with torch.no_grad():
+        expected = flow.call(network)
+    split, compiled = Split(network, partial(flow.call, network)), []
+    monkeypatch.setattr(
+        nn.Module, "compile", partialmethod(nn.Module.compile, backend=lambda graph, _: compiled.append(1) or graph.forward)
+    )
+    split.compile()
+    with torch.no_grad(), split.replaying(split.run_prefix(partial(flow.call, network))):
+        found = flow.call(network)
+    assert torch.equal(found, expected) and compiled
 
 
 @pytest.mark.parametrize("flow", ["z_image", "lumina2"], indirect=True)

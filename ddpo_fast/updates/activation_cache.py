@@ -67,6 +67,11 @@ def _pinned(size: tuple[int, int]) -> Tensor:
     return store
 
 
+def _rows(chosen: np.ndarray, count: int, num_rows: int) -> Tensor:
+    """The rows of some of `count` transitions, of which each has num_rows: all transitions' first come first."""
+    return torch.from_numpy((chosen + count * np.arange(num_rows)[:, None]).ravel())
+
+
 class ActivationCache:
     """The kept tensors of transitions, in slots of fixed size: so many on the device, so many in pinned host memory, the rest recomputed.
 
@@ -169,7 +174,8 @@ class ActivationCache:
     def reading(self, part: MicroBatch, next_part: MicroBatch | None, run_network: Callable[[Tensor], object]) -> Iterator[None]:
         """Inside, a call of the network on a micro-batch takes up where its trained layers begin.
 
-        `run_network(rows)` calls it on some of the micro-batch's G M rows: what has no slot is recomputed so, less its trained part.
+        `run_network(rows)` calls it on some of the rows that it is given of the micro-batch: what has no slot is recomputed so, less its
+        trained part. These are G M, or M where guidance is rescaled: then a row given is one of each branch.
         Meanwhile the next micro-batch's tensors are copied from host memory to the GPU.
         """
         with self.split.replaying(self._load(part, run_network)):
@@ -213,9 +219,10 @@ class ActivationCache:
         sources = []  # rows of the micro-batch, and their kept tensors
         for tier, chosen in self._by_tier(slots):
             sources.append((self._network_rows(chosen, len(slots)), self._read(part, tier, self._places(slots[chosen], tier))))
-        if (slots < 0).any():
-            rows = self._network_rows(np.flatnonzero(slots < 0), len(slots)).to(self.device)
-            sources.append((rows, self.split.run_prefix(lambda: run_network(rows))))
+        missing = np.flatnonzero(slots < 0)
+        if len(missing):
+            given = _rows(missing, len(slots), len(part.times) // len(slots)).to(self.device)
+            sources.append((self._network_rows(missing, len(slots)), self.split.run_prefix(lambda: run_network(given))))
         if len(sources) == 1:
             return sources[0][1]
         return [self._joined(number, sources, self.num_rows * len(slots)) for number in range(len(self.segments))]
@@ -253,7 +260,7 @@ class ActivationCache:
 
     def _network_rows(self, chosen: np.ndarray, count: int) -> Tensor:
         """The network's rows of some of `count` transitions."""
-        return torch.from_numpy((chosen + count * np.arange(self.num_rows)[:, None]).ravel())
+        return _rows(chosen, count, self.num_rows)
 
     def plan_text(self, updates: list[Update], dtype: torch.dtype) -> str:
         """One iteration's use of it: MiB and transitions of each tier, and what reading saves, in operations and estimated seconds."""
