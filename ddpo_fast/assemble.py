@@ -28,7 +28,7 @@ from ddpo_fast.networks.scored_lora import score
 from ddpo_fast.pipelines.folders import Model, find_model
 from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning.plan import resolve_sizes
-from ddpo_fast.planning.work import Work, check_steps, merges_lora, shares_guidance
+from ddpo_fast.planning.work import Calls, Work, check_steps, merges_lora, shares_guidance
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import EvaluationSet, Prompts, evaluation_sets, load_prompts
 from ddpo_fast.records import checkpoint, fingerprints
@@ -73,7 +73,8 @@ def assemble(config: Config, claim: Claim | None = None) -> Run:
     made_of = _fingerprints(config, policy, start.task.prompts) if start.ranks.is_first else {}
     if config.run.resume and start.ranks.is_first:
         _say_changes(checkpoint.read_state(start.directory.resumed), made_of)
-    objective = _objective(config, policy, start.ops)
+    objective, calls = _objective(config, policy, start.ops), Calls.of(config, policy.record, policy.pipe.scheduler)
+    denoising, evaluating = policy.denoising(config.sample), policy.denoising(config.evaluation)
     layers = score(policy.network) if config.train.estimator == "score_accumulation" else []
     share_guidance(config, policy)
     split = activation_cache.split(config.cache.mode, policy) if possible("cache", config) else None
@@ -84,17 +85,15 @@ def assemble(config: Config, claim: Claim | None = None) -> Run:
     policy.check_output()
     if config.model.compile:
         (split or policy.network).compile()
-    denoising, evaluating = policy.denoising(config.sample), policy.denoising(config.evaluation)
     gradients: Gradients
     if layers:
         gradients = ScoreAccumulation(layers, engine, objective)
     else:
-        longest = max(start.task.prompts.texts, key=len)
-        cache = activation_cache.open_cache(split, policy, denoising.recording.num_branches, longest, config.cache)
+        cache = activation_cache.open_cache(split, policy, denoising.recording.num_branches, config.cache)
         gradients = Replay(policy, engine, objective, cache, room, config.train.micro_batch)
     return Run(
-        config, start.ranks, start.directory, start.task, policy, denoising, evaluating, start.ops, objective, gradients, engine, room,
-        made_of,
+        config, start.ranks, start.directory, start.task, policy, denoising, evaluating, calls, start.ops, objective, gradients, engine,
+        room, made_of,
     )  # fmt: skip
 
 
@@ -187,7 +186,7 @@ def load_policy(config: Config, model: Model, ranks: Ranks, device: torch.device
     policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
     for note in policy.notes if ranks.is_first else ():
         print(note, flush=True)
-    work = Work.of(config)
+    work = Work.of(config, Calls.of(config, policy.record, model.scheduler))
     num_rows = min(32, work.micro_batch, work.update_transitions(ranks.world_size)) * work.trained_rows
     call = partial(policy.example_call, 2)
     choice = attention_backends.resolve(config.attention.backend, policy.network, call, num_rows, policy.dtype, device)
@@ -210,7 +209,7 @@ def share_guidance(config: Config, policy: Policy) -> None:
 
     LoRA layers may be among the shared modules, so whatever else changes LoRA layers comes first.
     """
-    if shares_guidance(config):
+    if shares_guidance(config) and policy.family.network == "unet":  # in a transformer text meets the picture in the first block
         try:
             policy.share_guidance()
         except ValueError as error:

@@ -9,7 +9,7 @@ from ddpo_fast.distributed.engine import Engine
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.kernels import Ops
 from ddpo_fast.memory import Room
-from ddpo_fast.planning.work import Work
+from ddpo_fast.planning.work import Calls, Work
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import EvaluationSet, Prompts, draw_prompts
 from ddpo_fast.schedule import Denoising, Schedule
@@ -60,6 +60,7 @@ class Run:
     """How samples are made to train on."""
     evaluating: Denoising
     """How evaluation pictures are made."""
+    calls: Calls
     ops: Ops
     objective: Objective
     gradients: Gradients
@@ -91,4 +92,4 @@ class Run:
 
     def updates(self, schedule: Schedule, iteration: int) -> list[Update]:
         """This rank's part of every update of an iteration, whose samples are made by `schedule`."""
-        return updates(Work.of(self.config), self.objective.population(schedule), self.ranks, (self.config.run.seed, iteration))
+        return updates(Work.of(self.config, self.calls), self.objective.population(schedule), self.ranks, (self.config.run.seed, iteration))

@@ -165,10 +165,12 @@ def first_gradient(
     std: float = 0.02,
     clip_range: float = 5e-2,
     prompts: list[str] | None = None,
+    ratio: float | None = None,
 ) -> First:
     """The gradient of a run's first update, of samples whose credit is given, at LoRA's weights drawn at random.
 
-    In fp32 it comes from DeepSpeed's engine. What the engine does to a gradient is tested so and in test_launch.py.
+    In fp32 it comes from DeepSpeed's engine. What the engine does to a gradient is tested so and in test_launch.py. ratio: what rounding
+    may do to the importance ratio before an update; None: what it may on a UNet.
     """
     run, found = assemble(parse(argv)), {}
     if dtype != torch.float32:
@@ -189,5 +191,5 @@ def first_gradient(
     updates = run.updates(rollout.schedule, 1)
     credit = torch.linspace(-2, 3, len(prompts), dtype=dtype) if credit is None else credit.to(dtype)
     row = trainer.update(run, updates, rollout, credit, 1)
-    assert row.get("ratio_error", 0) <= bounds.of(run.config, dtype).ratio
+    assert row.get("ratio_error", 0) <= (bounds.of(run.config, dtype).ratio if ratio is None else ratio)
     return First(found, run, prompts, rollout, credit, row)

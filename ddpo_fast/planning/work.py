@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,6 +10,31 @@ from ddpo_fast.algorithms import Regression
 from ddpo_fast.config.conflicts import possible
 from ddpo_fast.pipelines.template import Asked, Recording
 from ddpo_fast.schedule import Denoising, Levels, Schedule, Window
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How a config's pictures are made on its model, in numbers."""
+
+    rows: int
+    """Network rows of a sample, G: the branches of guidance that the pipeline has."""
+    update_rows: int
+    """Network rows of a transition in the update."""
+    evaluation_rows: int
+    """Network rows of an evaluation picture."""
+    trainable_steps: int
+    """Steps of a sample that have a density; 0 where sampling is the ODE's."""
+
+    @classmethod
+    def of(cls, config, record: Callable[[Asked], Recording], scheduler) -> "Calls":
+        """Of a pipeline with this scheduler that is called as `record` says. Raises ValueError for steps that there are not."""
+        asked = [
+            Asked.of(config.sample),
+            replace(Asked.of(config.sample), guidance_scale=config.training_guidance),
+            Asked.of(config.evaluation),
+        ]
+        trained = Denoising.of(config.sample, record(asked[0]), scheduler).schedule(config.run.seed, 1).trained
+        return cls(*(record(each).num_branches for each in asked), len(trained))
 
 
 @dataclass(frozen=True)
@@ -66,17 +91,20 @@ class Work:
         return 1 if self.regression else self.population + 1
 
     @classmethod
-    def of(cls, config) -> "Work":
-        """The work of a config's iterations."""
+    def of(cls, config, calls: Calls | None = None) -> "Work":
+        """The work of a config's iterations. calls: on its model; None: on a UNet."""
         sample, train, algorithm = config.sample, config.train, config.algorithm
-        regression, stochastic = isinstance(algorithm, Regression), Window.of(sample.window, sample.num_steps).size
+        if calls is None:
+            scales = sample.guidance_scale, config.training_guidance, config.evaluation.guidance_scale
+            calls = Calls(*(1 if scale == 1 else 2 for scale in scales), Window.of(sample.window, sample.num_steps).size)
+        regression, stochastic = isinstance(algorithm, Regression), calls.trainable_steps
         trained_steps = algorithm.num_timesteps if regression else max(1, round(train.timestep_fraction * stochastic))
         return cls(
-            sample.num_samples, sample.batch_size, sample.num_steps, 1 if sample.guidance_scale == 1 else 2,
+            sample.num_samples, sample.batch_size, sample.num_steps, calls.rows,
             train.num_minibatches, train.inner_epochs, train.micro_batch, trained_steps, config.optimizer.name, config.zero.stage,
             sample.decode_batch, score_accumulation=train.estimator == "score_accumulation", offload=config.zero.offload,
-            stochastic_steps=stochastic, regression=regression, update_rows=1 if config.training_guidance == 1 else 2,
-            evaluation_rows=1 if config.evaluation.guidance_scale == 1 else 2, samples_per_prompt=config.prompts.samples_per_prompt,
+            stochastic_steps=stochastic, regression=regression, update_rows=calls.update_rows,
+            evaluation_rows=calls.evaluation_rows, samples_per_prompt=config.prompts.samples_per_prompt,
         )  # fmt: skip
 
     def share(self, num_devices: int) -> int:

@@ -82,10 +82,11 @@ def minibatches(num_samples: int, num_minibatches: int, ranks: Ranks, key: tuple
 def transitions(
     rows: np.ndarray, first_row: int, population: np.ndarray, count: int, key: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The (row, step) pairs that a minibatch trains on: of each of its samples `count` steps of a population of steps.
+    """The (row, step) pairs that a minibatch trains on: of each of its samples `count` steps of a population of steps, or all that it has.
 
     Which steps depends on `key` and the sample's index in the iteration, `first_row + row`, not on the rank that holds it.
     """
+    count = min(count, len(population))  # a window may end with a step that has no density
     steps = [np.random.default_rng((2, *key, first_row + row)).permutation(len(population))[:count] for row in rows]
     return np.repeat(rows, count), population[np.concatenate([np.sort(chosen) for chosen in steps])]
 

@@ -1,0 +1,97 @@
+"""Runs on flow transformers: each family's tiny pipeline goes through the same rollout and the same updates as a UNet."""
+
+import json
+import math
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from families import CALL, FAMILIES
+from shared import CPU, command_line, first_gradient, relative_error, run, untimed, weights
+
+from ddpo_fast import kernels
+from ddpo_fast.assemble import find, load_policy
+from ddpo_fast.config.command_line import parse
+from ddpo_fast.distributed.ranks import Ranks
+from ddpo_fast.kernels.reference import guide
+from ddpo_fast.pipelines.families import FAMILIES as KINDS
+from ddpo_fast.records.metrics import read_metrics
+
+LEFT_TO_THE_FAMILY = {"height", "width", "negative_prompt", "use_resolution_binning"}
+
+
+@pytest.fixture
+def flow_options(family, rewards_file, tmp_path):
+    """Command lines of short runs on a family's tiny pipeline: keyword arguments with __ for the dot."""
+
+    def make(name: str, folder="run", **changed) -> list[str]:
+        path, call = family(name), CALL[name]
+        kind = KINDS[json.loads((path / "model_index.json").read_text())["_class_name"]]
+        arguments = {key: value for key, value in call.items() if key not in LEFT_TO_THE_FAMILY | {kind.guidance}}
+        values = {
+            "model.path": path, "model.arguments": json.dumps(arguments), "run.dir": tmp_path / folder,
+            "reward.name": f"{rewards_file}:redness", "sample.height": call["height"], "sample.width": call["width"],
+            "sample.guidance_scale": call[kind.guidance], "sample.sampler": "cps", "sample.eta": 0.8, "sample.num_steps": 4,
+            "sample.num_samples": 4, "sample.batch_size": 4, "eval.sampler": "ode", "eval.num_samples": 2, "run.iterations": 2,
+            "train.num_minibatches": 1, "train.micro_batch": 5, "lora.rank": 2, "lora.targets": '["attention"]',
+            "train.learning_rate": 1e-3, "prompts.limit": 2, "prompts.samples_per_prompt": 2, "baseline.min_count": 16,
+            "baseline.buffer_size": 16, "run.trackers": "[]",
+        }  # fmt: skip
+        return command_line(values, changed)
+
+    return make
+
+
+def cps_log_prob(out, x, next_x, sigma: float, next_sigma: float, eta: float):
+    """log p of a step of Flow-CPS (arXiv:2509.05952), written out anew: x' = (1 - s') x0 + s' (cos e + sin z)."""
+    x0, noise = x - sigma * out, x + (1 - sigma) * out
+    mean = (1 - next_sigma) * x0 + next_sigma * math.cos(eta * math.pi / 2) * noise
+    density = torch.distributions.Normal(mean, next_sigma * math.sin(eta * math.pi / 2))
+    return density.log_prob(next_x).mean()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradient_is_that_of_the_textbook_loop(flow_options, name):
+    """Against a loop over transitions, one at a time; micro-batches mix samples, prompts and steps. Gemma has no fp64."""
+    dtype, error = (torch.float32, 1e-3) if name in ("sana", "lumina2") else (torch.float64, 1e-5)
+    first = first_gradient(flow_options(name), dtype, ratio=error)
+    policy, rollout, recording = first.run.policy, first.rollout, first.rollout.schedule.recording
+    texts, rows = policy.texts(recording, rollout.prompts)
+    total, trained = 0.0, rollout.schedule.trained
+    assert list(trained) == [0, 1, 2], "the last step ends at the picture"
+    for i in range(len(rollout.prompts)):
+        for k in trained:
+            x, next_x = rollout.latents[i, k : k + 1], rollout.latents[i, k + 1 : k + 2]
+            given = x.repeat(recording.num_outputs, *[1] * (x.dim() - 1))
+            out = policy.predict(given, recording.times[k].expand(len(given)), texts.conditions(rows[i : i + 1]))
+            out = recording.sign * guide(out, 1, recording.output_scale)
+            log_prob = cps_log_prob(out, x, next_x, *recording.sigmas[k : k + 2].tolist(), 0.8)
+            total = total - first.credit[i] * log_prob / (len(rollout.prompts) * len(trained))
+    policy.network.zero_grad()
+    first.run.engine.backward(first.run.engine.loss_scale * total, last=True)
+    expected = {name: parameter.grad for name, parameter in policy.network.named_parameters() if parameter.grad is not None}
+    assert relative_error(first.gradient, expected) < error
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_resumes_and_its_lora_loads_in_plain_diffusers(flow_options, family, name, tmp_path):
+    """Two iterations in one go and in two give the same weights; with them a plain pipeline's network gives the policy's own bits."""
+    whole = run(flow_options(name))
+    run(flow_options(name, "parts", run__iterations=1))
+    parts = run([f"--run.dir={tmp_path / 'parts'}", "--resume", "--run.iterations=2"])
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(parts).values(), strict=True))
+    rows = untimed(read_metrics(whole))
+    assert rows[-1] == untimed(read_metrics(parts))[-1] and all(row["ratio_error"] < 1e-3 for row in rows[1:])
+    config = parse(flow_options(name, "again", lora__forward="separate", model__dtype="fp32"))
+    _, policy = load_policy(config, find(config), Ranks(), CPU, kernels.select("reference", CPU))
+    policy.load_exported(whole)
+    pipe = DiffusionPipeline.from_pretrained(family(name))
+    pipe.load_lora_weights(whole / "lora")
+    recording = next(iter(policy._recordings.values()))
+    texts, rows = policy.texts(recording, ["a"])
+    given = texts.conditions(rows)
+    x, times = torch.randn(recording.num_outputs, *recording.shape), recording.times[1].expand(recording.num_outputs)
+    with torch.no_grad():
+        loaded, trained = given.call(pipe.transformer, x, times), policy.predict(x, times, given)
+        policy.network.disable_adapters()
+        assert torch.equal(loaded, trained) and not torch.equal(policy.predict(x, times, given), trained)
