@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +14,13 @@ pytest.register_assert_rewrite("bounds", "runs", "shared")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: without a GPU, kernels run in its interpreter
 
-from families import make_family
+from families import CALL, make_family
 from runs import Ranks
 from shared import command_line
 from tiny import make_pipeline, make_sdxl
 
 from ddpo_fast.config import command_line as parsing
+from ddpo_fast.pipelines.families import FAMILIES
 from ddpo_fast.records import report, run_directory
 
 
@@ -154,6 +156,31 @@ def options(tiny_model, rewards_file, tmp_path):
             "train.num_minibatches": 2, "train.micro_batch": 16, "lora.rank": 2, "train.learning_rate": 1e-3,
             "eval.prompts": '["a", "b"]', "prompts.limit": 4,
             "prompts.samples_per_prompt": 1, "baseline.min_count": 16, "baseline.buffer_size": 16,
+        }  # fmt: skip
+        return command_line(values, changed)
+
+    return make
+
+
+LEFT_TO_THE_FAMILY = {"height", "width", "negative_prompt", "use_resolution_binning"}
+
+
+@pytest.fixture
+def flow_options(family, rewards_file, tmp_path):
+    """Command lines of short runs on a family's tiny pipeline: keyword arguments with __ for the dot."""
+
+    def make(name: str, folder="run", **changed) -> list[str]:
+        path, call = family(name), CALL[name]
+        kind = FAMILIES[json.loads((path / "model_index.json").read_text())["_class_name"]]
+        arguments = {key: value for key, value in call.items() if key not in LEFT_TO_THE_FAMILY | {kind.guidance}}
+        values = {
+            "model.path": path, "model.arguments": json.dumps(arguments), "run.dir": tmp_path / folder,
+            "reward.name": f"{rewards_file}:redness", "sample.height": call["height"], "sample.width": call["width"],
+            "sample.guidance_scale": call[kind.guidance], "sample.sampler": "cps", "sample.eta": 0.8, "sample.num_steps": 4,
+            "sample.num_samples": 4, "sample.batch_size": 4, "eval.sampler": "ode", "eval.num_samples": 2, "run.iterations": 2,
+            "train.num_minibatches": 1, "train.micro_batch": 5, "lora.rank": 2, "lora.targets": '["attention"]',
+            "train.learning_rate": 1e-3, "prompts.limit": 2, "prompts.samples_per_prompt": 2, "baseline.min_count": 16,
+            "baseline.buffer_size": 16, "run.trackers": "[]",
         }  # fmt: skip
         return command_line(values, changed)
 

@@ -1,45 +1,19 @@
 """Runs on flow transformers: each family's tiny pipeline goes through the same rollout and the same updates as a UNet."""
 
-import json
 import math
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from families import CALL, FAMILIES
-from shared import CPU, command_line, first_gradient, relative_error, run, untimed, weights
+from families import FAMILIES
+from shared import CPU, first_gradient, relative_error, run, untimed, weights
 
 from ddpo_fast import kernels
 from ddpo_fast.assemble import find, load_policy
 from ddpo_fast.config.command_line import parse
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.kernels.reference import guide
-from ddpo_fast.pipelines.families import FAMILIES as KINDS
 from ddpo_fast.records.metrics import read_metrics
-
-LEFT_TO_THE_FAMILY = {"height", "width", "negative_prompt", "use_resolution_binning"}
-
-
-@pytest.fixture
-def flow_options(family, rewards_file, tmp_path):
-    """Command lines of short runs on a family's tiny pipeline: keyword arguments with __ for the dot."""
-
-    def make(name: str, folder="run", **changed) -> list[str]:
-        path, call = family(name), CALL[name]
-        kind = KINDS[json.loads((path / "model_index.json").read_text())["_class_name"]]
-        arguments = {key: value for key, value in call.items() if key not in LEFT_TO_THE_FAMILY | {kind.guidance}}
-        values = {
-            "model.path": path, "model.arguments": json.dumps(arguments), "run.dir": tmp_path / folder,
-            "reward.name": f"{rewards_file}:redness", "sample.height": call["height"], "sample.width": call["width"],
-            "sample.guidance_scale": call[kind.guidance], "sample.sampler": "cps", "sample.eta": 0.8, "sample.num_steps": 4,
-            "sample.num_samples": 4, "sample.batch_size": 4, "eval.sampler": "ode", "eval.num_samples": 2, "run.iterations": 2,
-            "train.num_minibatches": 1, "train.micro_batch": 5, "lora.rank": 2, "lora.targets": '["attention"]',
-            "train.learning_rate": 1e-3, "prompts.limit": 2, "prompts.samples_per_prompt": 2, "baseline.min_count": 16,
-            "baseline.buffer_size": 16, "run.trackers": "[]",
-        }  # fmt: skip
-        return command_line(values, changed)
-
-    return make
 
 
 def cps_log_prob(out, x, next_x, sigma: float, next_sigma: float, eta: float):

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ddpo_fast.files import new_file
-from ddpo_fast.places import lora_file, typed_path
+from ddpo_fast.places import NETWORKS, lora_file, typed_path
 from ddpo_fast.terminal import steady_streams
 
 
@@ -19,11 +19,12 @@ def write_kohya(run_dir: Path, output: Path | None = None) -> Path:
 
     lora_unet_a_b_0_c.lora_down.weight (r, I) or (r, I, k, k), .lora_up.weight (O, r) or (O, r, 1, 1) and .alpha, a scalar. They add
     alpha / r up down to the layer's weight. Returns the file, by default <name of run_dir>.safetensors beside the LoRA's folder. Raises
-    ValueError if there is no LoRA yet.
+    ValueError if there is no LoRA yet, or one of a transformer.
     """
     source = lora_file(str(run_dir))
     if source is None:
-        instead = "fully fine-tuned, so that there is no LoRA: its unet/ is the result" if (run_dir / "unet").is_dir() else "no lora/ yet"
+        whole = next((name for name in NETWORKS if (run_dir / name).is_dir()), None)
+        instead = f"fully fine-tuned, so that there is no LoRA: its {whole}/ is the result" if whole else "no lora/ yet"
         raise ValueError(f"RUN_DIR={run_dir}: {instead}; valid is the directory of a run of LoRA with a checkpoint, or its lora/")
     folder = source.absolute().parent  # not resolved: the hub's files are links
     output = output or folder.parent / f"{(run_dir if run_dir.is_dir() else folder).resolve().name}.safetensors"
@@ -35,6 +36,8 @@ def write_kohya(run_dir: Path, output: Path | None = None) -> Path:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{source}: cannot be read: {error}") from None
+    if "transformer.r" in adapter:
+        raise ValueError(f"{source}: it is a LoRA of a transformer, for which kohya's names are not known here; valid is one of a UNet")
     if "unet.r" not in adapter:
         raise ValueError(f"{source}: it does not say its rank and alpha; valid is what a run has written")
     rank, alpha = adapter["unet.r"], float(adapter["unet.lora_alpha"])
