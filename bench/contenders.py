@@ -36,8 +36,8 @@ from ddpo_fast.config.options import Config
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.memory import free_mib
 from ddpo_fast.pipelines.template import Asked
-from ddpo_fast.planning.counts import flop_counter
-from ddpo_fast.planning.plan import count_run, memory_mib, phases_mib, with_cache
+from ddpo_fast.planning.counts import flop_counter, planned_model
+from ddpo_fast.planning.plan import calls_on, count_run, memory_mib, phases_mib, with_cache
 from ddpo_fast.planning.work import Work
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import draw_prompts
@@ -218,8 +218,9 @@ class Ours(Contender):
     def planned_memory(self) -> dict[str, float]:
         """planned_mib: the peak memory of these iterations as --plan predicts it."""
         config, on_gpu = self.config, self.device.type == "cuda"
-        counts, world_size = count_run(config, self.policy.dtype, on_gpu), self.ranks.world_size
-        work = with_cache(Work.of(config), config, counts, free_mib(self.device, world_size), world_size, on_gpu)
+        model, world_size = planned_model(config.model), self.ranks.world_size
+        counts, work = count_run(config, model, self.policy.dtype, on_gpu), Work.of(config, calls_on(model, config))
+        work = with_cache(work, config, counts, free_mib(self.device, world_size), world_size, on_gpu)
         return {"planned_mib": max(phases_mib(memory_mib(counts, work, world_size)).values())}
 
     def resize(self, **options) -> None:

@@ -129,7 +129,7 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
     resumed = _checkpoint(config, ranks) if config.run.resume else None
     config = config.replace(model__dtype=dtypes.chosen(config.model.dtype, device.type == "cuda"))
     free = all_gather(torch.tensor([free_mib(device, local_ranks())])).min().item()
-    config = resolve_sizes(config, free, ranks.world_size, device.type == "cuda")
+    config = resolve_sizes(config, model, free, ranks.world_size, device.type == "cuda")
     directory = Directory(Path(config.run.dir), claim or Claim(), started_in, resumed)
     return Start(config, model, Task(prompts, evaluations, reward), deepspeed, ranks, device, ops, directory)
 

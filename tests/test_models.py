@@ -8,6 +8,7 @@ from pathlib import Path
 import bounds
 import pytest
 import torch
+from counted import architecture
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from shared import REDNESS, command_line, conditions, kept, policy_of
@@ -18,7 +19,6 @@ from ddpo_fast.assemble import assemble
 from ddpo_fast.config.command_line import parse
 from ddpo_fast.kernels.reference import normal_noise
 from ddpo_fast.pipelines.folders import find_model, open_pipeline
-from ddpo_fast.planning.counts import architecture
 from ddpo_fast.planning.plan import sized
 from ddpo_fast.records.metrics import read_metrics
 from ddpo_fast.schedule import Levels, Schedule

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from counted import count_model
+from counted import architecture, count_model
 from diffusers import DDIMScheduler
 from shared import CPU, conditions, latent_shape, policy_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,7 +27,7 @@ from ddpo_fast.gpus import GPUS, parse_devices
 from ddpo_fast.pipelines.folders import find_model
 from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning import plan as plan_module
-from ddpo_fast.planning.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, architecture, flop_counter
+from ddpo_fast.planning.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, flop_counter
 from ddpo_fast.planning.plan import (
     advise,
     fit_sizes,
@@ -563,7 +563,7 @@ def test_plan_of_score_accumulation(nothing_starts, tiny_model, capsys):
     trainer.main(["--model.path", str(tiny_model), *options])
     out = capsys.readouterr().out
     assert "sample gradients" in out and re.search(r"rollout +0  embeddings of \d+ texts\n", out)
-    assert "the combined gradient; no UNet call" in out
+    assert "the combined gradient; no network call" in out
     assert "update                   0.00 TFLOP        0.0 s" in out and out.endswith("it fits\n")
 
 
@@ -585,7 +585,7 @@ def nothing_starts(monkeypatch, tmp_path):
 def test_plan_of_this_machine(nothing_starts, tiny_model, capsys):
     trainer.main(["--model.path", str(tiny_model), "--plan", "--train.num_minibatches=2", "--sample.batch_size=4"])
     out = capsys.readouterr().out
-    assert "batches of 4, 2 UNet rows each sample" in out and "samples an hour" in out and out.endswith("it fits\n")
+    assert "batches of 4, 2 network rows each sample" in out and "samples an hour" in out and out.endswith("it fits\n")
 
 
 def test_only_rank_0_prints_the_plan(nothing_starts, tiny_model, capsys, monkeypatch):

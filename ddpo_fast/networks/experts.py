@@ -13,13 +13,16 @@ class ExpertsWithGradient(MOEFeedForwardSwiGLU):
     def moe_infer(self, x: Tensor, flat_expert_indices: Tensor, flat_expert_weights: Tensor) -> Tensor:
         """x (T, C) tokens, indices (T k,) and weights (T k, 1) of each token's k experts. Returns (T, C)."""
         order = flat_expert_indices.argsort()
-        counts = flat_expert_indices.bincount(minlength=len(self.experts)).tolist()
         out = torch.zeros_like(x)
-        for expert, slots in zip(self.experts, order.split(counts)):
+        for expert, slots in zip(self.experts, order.split(self.shares(flat_expert_indices))):
             if len(slots):
                 tokens = slots // self.num_activated_experts
                 out.index_add_(0, tokens, expert(x[tokens]) * flat_expert_weights[slots])
         return out
+
+    def shares(self, flat_expert_indices: Tensor) -> list[int]:
+        """How many tokens each expert is given."""
+        return flat_expert_indices.bincount(minlength=len(self.experts)).tolist()
 
 
 def give_experts_gradients(network: nn.Module) -> None:

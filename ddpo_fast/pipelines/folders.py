@@ -4,7 +4,6 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import diffusers
@@ -25,7 +24,7 @@ from ddpo_fast.pipelines.hub import CONFIGS, check_readable, choose_weights, fil
 from ddpo_fast.pipelines.model_parts import TEXT_ENCODERS, Parts, made_of, read_config
 from ddpo_fast.pipelines.recorder import PROBES, Recorder
 from ddpo_fast.pipelines.single_file import PREFIXES, SDXL_PREFIXES, is_vae, names_in
-from ddpo_fast.pipelines.skeleton import filled, lightened, on_meta
+from ddpo_fast.pipelines.skeleton import filled, in_dtype, lightened, on_meta
 from ddpo_fast.pipelines.template import Asked, Recording, Texts
 
 OURS = (
@@ -75,7 +74,8 @@ class Model:
     """Every network's weights, by the name of its part."""
     arguments: dict[str, object]
     """Of the pipeline's call, beyond those of its family."""
-    _recordings: dict[Asked, Recording] = field(default_factory=dict)
+    _recorders: dict[torch.dtype, Recorder] = field(default_factory=dict)
+    _recordings: dict[tuple[Asked, torch.dtype], Recording] = field(default_factory=dict)
 
     @property
     def notes(self) -> list[str]:
@@ -99,7 +99,7 @@ class Model:
         networks = {}
         for part, kind in self.classes.items():
             with made_of(self._config_of(part)):
-                networks[part] = nn.Module.to(on_meta(kind, self.configs[part]), dtype)
+                networks[part] = in_dtype(on_meta(kind, self.configs[part]), dtype)
                 if part == "vae":
                     filled(networks[part])
             if part.startswith("text_encoder"):
@@ -124,16 +124,18 @@ class Model:
         with in_one_line(f"model.path={self.path}"):
             return self.kind.from_pretrained(self.folder, **parts)
 
-    @cached_property
-    def _recorder(self) -> Recorder:
-        return Recorder(self.skeleton(), self.family, torch.device("cpu"), self.arguments)
+    def recorder(self, dtype: torch.dtype = torch.float32) -> Recorder:
+        """Of the pipeline without weights in this dtype, always the same one."""
+        if dtype not in self._recorders:
+            self._recorders[dtype] = Recorder(self.skeleton(dtype), self.family, torch.device("cpu"), self.arguments)
+        return self._recorders[dtype]
 
-    def record(self, asked: Asked) -> Recording:
+    def record(self, asked: Asked, dtype: torch.dtype = torch.float32) -> Recording:
         """How the pipeline will call its network if it is called as asked. Raises ValueError if it cannot be called with its parts."""
         try:
-            if asked not in self._recordings:
-                self._recordings[asked] = self._recorder.record(asked)
-            return self._recordings[asked]
+            if (asked, dtype) not in self._recordings:
+                self._recordings[asked, dtype] = self.recorder(dtype).record(asked)
+            return self._recordings[asked, dtype]
         except Exception as error:  # of whatever the pipeline finds
             if isinstance(error, ValueError) and str(error).startswith(f"{self.option}: "):
                 raise
@@ -150,15 +152,15 @@ class Model:
             model_parts.check_networks(self.option, self.kind, self.configs, lengths)
             return
         recording, name, cpu = self.record(asked), self.family.network, torch.device("cpu")
-        texts = Texts.of(recording, [self._recorder.texts_of(PROBES[0], recording)[-1]], cpu)
+        texts = Texts.of(recording, [self.recorder().texts_of(PROBES[0], recording)[-1]], cpu)
         with made_of(self._config_of(name), "it cannot be called with what the other parts give it"):
             network = lightened(on_meta(self.classes[name], self.configs[name]))
             leaves = texts.gather(torch.zeros(1, dtype=torch.int64))
             recording.template.call(network, torch.zeros(1, *recording.shape), recording.times[:1], leaves)
-        vae = self._recorder.pipe.vae
+        vae = self.recorder().pipe.vae
         with made_of(self._config_of("vae"), f"it cannot decode the {name}'s latents"):
             vae.to("meta")
-            pictures = self._recorder.decode(torch.empty(1, *recording.shape, device="meta"), recording)
+            pictures = self.recorder().decode(torch.empty(1, *recording.shape, device="meta"), recording)
             if pictures.dim() != 4 or pictures.shape[1] != 3:
                 raise ValueError(f"{recording.shape} becomes {tuple(pictures.shape[1:])}, no picture of three colours")
             filled(vae)

@@ -269,6 +269,23 @@ class Recorder:
             pictures = self._call([""] * len(x), recording.asked, "pt").float()
         return pictures.contiguous(memory_format=torch.channels_last)  # some pipelines copy: a reward's sums shall round alike for all
 
+    def decoded_shape(self, recording: Recording) -> tuple[int, ...]:
+        """What the pipeline gives its VAE's decoder of one sample, which is not run."""
+        vae, shapes = self.pipe.vae, []
+
+        def decode(latents: Tensor, *args, **kwargs):
+            shapes.append(tuple(latents.shape[1:]))
+            raise _Reached
+
+        vae.decode = decode
+        try:
+            self.decode(torch.zeros(1, *recording.shape), recording)
+        except _Reached:
+            pass
+        finally:
+            del vae.decode
+        return shapes[0]
+
 
 @contextmanager
 def _silent() -> Iterator[None]:

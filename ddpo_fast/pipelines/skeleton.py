@@ -24,18 +24,36 @@ def on_meta(kind: type, config: dict) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
+def in_dtype(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A network in the dtype that it is loaded in: some text encoders keep some of their layers in fp32 where the others are fp16."""
+    nn.Module.to(network, dtype)
+    kept = getattr(network, "_keep_in_fp32_modules", None) if dtype == torch.float16 else None
+    for name, parameter in network.named_parameters():
+        if not {*(kept or ())}.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.float()
+    return network
+
+
 def filled(network: nn.Module) -> nn.Module:
     """Gives a network on the meta device ones for all of its numbers, on the CPU, which take no memory."""
 
     def ones(value: Tensor) -> Tensor:
         return torch.ones((), dtype=value.dtype).expand(value.shape) if value.is_meta else value
 
+    return replaced(network, ones)
+
+
+def replaced(network: nn.Module, made: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Gives a network other numbers: what `made` makes of each of its tensors."""
+    parameters: dict[nn.Parameter, nn.Parameter] = {}  # some networks have one in two places
     for module in network.modules():
         for name, value in module._parameters.items():
             if value is not None:
-                module._parameters[name] = nn.Parameter(ones(value.data), requires_grad=False)
+                if value not in parameters:
+                    parameters[value] = nn.Parameter(made(value.data), requires_grad=value.requires_grad)
+                module._parameters[name] = parameters[value]
         for held in (module._buffers, vars(module)):  # some networks have tables that are no buffers
-            held |= {name: tree_map_only(Tensor, ones, value) for name, value in held.items() if isinstance(value, Tensor | list | tuple)}
+            held |= {name: tree_map_only(Tensor, made, value) for name, value in held.items() if isinstance(value, Tensor | list | tuple)}
     return network
 
 

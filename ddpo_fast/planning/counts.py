@@ -1,4 +1,4 @@
-"""Networks counted without being loaded: parameters, operations, bytes alive during a call. Shape letter: R UNet rows.
+"""Networks counted without being loaded: parameters, operations, bytes alive during a call. Shape letter: R network rows.
 
 Networks are built from their configs as fake tensors, shapes without memory, and called as the policy calls them, while two modes
 count operations and the bytes alive.
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,15 +25,19 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ddpo_fast.distributed.deepspeed_options import LIVE_ELEMENTS, PERSISTENT_ELEMENTS
 from ddpo_fast.kernels import Ops, reference
 from ddpo_fast.memory import MIB
+from ddpo_fast.networks.experts import ExpertsWithGradient
 from ddpo_fast.networks.fused_unet import fuse
 from ddpo_fast.networks.gradient_checkpointing import checkpoint_gradients
 from ddpo_fast.networks.lora import set_trainable
 from ddpo_fast.networks.merged_lora import merge
+from ddpo_fast.networks.patch import patch
 from ddpo_fast.networks.shared_guidance import SharedGuidance
 from ddpo_fast.networks.split import Split, stored_bytes
-from ddpo_fast.pipelines.folders import find_model
+from ddpo_fast.pipelines.folders import Model, find_model
 from ddpo_fast.pipelines.hub import local_folder
 from ddpo_fast.pipelines.model_parts import NETWORKS, TEXT_ENCODERS, check_vae, read_config, text_encoder
+from ddpo_fast.pipelines.skeleton import in_dtype, on_meta, replaced
+from ddpo_fast.pipelines.template import Asked, Row, Texts
 
 ROWS = (8, 16)
 """Rows that a call is counted at. With fewer, small tensors of fixed size may decide when the peak is reached."""
@@ -101,23 +105,36 @@ VAES = {"madebyollin/sdxl-vae-fp16-fix": _SDXL["vae"] | {"force_upcast": False}}
 """VAEs known without a network."""
 
 
-def architecture(path: str, vae: str | None = None, config: str | None = None, variant: str | None = None) -> dict[str, dict]:
-    """The configs of a pipeline's unet, vae, scheduler, text_encoder and, for SDXL, text_encoder_2: of `ARCHITECTURES`, else checked.
+def planned_model(options) -> Model | None:
+    """The model that `options`, config.model, name; None for one of `ARCHITECTURES`. Its VAE may be its own instead of one of `VAES`.
 
-    The arguments are those of `find_model`; a VAE may be of `VAES`. Raises ValueError as `find_model` does.
+    Raises ValueError as `find_model` does.
     """
-    source = config or path
-    known = None if Path(source).is_dir() else ARCHITECTURES.get(source)
-    own = None if vae is None or Path(vae).is_dir() else VAES.get(vae)
-    if known is None:
-        model = find_model(path, config, vae if own is None else None, variant)
-        if model.family.process == "flow":
-            raise ValueError(f"{model.option}: it holds a {model.kind.__name__}; valid for a plan, and for sizes that are auto, is a UNet")
+    source = options.config or options.path
+    if source in ARCHITECTURES and not Path(source).is_dir():
+        return None
+    vae = None if _known_vae(options) else options.vae
+    return find_model(options.path, options.config, vae, options.variant, options.parts, options.arguments)
+
+
+def _known_vae(options) -> dict | None:
+    return None if options.vae is None or Path(options.vae).is_dir() else VAES.get(options.vae)
+
+
+def architecture(options, model: Model | None) -> dict[str, dict]:
+    """The configs of a UNet's pipeline: its unet, vae, scheduler, text_encoder and, for SDXL, text_encoder_2.
+
+    options: config.model, of which `model` was found, see `planned_model`. Raises ValueError for networks that do not fit together.
+    """
+    own = _known_vae(options)
+    if model is not None:
         model.check_networks()
         known = model.configs | {"scheduler": dict(model.scheduler.config)}
-    elif vae is not None and own is None:
-        own = read_config(f"model.vae={vae}", local_folder("model.vae", vae), "config.json")
-        check_vae(f"model.vae={vae}", "config.json", own)
+    else:
+        known = ARCHITECTURES[options.config or options.path]
+        if options.vae is not None and own is None:
+            own = read_config(f"model.vae={options.vae}", local_folder("model.vae", options.vae), "config.json")
+            check_vae(f"model.vae={options.vae}", "config.json", own)
     return known if own is None else known | {"vae": own}
 
 
@@ -233,17 +250,17 @@ class _SavesInput(torch.autograd.Function):
         return None, torch.autograd.grad(y, x, grad)[0], *(None for _ in ctx.rest)
 
 
-def _merge(unet: nn.Module) -> list[nn.Module]:
+def _merge(network: nn.Module) -> list[nn.Module]:
     """`merge` with copies that are never refreshed, for which a weight needs an address."""
 
     def make_copy(layer: nn.Module) -> None:
         layer.merged_weight = torch.empty_like(layer.base_layer.weight, requires_grad=False)
         layer.refresh = lambda: None
 
-    for layer in unet.modules():
+    for layer in network.modules():
         if isinstance(layer, LoraLayer):
             layer.refresh = partial(make_copy, layer)
-    return merge(unet)
+    return merge(network)
 
 
 @dataclass(frozen=True)
@@ -251,19 +268,19 @@ class ModelCounts:
     """What a pipeline is made of and what its calls cost."""
 
     weight_bytes: dict[str, int]
-    """Frozen weights of unet, vae and text encoders, and the copies that LoRA is merged into."""
+    """Frozen weights of the trained network, vae and text encoders, and the copies that LoRA is merged into."""
     trained_shapes: tuple[tuple[int, ...], ...]
     """Of each trained tensor; they are fp32."""
     gathered_bytes: float
-    """UNet weights that are whole on a rank of ZeRO 3 at a time, at most."""
+    """The network's weights that are whole on a rank of ZeRO 3 at a time, at most."""
     num_latents: int
     """Elements of a sample's latents."""
     embed_bytes: int
-    """A prompt's embeddings, of SDXL with its time_ids."""
+    """All that the network is given of a prompt, of SDXL with its time_ids."""
     forward: Call
-    """The UNet without gradient."""
+    """The network without gradient."""
     update: Call
-    """The UNet forward and backward."""
+    """The network forward and backward."""
     image_bytes: int
     """A decoded picture, fp32."""
     saved_row_bytes: float
@@ -275,7 +292,11 @@ class ModelCounts:
     kept_row_bytes: int
     """What the activation cache stores of a row."""
     cached_update: Call
-    """The UNet forward and backward from that on, less the kept tensors, which it is given."""
+    """The network forward and backward from that on, less the kept tensors, which it is given."""
+    network: str = "unet"
+    """The trained network's part."""
+    split_fault: str | None = None
+    """Why the network has no prefix, although its first blocks are frozen."""
 
     @property
     def num_trainable(self) -> int:
@@ -285,59 +306,144 @@ class ModelCounts:
 class _Networks:
     """A pipeline's networks without weights, trained and computing as `count_model` says, called as a policy calls them."""
 
-    def __init__(self, arch: dict[str, dict], dtype: torch.dtype, lora, on_gpu: bool, merged: bool):
-        with torch.device("meta"):
-            self.unet, self.vae = (kind.from_config(arch[part]) for part, kind in NETWORKS.items())
-            encoders = {part: text_encoder(part, arch[part]) for part in TEXT_ENCODERS if part in arch}
-        unet, self.parts, self.dtype = self.unet, {"unet": self.unet, "vae": self.vae} | encoders, dtype
-        is_sdxl = unet.config.addition_embed_type == "text_time"
-        upcast = is_sdxl and self.vae.config.force_upcast and dtype == torch.float16
-        self.vae_dtype = torch.float32 if upcast else dtype  # as `open_pipeline` has it
-        for network in self.parts.values():
-            nn.Module.to(network, self.vae_dtype if network is self.vae else dtype).requires_grad_(False).eval()
-        set_trainable(unet, lora.scope, lora.targets, lora.rank, lora.alpha)
-        self.copies = _merge(unet) if merged else []
-        self.pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim if is_sdxl else 0
-        num_tokens = encoders["text_encoder"].config.max_position_embeddings if "text_encoder" in encoders else 77
-        size = unet.config.sample_size
-        self.embed_shape = num_tokens, unet.config.cross_attention_dim
-        self.latent_shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-        self.autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-        self.norms = _CudaNorms() if on_gpu and dtype != torch.float32 else nullcontext()
+    embed_bytes: int
+    num_latents: int
+    decoded_shape: tuple[int, ...]
+    """Of what the VAE's decoder is given of a sample."""
+
+    def __init__(self, part: str, parts: dict[str, nn.Module], vae_dtype: torch.dtype, lora, merged: bool):
+        self.part, self.parts, self.network, self.vae, self.vae_dtype = part, parts, parts[part], parts["vae"], vae_dtype
+        for network in parts.values():
+            network.requires_grad_(False).eval()
+        nn.Module.to(self.vae, vae_dtype)
+        set_trainable(self.network, lora.scope, lora.targets, lora.rank, lora.alpha)
+        self.copies = _merge(self.network) if merged else []
         self.guidance = nullcontext()
 
     def fake(self, fused: bool, shared: bool, checkpointing: bool) -> None:
-        """Gives the networks fake weights and the UNet gradients, which are accounted for apart; fuses and shares what is wanted."""
-        for network in (self.unet, self.vae):
-            network._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+        """Gives the networks fake weights and the trained one gradients, which are accounted for apart; fuses, shares what is wanted."""
+        for network in (self.network, self.vae):
+            replaced(network, lambda t: torch.empty(t.shape, dtype=t.dtype))
         for parameter in self.trained():
             parameter.grad = torch.empty_like(parameter)
         if fused:
             saving = [lambda x, *rest, op=op: _SavesInput.apply(op, x, *rest) for op in (reference.group_norm_silu, reference.geglu)]
-            fuse(self.unet, Ops("counted", reference.ddim_step, reference.ppo_loss, *saving))
+            fuse(self.network, Ops("counted", reference.ddim_step, reference.ppo_loss, *saving))
         if shared:  # all calls are of both branches
-            self.guidance = SharedGuidance(self.unet, partial(self.forward, 2))
+            self.guidance = SharedGuidance(self.network, partial(self.forward, 2))
         if checkpointing:
-            checkpoint_gradients(self.unet, self._run_again)
+            checkpoint_gradients(self.network, self.running)
 
     def trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+
+    def forward(self, num_rows: int) -> Tensor:
+        raise NotImplementedError
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the network computes as it does in a run; also where checkpointing runs its blocks again."""
+        with self.guidance:
+            yield
+
+    def decode(self, num_rows: int) -> Tensor:
+        images = self.vae.decode(torch.empty(num_rows, *self.decoded_shape, dtype=self.vae_dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+class _UNet(_Networks):
+    """Those of Stable Diffusion, from their configs."""
+
+    def __init__(self, arch: dict[str, dict], dtype: torch.dtype, lora, on_gpu: bool, merged: bool):
+        with torch.device("meta"):
+            parts = {part: kind.from_config(arch[part]) for part, kind in NETWORKS.items()}
+            encoders = {part: text_encoder(part, arch[part]) for part in TEXT_ENCODERS if part in arch}
+        self.dtype = dtype
+        for network in (*parts.values(), *encoders.values()):
+            nn.Module.to(network, dtype)
+        unet, vae = parts["unet"], parts["vae"]
+        is_sdxl = unet.config.addition_embed_type == "text_time"
+        upcast = is_sdxl and vae.config.force_upcast and dtype == torch.float16  # as `open_pipeline` has it
+        super().__init__("unet", parts | encoders, torch.float32 if upcast else dtype, lora, merged)
+        self.pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim if is_sdxl else 0
+        num_tokens = encoders["text_encoder"].config.max_position_embeddings if "text_encoder" in encoders else 77
+        size = unet.config.sample_size
+        self.embed_shape = num_tokens, unet.config.cross_attention_dim
+        self.decoded_shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        self.num_latents = math.prod(self.decoded_shape)
+        self.embed_bytes = (math.prod(self.embed_shape) + (self.pooled + 6 if self.pooled else 0)) * dtype.itemsize
+        self.autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        self.norms = _CudaNorms() if on_gpu and dtype != torch.float32 else nullcontext()
 
     def forward(self, num_rows: int) -> Tensor:
         empty = partial(torch.empty, num_rows, dtype=self.dtype)
         added = {"text_embeds": empty(self.pooled), "time_ids": empty(6)} if self.pooled else None
-        x, timesteps, embeds = empty(*self.latent_shape), torch.empty(num_rows, dtype=torch.int64), empty(*self.embed_shape)
-        with self.autocast, self.norms, self.guidance:
-            return self.unet(x, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
+        x, timesteps, embeds = empty(*self.decoded_shape), torch.empty(num_rows, dtype=torch.int64), empty(*self.embed_shape)
+        with self.autocast, self.running():
+            return self.network(x, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
 
     @contextmanager
-    def _run_again(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         with self.norms, self.guidance:
             yield
 
-    def decode(self, num_rows: int) -> Tensor:
-        images = self.vae.decode(torch.empty(num_rows, *self.latent_shape, dtype=self.vae_dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+class _EvenExperts(ExpertsWithGradient):
+    """Experts where no token has numbers to choose by: each is given as many. The operations are those of any choice."""
+
+    def shares(self, flat_expert_indices: Tensor) -> list[int]:
+        share, rest = divmod(len(flat_expert_indices), len(self.experts))
+        return [share + (number < rest) for number in range(len(self.experts))]
+
+
+class _Whole(TorchDispatchMode):
+    """Inside, what is made of real whole numbers is computed, such as the lengths of texts that a network makes a list of."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if tensors and all(not isinstance(tensor, FakeTensor) and not tensor.dtype.is_floating_point for tensor in tensors):
+            with unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _faked(part: Row) -> Row:
+    """What an argument has of one row, without memory; whole numbers stay."""
+    return torch.empty_like(part) if isinstance(part, Tensor) and part.dtype.is_floating_point else part
+
+
+class _Transformer(_Networks):
+    """Those of a flow model, whose network is called as its pipeline calls it."""
+
+    def __init__(self, model: Model, asked: Asked, prompt: str, dtype: torch.dtype, lora, merged: bool):
+        """asked, prompt: how it is called. Raises ValueError for a pipeline that cannot be called so."""
+        part = model.family.network
+        recorder, self.recording = model.recorder(dtype), model.record(asked, dtype)
+        parts = {name: in_dtype(on_meta(model.classes[name], model.configs[name]), dtype) for name in (part, "vae")}
+        parts |= {name: getattr(recorder.pipe, name) for name in model.classes if name not in parts}
+        upcast = parts["vae"].config.get("force_upcast", False) and dtype == torch.float16  # as `open_pipeline` has it
+        super().__init__(part, parts, torch.float32 if upcast else dtype, lora, merged)
+        for module in self.network.modules():
+            if isinstance(module, ExpertsWithGradient):
+                patch(module, _EvenExperts)
+        self.dtype, self.rows = dtype, recorder.texts_of(prompt, self.recording)
+        self.embed_bytes = sum(row.nbytes for row in self.rows[-1] if isinstance(row, Tensor))
+        self.num_latents = math.prod(self.recording.shape)
+        self.decoded_shape = recorder.decoded_shape(self.recording)
+
+    def fake(self, fused: bool, shared: bool, checkpointing: bool) -> None:
+        rows = [[_faked(part) for part in row] for row in self.rows]
+        with _Whole():
+            self.texts = Texts.of(self.recording, rows, torch.device("cpu"))
+        super().fake(fused, shared, checkpointing)
+
+    def forward(self, num_rows: int) -> Tensor:
+        """Half of the rows without the prompt, where there is guidance."""
+        with unset_fake_temporarily():
+            index = torch.arange(num_rows) * len(self.rows) // num_rows
+        x, times = torch.empty(num_rows, *self.recording.shape, dtype=self.dtype), torch.empty(num_rows, dtype=self.recording.times.dtype)
+        with self.running(), _Whole():
+            return self.recording.template.call(self.network, x, times, self.texts.gather(index))
 
 
 def _backward(result: list[Tensor]) -> None:
@@ -351,9 +457,13 @@ def _count_calls(networks: _Networks) -> dict[str, object]:
         decode, image_bytes = count(networks.decode)
     update, saved_row_bytes = count(networks.forward, _backward)
     found = {"forward": forward, "decode": decode, "image_bytes": int(image_bytes), "update": update, "saved_row_bytes": saved_row_bytes}
-    split = Split(networks.unet, networks.forward)
+    none = {"prefix_flop": 0.0, "kept_row_bytes": 0, "cached_update": update}
+    try:
+        split = Split(networks.network, networks.forward)
+    except ValueError as error:
+        return found | none | {"split_fault": str(error)}
     if not split.wanted:
-        return found | {"prefix_flop": 0.0, "kept_row_bytes": 0, "cached_update": update}
+        return found | none
     kept: dict[int, list[Tensor]] = {}
 
     def prefix(num_rows: int) -> None:
@@ -379,26 +489,45 @@ def count_model(
     shared: bool = False,
     checkpointing: bool = False,
 ) -> ModelCounts:
-    """Counts a pipeline with the trained weights that `lora` (scope, targets, rank, alpha) asks for, computing in `dtype`.
+    """Counts a UNet's pipeline with the trained weights that `lora` (scope, targets, rank, alpha) asks for, computing in `dtype`.
 
     on_gpu: autocast's rules are a GPU's. fused: GroupNorm, SiLU and GEGLU are the Triton kernels. merged: LoRA computes with merged
-    weights. shared: the branches of guidance share what precedes the first cross-attention. checkpointing: the UNet's blocks are run
+    weights. shared: the branches of guidance share what precedes the first cross-attention. checkpointing: the network's blocks are run
     again in backward. Raises as `set_trainable` does.
     """
-    networks = _Networks(arch, dtype, lora, on_gpu, merged)
-    with FakeTensorMode():
+    return _counted(_UNet(arch, dtype, lora, on_gpu, merged), fused, shared, checkpointing)
+
+
+def count_flow(
+    model: Model,
+    asked: Asked,
+    prompt: str,
+    dtype: torch.dtype,
+    lora,
+    *,
+    fused: bool,
+    merged: bool = False,
+    checkpointing: bool = False,
+) -> ModelCounts:
+    """`count_model` of a flow model, called for the pictures that are asked for with this prompt. Also raises as `Model.record` does."""
+    return _counted(_Transformer(model, asked, prompt, dtype, lora, merged), fused, False, checkpointing)
+
+
+def _counted(networks: _Networks, fused: bool, shared: bool, checkpointing: bool) -> ModelCounts:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         networks.fake(fused, shared, checkpointing)
         calls = _count_calls(networks)
-    weights = list(networks.unet.parameters())
-    unet_bytes = sum(p.nbytes for p in weights)
-    live = unet_bytes * LIVE_ELEMENTS / sum(p.numel() for p in weights)
+    weights = list(networks.network.parameters())
+    num_bytes = sum(p.nbytes for p in weights)
+    live = num_bytes * LIVE_ELEMENTS / sum(p.numel() for p in weights)
     persistent = sum(p.nbytes for p in weights if p.numel() <= PERSISTENT_ELEMENTS)
     frozen = {name: sum(p.nbytes for p in part.parameters() if not p.requires_grad) for name, part in networks.parts.items()}
     return ModelCounts(
         weight_bytes=frozen | {"merged": sum(layer.merged_weight.nbytes for layer in networks.copies)},
         trained_shapes=tuple(tuple(parameter.shape) for parameter in networks.trained()),
-        gathered_bytes=min(unet_bytes, live + persistent),
-        num_latents=math.prod(networks.latent_shape),
-        embed_bytes=(math.prod(networks.embed_shape) + (networks.pooled + 6 if networks.pooled else 0)) * dtype.itemsize,
+        gathered_bytes=min(num_bytes, live + persistent),
+        num_latents=networks.num_latents,
+        embed_bytes=networks.embed_bytes,
+        network=networks.part,
         **calls,
     )

@@ -1,6 +1,6 @@
 """What a run needs, before anything of it is started: memory by kind, operations, seconds.
 
-Shape letters: N devices (ranks), S denoising steps, G UNet rows a sample (2 with guidance), P trained weights.
+Shape letters: N devices (ranks), S denoising steps, G network rows a sample (2 with guidance), P trained weights.
 """
 
 import bisect
@@ -18,11 +18,13 @@ from ddpo_fast.distributed.optimizer import state_bytes
 from ddpo_fast.gpus import GPUS, HERE, parse_devices
 from ddpo_fast.memory import free_mib, num_kept_prompts
 from ddpo_fast.pipelines.ddim import ddim_scheduler
+from ddpo_fast.pipelines.folders import Model
 from ddpo_fast.pipelines.model_parts import latent_size
 from ddpo_fast.pipelines.recorder import PROBES
-from ddpo_fast.planning.counts import MIB, ModelCounts, architecture, count_model
-from ddpo_fast.planning.work import Work, check_steps, merges_lora, shares_guidance
-from ddpo_fast.prompts import evaluation_sets, load_prompts
+from ddpo_fast.pipelines.template import Asked
+from ddpo_fast.planning.counts import MIB, ModelCounts, architecture, count_flow, count_model, planned_model
+from ddpo_fast.planning.work import Calls, Work, check_steps, merges_lora, shares_guidance
+from ddpo_fast.prompts import Prompts, evaluation_sets, load_prompts
 from ddpo_fast.terminal import user_error
 
 USABLE = 0.9
@@ -30,7 +32,7 @@ USABLE = 0.9
 FRACTIONS = {"cuda": (0.35, 0.30), "cpu": (0.55, 0.48)}
 """Share of the matrix product's speed that sampling and the update reach: on a GPU an estimate, on a CPU bench.throughput's."""
 WORTH = 0.03
-"""The share of a UNet call before its first trained layer from which on cache.mode=auto keeps that part."""
+"""The share of a network call before its first trained layer from which on cache.mode=auto keeps that part."""
 RESIDENT = (
     "frozen weights",
     "prompt embeddings",
@@ -81,7 +83,7 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
     """Memory of one rank by kind, in MiB: `RESIDENT`, the update's gradients, and what sampling, decoding and the update add.
 
     ZeRO 1 to 3 shard the optimizer state, and an fp32 copy of the trained weights, over the ranks; 2 and 3 the gradients too; 3 the
-    UNet's weights, of which a part is whole at a time. What is offloaded takes no memory here, see `host_mib`. Score
+    network's weights, of which a part is whole at a time. What is offloaded takes no memory here, see `host_mib`. Score
     accumulation holds a gradient for each of the rank's samples, no trajectories, and the update's activations in sampling;
     where a step trains on a part of a batch, its samples' gradients apart. Its update has the combined gradient alone.
     """
@@ -89,7 +91,7 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
     weights, frozen, gathered, gradients = trained, dict(counts.weight_bytes), 0, trained
     if work.zero_stage == 3:
         kept = 0 if work.offload == "all" else 1 / num_devices
-        weights, frozen["unet"], gathered = kept * trained, kept * frozen["unet"], counts.gathered_bytes
+        weights, frozen[counts.network], gathered = kept * trained, kept * frozen[counts.network], counts.gathered_bytes
     if work.zero_stage >= 2:
         gradients *= 1 / num_devices if work.offload == "none" else 0
     if work.zero_stage > 0 or num_devices > 1:
@@ -131,7 +133,7 @@ def host_mib(counts: ModelCounts, work: Work, num_devices: int) -> float:
     if work.offload == "none":
         return 0.0
     trained = 4 * counts.num_trainable
-    weights = (counts.weight_bytes["unet"] + trained) / num_devices if work.offload == "all" else 0
+    weights = (counts.weight_bytes[counts.network] + trained) / num_devices if work.offload == "all" else 0
     return optimizer_mib(counts, work, num_devices) + (trained / num_devices + weights) / MIB
 
 
@@ -238,11 +240,12 @@ def make_plan(config) -> Plan:
     on_gpu = name != HERE or torch.cuda.is_available()
     dtype = dtypes.DTYPES[dtypes.chosen(config.model.dtype, on_gpu)]
     Work.of(config).share(num_devices)
-    counts = count_run(config, dtype, on_gpu)
+    model = planned_model(config.model)
+    counts, calls = count_run(config, model, dtype, on_gpu), calls_on(model, config)
     device = find_device(name, dtype, num_devices)
-    work = Work.of(fit_sizes(config, counts, device.memory_mib, num_devices, on_gpu))
+    work = Work.of(fit_sizes(config, counts, device.memory_mib, num_devices, on_gpu, calls), calls)
     work = with_cache(work, config, counts, device.memory_mib, num_devices, on_gpu)
-    kept = num_texts(config, num_kept_prompts(counts.embed_bytes, work.batch_size))
+    kept = num_texts(config, work, num_kept_prompts(counts.embed_bytes, work.batch_size))
     work = replace(work, prompts=(0, kept) if on_gpu else (kept, 0))
     flop = iteration_flop(counts, work, num_devices)
     sampling, update = (num_devices * device.matmul_flops * fraction for fraction in device.fractions)
@@ -261,37 +264,50 @@ def print_plan(config) -> None:
             user_error(error)
 
 
-def num_texts(config, most: int) -> int:
-    """Texts that a config's run keeps: for each of its guidance scales the prompts, `most` in all, and one without a prompt."""
-    prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
+def _prompts(config) -> Prompts:
+    return load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
+
+
+def num_texts(config, work: Work, most: int) -> int:
+    """Texts that a config's run keeps: for each way of calling the pipeline the prompts, `most` in all, and one without a prompt."""
+    prompts, sampled = _prompts(config), Asked.of(config.sample)
     evaluated = {text for chosen in evaluation_sets(config.eval, prompts) for text in chosen.prompts.texts}
-    wanted = [(config.sample.guidance_scale, text) for text in (PROBES[0], *prompts.texts)]  # one to try the network with
-    wanted += [(config.evaluation.guidance_scale, text) for text in evaluated]
+    asked = [
+        (sampled, work.rows, {PROBES[0], *prompts.texts}),  # one to try the network with
+        (Asked.of(config.evaluation), work.evaluation_rows, evaluated),
+    ]
     if isinstance(config.algorithm, Regression):
-        wanted += [(config.training_guidance, text) for text in prompts.texts]
-    return min(len(set(wanted)), most) + len({scale for scale, _ in wanted} - {1})
+        asked.append((replace(sampled, guidance_scale=config.training_guidance), work.trained_rows, set(prompts.texts)))
+    wanted = {(way.texts, text) for way, _, texts in asked for text in texts}
+    return min(len(wanted), most) + len({way.texts for way, rows, texts in asked if rows > 1 and texts})
 
 
-def count_run(config, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
-    """The counts of a config's model. Raises ValueError naming the option at fault."""
-    model = config.model
-    arch = architecture(model.path, model.vae, model.config, model.variant)
-    arch = arch | {"unet": sized(arch, config.sample.height, config.sample.width)}
-    check_steps(config, ddim_scheduler(arch["scheduler"]))
-    counts = count_model(
-        arch,
-        dtype,
-        config.lora,
-        on_gpu=on_gpu,
-        fused=config.kernels.backend == "triton" or (config.kernels.backend == "auto" and on_gpu),
-        merged=merges_lora(config, dtype),
-        shared=shares_guidance(config),
-        checkpointing=config.train.gradient_checkpointing,
-    )
-    if on_gpu and config.model.offload_text_encoder:
-        return replace(
-            counts, weight_bytes={part: size for part, size in counts.weight_bytes.items() if not part.startswith("text_encoder")}
-        )
+def calls_on(model: Model | None, config) -> Calls | None:
+    """How a config's pictures are made on a model; None for one that is known without a network, which is a UNet's."""
+    return None if model is None else Calls.of(config, model.record, model.scheduler)
+
+
+def count_run(config, model: Model | None, dtype: torch.dtype, on_gpu: bool) -> ModelCounts:
+    """The counts of a config's model, see `planned_model`. Raises ValueError naming the option at fault."""
+    options, sampled = config.model, Asked.of(config.sample)
+    computing = {
+        "fused": config.kernels.backend == "triton" or (config.kernels.backend == "auto" and on_gpu),
+        "merged": merges_lora(config, dtype),
+        "checkpointing": config.train.gradient_checkpointing,
+    }
+    if model is not None and model.family.process == "flow":
+        check_steps(config, model.scheduler, model.record)
+        model.check_networks(sampled)
+        longest = max(_prompts(config).texts, key=len)  # some networks are given as many tokens as a prompt has
+        counts = count_flow(model, sampled, longest, dtype, config.lora, **computing)
+    else:
+        arch = architecture(options, model)
+        arch = arch | {"unet": sized(arch, config.sample.height, config.sample.width)}
+        check_steps(config, ddim_scheduler(arch["scheduler"]))
+        counts = count_model(arch, dtype, config.lora, on_gpu=on_gpu, shared=shares_guidance(config), **computing)
+    if on_gpu and options.offload_text_encoder:
+        on_device = {part: size for part, size in counts.weight_bytes.items() if not part.startswith("text_encoder")}
+        return replace(counts, weight_bytes=on_device)
     return counts
 
 
@@ -306,11 +322,14 @@ AUTO_SIZES = {("sample", "batch_size"): ("sampling", "decode"), ("train", "micro
 """Options that may be auto, and the phases whose memory they decide."""
 
 
-def fit_sizes(config, counts: ModelCounts, device_mib: float, num_devices: int, on_gpu: bool):
-    """The config with the largest sample.batch_size and train.micro_batch that fit, where they are auto; 1 where nothing does."""
+def fit_sizes(config, counts: ModelCounts, device_mib: float, num_devices: int, on_gpu: bool, calls: Calls | None = None):
+    """The config with the largest sample.batch_size and train.micro_batch that fit, where they are auto; 1 where nothing does.
+
+    calls: as `Work.of` takes them.
+    """
     auto = {key: phases for key, phases in AUTO_SIZES.items() if config[".".join(key)] == "auto"}
     config = config.replace(**{"__".join(key): 1 for key in auto})
-    work = with_cache(Work.of(config), config, counts, device_mib, num_devices, on_gpu)
+    work = with_cache(Work.of(config, calls), config, counts, device_mib, num_devices, on_gpu)
     for (section, option), phases in auto.items():
         most = work.update_transitions(num_devices) if option == "micro_batch" else work.share(num_devices)
 
@@ -323,23 +342,26 @@ def fit_sizes(config, counts: ModelCounts, device_mib: float, num_devices: int, 
     return config
 
 
-def resolve_sizes(config, device_mib: float, num_devices: int, on_gpu: bool):
+def resolve_sizes(config, model: Model, device_mib: float, num_devices: int, on_gpu: bool):
     """`fit_sizes` for ranks of which each has `device_mib` free; it takes some seconds if anything is auto.
 
     All ranks must be told the same, since they split the work alike.
     """
     if all(config[".".join(option)] != "auto" for option in AUTO_SIZES):
         return config
-    counts = count_run(config, dtypes.DTYPES[dtypes.chosen(config.model.dtype, on_gpu)], on_gpu)
-    return fit_sizes(config, counts, device_mib, num_devices, on_gpu)
+    counts = count_run(config, model, dtypes.DTYPES[dtypes.chosen(config.model.dtype, on_gpu)], on_gpu)
+    return fit_sizes(config, counts, device_mib, num_devices, on_gpu, calls_on(model, config))
 
 
 def with_cache(work: Work, config, counts: ModelCounts, device_mib: float, num_devices: int, on_gpu: bool) -> Work:
     """The work with the transitions that the activation cache holds, if the config wants one.
 
     A device without a budget is given half of what weights and optimizer leave; a GPU's host without one, all that the GPU leaves.
+    Raises ValueError for a network that cannot be split, as the run does.
     """
     cache = config.cache
+    if counts.split_fault is not None and cache.mode != "off" and possible("cache", config):
+        raise ValueError(f"cache.mode={cache.mode}: {counts.split_fault}; valid is off")
     wanted = cache.mode == "on" or cache.mode == "auto" and counts.prefix_flop >= WORTH * counts.forward.row_flop
     if not wanted or not possible("cache", config) or not counts.prefix_flop:
         return work
@@ -372,20 +394,20 @@ def plan_text(plan: Plan) -> str:
         else "off",
         "sample gradients": "only with train.estimator=score_accumulation",
         "gradients": "in the update only",
-        "sampling": f"batches of {batch}, {work.rows} UNet rows each sample",
+        "sampling": f"batches of {batch}, {work.rows} network rows each sample",
         "decode": f"batches of {min(batch, work.decode_batch)}",
-        "update": f"{rows} UNet rows, {saved}",
+        "update": f"{rows} network rows, {saved}",
     }
     if work.zero_stage == 3:
-        notes["gathered weights"] = "of the UNet at a time, at most"
+        notes["gathered weights"] = "of the network at a time, at most"
     if work.offload != "none":
         notes["optimizer state"] += f", {host_mib(counts, work, plan.num_devices):,.0f} of what is offloaded on the host"
     if work.score_accumulation:
         notes |= {
             "rollout": f"embeddings of {work.texts(plan.num_devices):,} texts",
             "sample gradients": f"{samples} samples",
-            "sampling": f"batches of {batch}, {work.rows} UNet rows each sample, {saved}",
-            "update": "the combined gradient; no UNet call",
+            "sampling": f"batches of {batch}, {work.rows} network rows each sample, {saved}",
+            "update": "the combined gradient; no network call",
         }
     lines = [f"memory of one rank of {devices}, MiB"]
     lines += [f"  {kind:<17}{memory[kind]:>10,.0f}  {note}" for kind, note in notes.items()]

@@ -14,7 +14,7 @@ class Costs:
     """What one rank's work was measured to cost, in seconds; the links in bytes and bytes a second."""
 
     sample_call_s: float
-    """A UNet call in sampling, whatever its rows, and what each row adds; the denoising step included."""
+    """A network call in sampling, whatever its rows, and what each row adds; the denoising step included."""
     sample_row_s: float
     decode_image_s: float
     reward_image_s: float
