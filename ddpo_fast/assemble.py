@@ -101,6 +101,8 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
     """Checks what parsing could not, cheapest first, and joins the ranks. Raises ValueError naming the option at fault."""
     started_in = Path.cwd()
     model = find(config)
+    if model.family.process == "flow" and config.eval.sampler is None:
+        config = config.replace(eval__sampler="ode")  # as its pipeline draws
     check_steps(config, model.scheduler, model.record if model.family.process == "flow" else None)
     model.check_networks(Asked.of(config.sample))
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
@@ -177,13 +179,13 @@ def load_policy(config: Config, model: Model, ranks: Ranks, device: torch.device
     torch.manual_seed(config.run.seed)  # LoRA's initial weights
     lora = config.lora
     policy = Policy(model, config.model.dtype, device, lora)
+    policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
     policy.record(Asked.of(config.sample))
     if lora.init is not None and not config.run.resume:
         started = start_from(policy.pipe, lora.init, lora.scope)
         if ranks.is_first:
             print(started, flush=True)
     policy.remember_output()
-    policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
     for note in policy.notes if ranks.is_first else ():
         print(note, flush=True)
     work = Work.of(config, Calls.of(config, policy.record, model.scheduler))

@@ -78,7 +78,7 @@ class Policy:
         if asked not in self._recordings:
             with self._encoding(), self._named():
                 self._recordings[asked] = self.recorder.record(asked)
-                if len(self._recordings) == 1:
+                if all(other.texts != asked.texts for other in self._recordings if other != asked):
                     self._prove(self._recordings[asked])
         return self._recordings[asked]
 
@@ -108,7 +108,7 @@ class Policy:
         """Inside, a ValueError is about the model."""
         try:
             yield
-        except ValueError as error:
+        except (AttributeError, TypeError, ValueError) as error:  # the pipeline's own faults are of any kind
             raise ValueError(f"{self.option}: {' '.join(str(error).split())}") from None
 
     def denoising(self, options) -> Denoising:
@@ -195,9 +195,9 @@ class Policy:
             return conditions.call(self.forward, x, times)
 
     def _autocast(self) -> torch.autocast:
-        """A UNet computes under autocast, as it always did here. A transformer does not: its norms would be fp32."""
+        """A UNet computes under autocast. A transformer does so only if its weights are fp32 masters."""
         halves = self.dtype in (torch.float16, torch.bfloat16)
-        return torch.autocast(self.device.type, self.dtype, enabled=halves and self.family.process == "diffusion")
+        return torch.autocast(self.device.type, self.dtype, enabled=halves and (self.family.process == "diffusion" or self.full))
 
     @torch.no_grad()
     def predict_under(self, anchor: str, *inputs) -> Tensor:

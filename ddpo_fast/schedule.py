@@ -220,13 +220,27 @@ class Denoising:
         """
         window = Window.of(options.window, options.num_steps)
         made = cls(Levels.of(recording, scheduler), options.sampler, options.eta, window, recording, torch.device(device))
-        made.schedule(0, 1)
+        last = made._at(slice(window.among - window.size, window.among))
+        if samplers.find(options.sampler).STOCHASTIC and not len(last.trained):
+            if options.window is None:
+                raise ValueError(f"sample.num_steps={options.num_steps}: no step has a density under {options.sampler}; valid is more")
+            raise ValueError(
+                f"sample.window={dict(options.window)}: its last place has no step with a density under {options.sampler}; valid is "
+                f"{{size: {window.size}, among: {window.among - 1}}} or fewer"
+            )
         return made
 
     def schedule(self, seed: int, iteration: int) -> Schedule:
         """The steps of an iteration."""
-        scale, stochastic = self.recording.output_scale, self.window.steps(seed, iteration)
-        made = Schedule.of(self.levels, self.sampler, self.eta, scale, stochastic, self.device, self.dtype)
+        return self._at(self.window.steps(seed, iteration))
+
+    @property
+    def num_trainable(self) -> int:
+        """Steps that have a density, at the window's first place: the most of all places."""
+        return len(self._at(slice(self.window.size)).trained)
+
+    def _at(self, stochastic: slice) -> Schedule:
+        made = Schedule.of(self.levels, self.sampler, self.eta, self.recording.output_scale, stochastic, self.device, self.dtype)
         return replace(made, recording=self.recording)
 
 

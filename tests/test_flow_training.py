@@ -1,5 +1,6 @@
 """Runs on flow transformers: each family's tiny pipeline goes through the same rollout and the same updates as a UNet."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from families import FAMILIES
 from shared import CPU, first_gradient, relative_error, run, untimed, weights
 
 from ddpo_fast import kernels
-from ddpo_fast.assemble import find, load_policy
+from ddpo_fast.assemble import assemble, find, load_policy
 from ddpo_fast.config.command_line import parse
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.kernels.reference import guide
@@ -69,3 +70,56 @@ def test_a_run_resumes_and_its_lora_loads_in_plain_diffusers(flow_options, famil
         loaded, trained = given.call(pipe.transformer, x, times), policy.predict(x, times, given)
         policy.network.disable_adapters()
         assert torch.equal(loaded, trained) and not torch.equal(policy.predict(x, times, given), trained)
+
+
+def test_a_window_may_end_with_a_step_that_has_no_density(flow_options):
+    """Two steps in a row of four: at the last place only one of them is trained. Its rows are averaged over what there is."""
+    made = assemble(parse(flow_options("sd3", sample__window='{"size":2}')))
+    population = [made.schedule(iteration).trained.tolist() for iteration in range(1, 20)]
+    assert {tuple(steps) for steps in population} == {(0, 1), (1, 2), (2,)}
+    sizes = {len(made.updates(made.schedule(iteration), iteration)[0].rows) for iteration in range(1, 20)}
+    assert sizes == {8, 4}
+
+
+def test_a_window_without_a_density_is_refused(flow_options):
+    with pytest.raises(
+        ValueError, match=r"^sample.window=.*: its last place has no step with a density under cps; valid is {size: 1, among: 3} or fewer"
+    ):
+        assemble(parse(flow_options("sd3", sample__window='{"size":1}')))
+    with pytest.raises(ValueError, match="^sample.num_steps=1: no step has a density under cps; valid is more"):
+        assemble(parse(flow_options("sd3", sample__num_steps=1)))
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of a norm with fp32 masters under autocast
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"train__estimator": "score_accumulation"}, {"lora__scope": "none", "train__learning_rate": 1e-5}],
+    ids=["lora", "score_accumulation", "whole"],
+)
+def test_a_run_in_bf16(flow_options, name, changed):
+    """Rounding may change the ratio: half of the digits are missing, times the sharpest step's factor."""
+    folder = run(flow_options(name, model__dtype="bf16", run__iterations=1, **changed))
+    (row,) = read_metrics(folder)[1:]
+    assert math.isfinite(row["reward_mean"]) and row["grad_norm"] > 0 and row["bad_rewards"] == 0
+
+
+def test_evaluation_is_the_ode_s_unless_asked_otherwise(flow_options):
+    argv = [option for option in flow_options("sd3") if not option.startswith("--eval.sampler")]
+    made = assemble(parse(argv))
+    assert made.config.eval.sampler == made.evaluating.sampler == "ode"
+
+
+def test_a_negative_prompt_of_the_user_s_own(flow_options):
+    """A text stands for each prompt's; the unconditional branch is another one with it."""
+
+    def unconditional(name: str, **arguments) -> list:
+        argv = flow_options(name)
+        (given,) = [option for option in argv if option.startswith("--model.arguments=")]
+        argv[argv.index(given)] = f"--model.arguments={json.dumps(json.loads(given.partition('=')[2]) | arguments)}"
+        (rows,) = next(iter(assemble(parse(argv)).policy._unconditional.values()))
+        return rows
+
+    for name in ("sd3", "qwen_image"):
+        own, other = unconditional(name), unconditional(name, negative_prompt="blue")
+        assert any(not torch.equal(a, b) for a, b in zip(own, other) if isinstance(a, torch.Tensor))

@@ -52,11 +52,11 @@ class ModelConfig:
     share_guidance: bool = True
     """With guidance, compute once for both branches what the UNet does before its first cross-attention. Results are equal to rounding.
     SDXL's branches share nothing, because its time embedding contains the prompt. Nothing is shared if sampling, training or evaluation has
-    one branch."""
+    one branch, nor in a flow transformer."""
     offload_text_encoder: bool = True
     """On a GPU, keep the text encoders there only while they encode new prompts. Each prompt is encoded once."""
     compile: bool = False
-    """Compile the UNet with torch.compile. The first iteration takes a minute or two longer. On a CPU this needs a C++ compiler."""
+    """Compile the network with torch.compile. The first iteration takes a minute or two longer. On a CPU this needs a C++ compiler."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class TrainConfig:
     command line chooses. docs/algorithms.md has the equations."""
     estimator: Literal["ppo", "score_accumulation"] = "ppo"
     """Where the gradient is computed. ppo: after sampling; it allows any number of updates an iteration. score_accumulation: during
-    sampling, for each sample separately, so the update calls the UNet no more. The gradient is the same to rounding. It needs LoRA and
+    sampling, for each sample separately, so the update calls the network no more. The gradient is the same to rounding. It needs LoRA and
     exactly one update an iteration (train.num_minibatches=1, train.inner_epochs=1). Sampling then needs the memory of an update of
     sample.batch_size samples, and four bytes for each trained weight and each sample of a rank. train.micro_batch is not used."""
     num_minibatches: int = 4
@@ -181,7 +181,7 @@ class TrainConfig:
     only. auto: as many as --plan finds to fit. If memory runs out, the number is halved and the run goes on. With ZeRO the run ends
     instead: an update that has been sent in part cannot begin again."""
     gradient_checkpointing: bool = False
-    """Keep only the inputs of the UNet's blocks for the backward pass, which computes the rest again. This saves memory; an update takes
+    """Keep only the inputs of the network's blocks for the backward pass, which computes the rest again. This saves memory; an update takes
     about a third longer. The gradient is the same, bit for bit."""
     learning_rate: float = 4e-3
     """AdamW's learning rate, constant. Start with about 3e-4 for LoRA on SD, 1e-5 for its whole UNet."""
@@ -192,7 +192,7 @@ class TrainConfig:
     """Advantages are clamped to +- this."""
     kl_coefficient: float = 0.0
     """Adds this times the KL divergence from the model without any LoRA (also after lora.init) to the loss of a policy gradient. Like the
-    log-prob, the divergence is a mean over latent elements. Each transition costs another forward pass of the UNet, with LoRA switched
+    log-prob, the divergence is a mean over latent elements. Each transition costs another forward pass of the network, with LoRA switched
     off. The metric is kl_to_reference. 0: nothing of this is computed."""
     max_grad_norm: float = 1.0
     """Every update's gradient is clipped to this norm."""
@@ -243,12 +243,12 @@ class ZeroConfig:
     """What is spread over the ranks, or kept in host memory."""
 
     stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed's ZeRO stage. 1 shards the optimizer state over the ranks. 2 also shards the gradients. 3 also shards the UNet's weights
+    """DeepSpeed's ZeRO stage. 1 shards the optimizer state over the ranks. 2 also shards the gradients. 3 also shards the network's weights
     and gathers them for every call; if memory runs out at stage 3, the run ends, in sampling too, because the ranks call together. LoRA
     has next to nothing to shard below 3. See docs/distribution.md."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What is kept in host memory. optimizer: its state, its step and the gradients that it takes; with zero.stage 1 to 3. all: the UNet's
-    weights too; with zero.stage=3. Both need optimizer.name=adamw."""
+    """What is kept in host memory. optimizer: its state, its step and the gradients that it takes; with zero.stage 1 to 3. all: the
+    network's weights too; with zero.stage=3. Both need optimizer.name=adamw."""
 
 
 @dataclass(frozen=True)
@@ -270,10 +270,10 @@ class KernelsConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """The UNet's attention."""
+    """The network's attention."""
 
     backend: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "xformers", "flash_attn", "flash_attn_3", "flex"] = "auto"
-    """What computes the UNet's attention. sdpa: PyTorch's function with the kernel that it chooses. flash, cudnn, efficient, math: one
+    """What computes the network's attention. sdpa: PyTorch's function with the kernel that it chooses. flash, cudnn, efficient, math: one
     particular kernel of PyTorch's. xformers, flash_attn, flash_attn_3: those packages. flex: PyTorch's flex_attention. auto: on a GPU, the
     one that is fastest at the run's own shapes, measured forward and backward; on a CPU, sdpa."""
 
@@ -283,9 +283,9 @@ class CacheConfig:
     """The activation cache."""
 
     mode: Literal["auto", "on", "off"] = "auto"
-    """Keep what the UNet's frozen layers before the first trained layer compute in the rollout, so that the update does not compute it
+    """Keep what the network's frozen layers before the first trained layer compute in the rollout, so that the update does not compute it
     again. Needs zero.stage below 3 and a lora.scope that leaves such layers, such as mid_up. auto: on if these layers are at least 3 % of
-    the UNet."""
+    the network."""
     device_mib: Optional[float] = None
     """MiB of each device that the cache may take. Default: half of what is free at the start."""
     host_mib: Optional[float] = None
@@ -304,7 +304,7 @@ class EvalConfig:
     prompts: Optional[Union[PromptSet, list[str]]] = None
     """Prompts of the evaluation set, in turn: a list, or the name of a prompt set. Default: the training prompts."""
     sampler: Optional[Literal[samplers.CHOICES]] = None
-    """How evaluation pictures are denoised. They have no window. Default: sample.sampler."""
+    """How evaluation pictures are denoised. They have no window. Default: sample.sampler; of a flow model ode, as its pipeline draws."""
     num_steps: Optional[int] = None
     """Denoising steps of evaluation pictures. Default: sample.num_steps."""
     guidance_scale: Optional[float] = None

@@ -44,9 +44,9 @@ class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A_leaf, B_leaf, A, B, weight, bias, scaling, folded):
         ctx.scaling, ctx.totals, ctx.num_samples = scaling, _totals(A_leaf, B_leaf), len(A_leaf)
-        y, h = F.linear(x, weight, bias), None if folded else F.linear(x, A)
+        y, h = F.linear(x, weight, bias), None if folded else F.linear(x, A.to(x.dtype))
         ctx.save_for_backward(x, h, A, B, weight)
-        return y if folded else y + F.linear(h, B) * scaling
+        return y if folded else y + F.linear(h, B.to(h.dtype)) * scaling
 
     @staticmethod
     @once_differentiable
@@ -73,9 +73,9 @@ class _Conv2dFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A_leaf, B_leaf, A, B, weight, bias, scaling, folded, stride, padding):
         ctx.scaling, ctx.totals, ctx.num_samples, ctx.place = scaling, _totals(A_leaf, B_leaf), len(A_leaf), (stride, padding)
-        y, h = F.conv2d(x, weight, bias, *ctx.place), None if folded else F.conv2d(x, A, None, *ctx.place)
+        y, h = F.conv2d(x, weight, bias, *ctx.place), None if folded else F.conv2d(x, A.to(x.dtype), None, *ctx.place)
         ctx.save_for_backward(x, h, A, B, weight)
-        return y if folded else y + F.conv2d(h, B) * scaling
+        return y if folded else y + F.conv2d(h, B.to(h.dtype)) * scaling
 
     @staticmethod
     @once_differentiable

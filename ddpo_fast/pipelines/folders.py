@@ -28,7 +28,7 @@ from ddpo_fast.pipelines.skeleton import filled, in_dtype, lightened, on_meta
 from ddpo_fast.pipelines.template import Asked, Recording, Texts
 
 OURS = (
-    "prompt num_inference_steps timesteps sigmas height width num_images_per_prompt generator latents output_type return_dict callback "
+    "prompt eta num_inference_steps timesteps sigmas height width num_images_per_prompt generator latents output_type return_dict callback "
     "callback_steps callback_on_step_end callback_on_step_end_tensor_inputs args kwargs"
 ).split()
 """Arguments of a pipeline's call that model.arguments cannot have: other options have them, or a recording needs them."""

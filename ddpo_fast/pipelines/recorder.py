@@ -112,11 +112,12 @@ class _Trace:
 
     calls: list[_Call]
     outputs: list[Tensor]
-    """What the network answered to each call, (R, ...) fp32."""
+    """What the network answered to each call of the shown steps, (R, ...) fp32."""
     guided: list[Tensor]
-    """(B, *shape) what the scheduler was given at each step,"""
+    """(B, *shape) what the scheduler was given at each shown step,"""
     latents: list[Tensor]
     """and from which latents."""
+    num_steps: int
     sigmas: Tensor | None
 
 
@@ -157,8 +158,9 @@ class Recorder:
     def _call(self, prompts: list[str], asked: Asked, output_type: str) -> Tensor:
         """What the pipeline's call returns for these prompts."""
         family, arguments = self.family, {**self.arguments, self.family.guidance: asked.guidance_scale}
-        if family.negative_prompt is not None and asked.guidance_scale > 1:
-            arguments["negative_prompt"] = [family.negative_prompt] * len(prompts)
+        negative = arguments.pop("negative_prompt", family.negative_prompt)
+        if negative is not None and asked.guidance_scale > 1:
+            arguments["negative_prompt"] = [negative] * len(prompts)
         arguments |= {key: size for key, size in (("height", asked.height), ("width", asked.width)) if size is not None}
         return self.pipe(prompt=list(prompts), num_inference_steps=asked.num_steps, output_type=output_type, **arguments)[0]
 
@@ -174,19 +176,27 @@ class Recorder:
         return encoded
 
     def _trace(self, num_samples: int, asked: Asked, keep: list | None = None) -> _Trace:
-        """Runs the pipeline on probes with a network that answers noise."""
-        trace = _Trace([], [], [], [], None)
+        """Runs the pipeline on probes with a network that answers noise. The first two, the middle and the last step are shown.
+
+        Of the others only numbers are kept: a regression's recording has a thousand steps.
+        """
+        trace, shown = _Trace([], [], [], [], 0, None), {0, 1, asked.num_steps // 2, asked.num_steps - 1}
 
         def network(*args, **kwargs):
-            x = _latents_of(args, kwargs)
+            x, call = _latents_of(args, kwargs), _Call.of(args, kwargs)
             out = torch.randn((len(x), *x[0].shape), device=self.device)
-            trace.calls.append(_Call.of(args, kwargs))
-            trace.outputs.append(out)
+            if trace.num_steps in shown:
+                trace.outputs.append(out)
+            else:
+                call.leaves = [leaf if isinstance(leaf, Tensor) and leaf.dim() <= 1 else None for leaf in call.leaves]
+            trace.calls.append(call)
             return (list(out.unbind()) if isinstance(x, list) else out,)
 
         def stepped(out: Tensor, x: Tensor) -> Tensor:
-            trace.guided.append(out)
-            trace.latents.append(x)
+            if trace.num_steps in shown:
+                trace.guided.append(out)
+                trace.latents.append(x)
+            trace.num_steps += 1
             return 0.9 * x  # other ones, which shows where in a call the latents are
 
         with self._replaced(network, stepped, lambda x: x, self._encode(keep), False) as scheduler:
@@ -203,7 +213,7 @@ class Recorder:
             two, three = (self._trace(2 + more, replace(asked, num_steps=2), answers[more]) for more in (0, 1))
         self.answers[asked] = [_Answer.of(*pair) for pair in zip(*answers)]
         calls_per_step, rest = divmod(len(whole.calls), asked.num_steps)
-        if rest or calls_per_step not in (1, 2) or len(whole.guided) != asked.num_steps or len(two.calls) != 2 * calls_per_step:
+        if rest or calls_per_step not in (1, 2) or whole.num_steps != asked.num_steps or len(two.calls) != 2 * calls_per_step:
             raise ValueError(
                 f"it calls its network {len(whole.calls)} times in {asked.num_steps} steps; valid is once or twice in every step"
             )

@@ -185,7 +185,8 @@ class Conditions:
         return len(self.index)
 
     def __getitem__(self, rows: Tensor | slice) -> "Conditions":
-        return Conditions(self.texts, self.index[rows])
+        whole = isinstance(rows, slice) and rows == slice(None)
+        return self if whole else Conditions(self.texts, self.index[rows])  # itself it has gathered its leaves already
 
     @cached_property
     def leaves(self) -> list:

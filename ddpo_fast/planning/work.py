@@ -28,13 +28,10 @@ class Calls:
     @classmethod
     def of(cls, config, record: Callable[[Asked], Recording], scheduler) -> "Calls":
         """Of a pipeline with this scheduler that is called as `record` says. Raises ValueError for steps that there are not."""
-        asked = [
-            Asked.of(config.sample),
-            replace(Asked.of(config.sample), guidance_scale=config.training_guidance),
-            Asked.of(config.evaluation),
-        ]
-        trained = Denoising.of(config.sample, record(asked[0]), scheduler).schedule(config.run.seed, 1).trained
-        return cls(*(record(each).num_branches for each in asked), len(trained))
+        asked = Asked.of(config.sample)
+        calls = [record(each) for each in (asked, replace(asked, guidance_scale=config.training_guidance), Asked.of(config.evaluation))]
+        trainable = Denoising.of(config.sample, calls[0], scheduler).num_trainable
+        return cls(*(recording.num_branches for recording in calls), trainable)
 
 
 @dataclass(frozen=True)

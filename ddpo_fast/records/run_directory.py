@@ -139,7 +139,7 @@ class Record:
         write_text(self.path / "config.yaml", self.config.replace(run__resume=False).to_yaml())
         chosen = {"variant": policy.variant, "network": [family.network, type(policy.network).__name__], "guidance": family.guidance}
         negative = {} if family.negative_prompt is None else {"negative_prompt": family.negative_prompt}
-        chosen["arguments"] = policy.recorder.arguments | negative
+        chosen["arguments"] = negative | policy.recorder.arguments
         if family.process == "diffusion":
             chosen["scheduler"] = {key: policy.pipe.scheduler.config[key] for key in (*SD_STEPS, "clip_sample")}
         write_text(self.path / "environment.json", json.dumps(environment(self.run.ranks.world_size) | chosen, indent=1))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import zip_longest
 
+import numpy as np
 from torch import Tensor
 
 from ddpo_fast.distributed.engine import Engine
@@ -50,7 +51,10 @@ class Replay:
         """`add` in micro-batches of at most `size` transitions; begins with no gradient, so that it may be called again."""
         policy, objective = self.policy, self.objective
         recording = objective.recording(rollout.schedule)
-        times, (texts, prompts) = objective.times(rollout.schedule), policy.texts(recording, rollout.prompts)
+        times, samples = objective.times(rollout.schedule), np.unique(update.rows)
+        texts, found = policy.texts(recording, [rollout.prompts[i] for i in samples])
+        prompts = np.zeros(len(rollout.prompts), np.int64)
+        prompts[samples] = found
         self.engine.forget_gradient()
         self.cache.forget_fetched()
         done, weight = [], self.engine.loss_scale / len(update.rows)
