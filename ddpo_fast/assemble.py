@@ -89,7 +89,8 @@ def assemble(config: Config, claim: Claim | None = None) -> Run:
     if layers:
         gradients = ScoreAccumulation(layers, engine, objective)
     else:
-        cache = activation_cache.open_cache(split, policy, denoising.recording.num_branches, config.cache)
+        longest = max(start.task.prompts.texts, key=len)
+        cache = activation_cache.open_cache(split, policy, denoising.recording.num_branches, longest, config.cache)
         gradients = Replay(policy, engine, objective, cache, room, config.train.micro_batch)
     return Run(
         config, start.ranks, start.directory, start.task, policy, denoising, evaluating, calls, start.ops, objective, gradients, engine,

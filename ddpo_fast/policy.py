@@ -213,13 +213,13 @@ class Policy:
             self.network.enable_adapters()
 
     @torch.no_grad()
-    def example_call(self, num_rows: int) -> Tensor:
-        """The network's output for the same arbitrary rows every time, an even number: the same latents with two texts.
+    def example_call(self, num_rows: int, prompt: str = PROBES[0]) -> Tensor:
+        """The network's output for the same arbitrary rows every time, an even number: the same latents without the prompt and with it.
 
         They are as in the recording that was made first, a run's of sampling.
         """
         recording, half = next(iter(self._recordings.values())), num_rows // 2
-        texts, (row,) = self.texts(recording, [PROBES[0]])
+        texts, (row,) = self.texts(recording, [prompt])
         index = torch.tensor([0] * half + [int(row)] * half, device=self.device)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(half, *recording.shape, generator=generator).repeat(2, *[1] * len(recording.shape)).to(self.device, self.dtype)

@@ -361,6 +361,13 @@ def test_auto_leaves_out_what_is_not_worth_it(options, mode, scope, splits):
     assert bool([module for module in made.policy.network.modules() if hasattr(module, "split")]) == splits
 
 
+def test_a_slot_has_room_for_the_longest_prompt(options, monkeypatch):
+    asked, call = [], Policy.example_call
+    monkeypatch.setattr(Policy, "example_call", lambda *args, **named: asked.append(named) or call(*args, **named))
+    assemble(parse(options(prompts__list='["a cat", "a dog that runs", "two dogs"]')))
+    assert {"prompt": "a dog that runs"} in asked
+
+
 def test_budgets_that_are_not_given_are_half_of_what_is_free(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * MIB))
     monkeypatch.setattr(memory, "CGROUP", Path("nowhere"))

@@ -334,12 +334,15 @@ def split(mode: str, policy: Policy) -> Split | None:
     return None
 
 
-def open_cache(split: Split | None, policy: Policy, num_rows: int, options) -> Cache:
-    """A run's cache, by `options`, config.cache; where the network is not split, one that never holds anything. num_rows: G."""
+def open_cache(split: Split | None, policy: Policy, num_rows: int, prompt: str, options) -> Cache:
+    """A run's cache, by `options`, config.cache; where the network is not split, one that never holds anything.
+
+    num_rows: G. prompt: a slot has room for as many tokens as this one makes.
+    """
     if split is None:
         return NO_CACHE
     device_mib, host_mib = budgets_mib(options.device_mib, options.host_mib, policy.device)
-    return ActivationCache(split, policy.example_call, num_rows, policy.device, device_mib, host_mib)
+    return ActivationCache(split, partial(policy.example_call, prompt=prompt), num_rows, policy.device, device_mib, host_mib)
 
 
 def budgets_mib(device_mib: float | None, host_mib: float | None, device: torch.device) -> tuple[float, float]:
