@@ -16,6 +16,7 @@ from ddpo_fast import train as trainer
 from ddpo_fast.config.command_line import parse, parse_or_exit
 from ddpo_fast.config.options import Config
 from ddpo_fast.config.rules import RULES
+from ddpo_fast.places import PLACES, located
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -457,7 +458,8 @@ def test_recipes(recipe):
     config = parse(["--config", str(recipe)])
     for section, values in yaml.safe_load(text).items():
         for key, value in values.items():
-            assert config[f"{section}.{key}"] == value
+            option = f"{section}.{key}"
+            assert config[option] == (located(option, value) if option in PLACES else value)
 
 
 def test_without_options_it_is_the_embedded_compressibility_run():
