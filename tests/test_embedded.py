@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import warnings
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def test_pipeline_loads_by_plain_diffusers_in_fp32_without_warnings(loaded):
 def test_the_folder_stays_small():
     files = [path for path in EMBEDDED.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files) < 31e6
+
+
+def test_no_config_names_a_folder_of_the_machine_that_made_it():
+    configs = [path for name in ("model", "flow_model") for path in (EMBEDDED / name).rglob("*.json")]
+    assert len(configs) > 10 and [path for path in configs if re.search(r'_path": "/', path.read_text(encoding="utf-8"))] == []
 
 
 def test_samples_show_what_was_asked_for(loaded):

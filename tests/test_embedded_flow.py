@@ -87,6 +87,7 @@ def test_the_exported_pipeline_is_small_and_loads_in_fp32(trained, pipeline):
     assert sum(path.stat().st_size for path in (trained / "model").rglob("*") if path.is_file()) < 14e6
     parts = (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
     assert {part.dtype for part in parts} == {torch.float32}
+    assert "_name_or_path" not in (trained / "model/vae/config.json").read_text()
     averages = torch.load(trained / "flow.pt", weights_only=True)["ema"]
     assert torch.equal(pipeline.transformer.proj_out.weight, averages["transformer.proj_out.weight"].half().float())
 

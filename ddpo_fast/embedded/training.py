@@ -6,6 +6,7 @@ Shapes: B batch, N pictures.
 import argparse
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -150,6 +151,8 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     pipeline.save_pretrained(partial)
     for config in partial.glob("text_encoder*/config.json"):  # transformers loads in the dtype named there
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for config in partial.glob("*/config.json"):  # where a part was loaded from is a folder of this machine
+        config.write_text(re.sub(r'  "_name_or_path": .*\n', "", config.read_text()))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
