@@ -36,7 +36,8 @@ from ddpo_fast.config.options import Config
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.memory import free_mib
 from ddpo_fast.pipelines.template import Asked
-from ddpo_fast.planning.counts import flop_counter, planned_model
+from ddpo_fast.planning.architectures import planned_model
+from ddpo_fast.planning.counts import flop_counter
 from ddpo_fast.planning.plan import calls_on, count_run, memory_mib, phases_mib, with_cache
 from ddpo_fast.planning.work import Work
 from ddpo_fast.policy import Policy

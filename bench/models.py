@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from bench import ROOT
 from ddpo_fast.files import new_folder
-from ddpo_fast.planning.counts import ARCHITECTURES
+from ddpo_fast.planning.architectures import ARCHITECTURES
 
 EMBEDDED = ROOT / "ddpo_fast" / "embedded" / "model"
 SD15 = ARCHITECTURES["stable-diffusion-v1-5/stable-diffusion-v1-5"]

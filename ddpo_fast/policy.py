@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddpo_fast.config.options import LoraConfig
-from ddpo_fast.dtypes import DTYPES
+from ddpo_fast.dtypes import DTYPES, autocast
 from ddpo_fast.files import new_folder
 from ddpo_fast.memory import num_kept_prompts
 from ddpo_fast.networks.gradient_checkpointing import checkpoint_gradients
@@ -97,7 +97,10 @@ class Policy:
                     index = torch.tensor([rows[number] for _, number in numbers], device=self.device)
                     times = recording.times[step].to(self.device).expand(len(index))
                     ours = recording.template.call(self.network, torch.cat([x] * len(index)), times, texts.gather(index))
-                    error = difference(ours, torch.cat([own[number] for _, number in numbers]))
+                    expected = torch.cat([own[number] for _, number in numbers])
+                    if not expected.isfinite().all():
+                        raise ValueError(f"its network's output is not finite in {self.dtype}; valid is model.dtype=bf16 or fp32")
+                    error = difference(ours, expected)
                     if not error <= SAME_CALL * torch.finfo(self.dtype).eps:
                         raise ValueError(
                             f"in step {step} its network gives numbers that are not its pipeline's, by {error:.1g} of their norm"
@@ -105,7 +108,7 @@ class Policy:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Inside, a ValueError is about the model."""
+        """Inside, a fault of the pipeline's becomes a ValueError that names the model."""
         try:
             yield
         except (AttributeError, TypeError, ValueError) as error:  # the pipeline's own faults are of any kind
@@ -195,9 +198,7 @@ class Policy:
             return conditions.call(self.forward, x, times)
 
     def _autocast(self) -> torch.autocast:
-        """A UNet computes under autocast. A transformer does so only if its weights are fp32 masters."""
-        halves = self.dtype in (torch.float16, torch.bfloat16)
-        return torch.autocast(self.device.type, self.dtype, enabled=halves and (self.family.process == "diffusion" or self.full))
+        return autocast(self.device.type, self.dtype, self.family.network == "unet", self.full)
 
     @torch.no_grad()
     def predict_under(self, anchor: str, *inputs) -> Tensor:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ddpo_fast.config.options import ModelConfig
-from ddpo_fast.planning import counts
+from ddpo_fast.planning import architectures, counts
 
 _found: dict[str, counts.ModelCounts] = {}
 
@@ -11,7 +11,7 @@ _found: dict[str, counts.ModelCounts] = {}
 def architecture(path: Path | str) -> dict[str, dict]:
     """The configs of a UNet's pipeline, in a folder or known."""
     options = ModelConfig(path=str(path))
-    return counts.architecture(options, counts.planned_model(options))
+    return architectures.architecture(options, architectures.planned_model(options))
 
 
 def count_model(arch, dtype, lora, **options) -> counts.ModelCounts:

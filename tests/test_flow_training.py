@@ -90,7 +90,6 @@ def test_a_window_without_a_density_is_refused(flow_options):
         assemble(parse(flow_options("sd3", sample__num_steps=1)))
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of a norm with fp32 masters under autocast
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 @pytest.mark.parametrize(
     "changed",

@@ -27,7 +27,8 @@ from ddpo_fast.gpus import GPUS, parse_devices
 from ddpo_fast.pipelines.folders import find_model
 from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning import plan as plan_module
-from ddpo_fast.planning.counts import ARCHITECTURES, MIB, Call, LiveBytes, ModelCounts, flop_counter
+from ddpo_fast.planning.architectures import ARCHITECTURES
+from ddpo_fast.planning.counts import MIB, Call, LiveBytes, ModelCounts, flop_counter
 from ddpo_fast.planning.plan import (
     advise,
     fit_sizes,

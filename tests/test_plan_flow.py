@@ -79,6 +79,13 @@ def test_text_encoders_of_which_a_part_stays_fp32(flow_options):
     assert counts.embed_bytes == sum(row.nbytes for row in policy._texts[recording.asked.texts, "a"])
 
 
+def test_a_whole_network_in_half_precision_is_counted(flow_options):
+    """Its weights are fp32 masters, under autocast as in a run."""
+    config = parse(flow_options("flux", model__dtype="bf16", lora__scope="none"))
+    counts = count_run(config, assemble.find(config), torch.bfloat16, on_gpu=False)
+    assert counts.weight_bytes["transformer"] == 0 < counts.num_trainable and counts.update.row_flop > counts.forward.row_flop > 0
+
+
 def test_a_plan_and_sizes_that_it_chooses(flow_options, tmp_path, capsys):
     options = flow_options("sd3", sample__batch_size="auto", train__micro_batch="auto")
     trainer.main([*options, "--plan"])

@@ -248,9 +248,7 @@ class Recorder:
 
         Both are (1, *shape). The steps between them run without the network.
         """
-        shown, found, outputs = {0, recording.asked.num_steps - 1}, [], []
-        steps = iter(range(recording.asked.num_steps))
-        step = next(steps)
+        shown, found, outputs, step = {0, recording.asked.num_steps - 1}, [], [], 0
 
         def network(*args, **kwargs):
             if step not in shown:
@@ -264,7 +262,7 @@ class Recorder:
             if step in shown:
                 found.append((step, x, [outputs[call][block].reshape(x.shape) for call, block in recording.branches]))
             outputs.clear()
-            step = next(steps, None)
+            step += 1
             return 0.9 * x
 
         with self._replaced(network, stepped, lambda x: x, self._encode(), False):

@@ -22,7 +22,8 @@ from ddpo_fast.pipelines.folders import Model
 from ddpo_fast.pipelines.model_parts import latent_size
 from ddpo_fast.pipelines.recorder import PROBES
 from ddpo_fast.pipelines.template import Asked
-from ddpo_fast.planning.counts import MIB, ModelCounts, architecture, count_flow, count_model, planned_model
+from ddpo_fast.planning.architectures import architecture, planned_model
+from ddpo_fast.planning.counts import MIB, ModelCounts, count_flow, count_model
 from ddpo_fast.planning.work import Calls, Work, check_steps, merges_lora, shares_guidance
 from ddpo_fast.prompts import Prompts, evaluation_sets, load_prompts
 from ddpo_fast.terminal import user_error
