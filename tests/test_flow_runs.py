@@ -90,12 +90,6 @@ def test_divergence_window_and_evaluation_of_another_size(flow_options, monkeypa
     assert all(row["kl_to_reference"] > 0 for row in rows[1:])
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_a_run_in_bf16(flow_options, name):
-    row = read_metrics(run(flow_options(name, model__dtype="bf16", run__iterations=1, eval__every=10)))[-1]
-    assert 0 <= row["ratio_error"] < 2e-2 and row["grad_norm"] > 0
-
-
 @pytest.mark.parametrize("name, scope", [("sd3", "all"), ("qwen_image", "all"), ("qwen_image", "none")])
 def test_pictures_card_and_weights_of_a_run(flow_options, family, monkeypatch, capsys, name, scope):
     """`ddpo-fast sample` draws the run's own evaluation, and the card's code, in plain diffusers, calls the pipeline as the run does."""
