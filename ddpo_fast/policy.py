@@ -67,6 +67,7 @@ class Policy:
         self.merged_layers: list[nn.Module] = []
         self.guidance: AbstractContextManager = nullcontext()
         self.recorder = Recorder(self.pipe, self.family, device, model.arguments)
+        self._encodes = False
         self._recordings: dict[Asked, Recording] = {}
         self._unconditional: dict[tuple, list[list[Row]]] = {}
         """The unconditional branch's rows, if there is one, by `Asked.texts`."""
@@ -176,12 +177,17 @@ class Policy:
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:
-        """Inside, the text encoders are on the device."""
+        """Inside, the text encoders are on the device, until the outermost of such contexts ends."""
+        if self._encodes:
+            yield
+            return
         for encoder in self.text_encoders:
             encoder.to(self.device)
+        self._encodes = True
         try:
             yield
         finally:
+            self._encodes = False
             for encoder in self.text_encoders if self.offload_text_encoder else ():
                 encoder.to("cpu")
 

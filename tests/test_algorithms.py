@@ -271,8 +271,9 @@ def test_the_plan_knows_what_is_trained_on():
     work = Work.of(config)
     assert (work.trained_steps, work.rows, work.trained_rows, work.regression, work.kept_latents) == (30, 2, 1, True, 1)
     counts = SimpleNamespace(
-        prefix_flop=0.5, forward=SimpleNamespace(row_flop=1.0), update=SimpleNamespace(row_flop=3.0), decode=SimpleNamespace(row_flop=0.0)
-    )
+        prefix_flop=0.5, forward=SimpleNamespace(row_flop=1.0), update=SimpleNamespace(row_flop=3.0),
+        decode=SimpleNamespace(row_flop=0.0), split_fault=None,
+    )  # fmt: skip
     assert with_cache(work, config, counts, 1e9, 1, on_gpu=True).held == (0, 0)
     assert iteration_flop(counts, work, 1) == {"sampling": 48 * 2 * 10, "decode": 0, "update": 48 * 30 * 3}
 

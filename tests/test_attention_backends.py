@@ -82,13 +82,13 @@ def test_sdpa_is_diffusers_own(policy):
 
 def test_calls_are_counted(policy):
     """Self-attention and cross-attention of every block, once each."""
+    text = conditions(policy, ["a"]).leaves[0].shape[1]
     calls, layers = attention_calls(lambda: policy.example_call(2)), []
     for module in policy.network.modules():
         if isinstance(module, Attention):
             module.register_forward_hook(lambda attn, args, out: layers.append((args[0].shape[1], attn.heads)))
     policy.example_call(2)
     assert Counter((call.queries, call.heads) for call in calls.elements()) == Counter(layers) and layers
-    text = conditions(policy, ["a"]).leaves[0].shape[1]
     assert sum(count for call, count in calls.items() if call.keys == text) == len(layers) // 2
     assert not any(call.masked for call in calls)
 

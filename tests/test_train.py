@@ -386,14 +386,17 @@ def test_pictures_are_decoded_in_parts(options, monkeypatch):
 
 
 def test_the_text_encoder_is_on_the_device_while_prompts_are_new(options, monkeypatch):
-    policy, moves = assemble(parse(options())).policy, []
+    """There when it is called, also where a recording that is new is proved; each stay has a way there and one back."""
+    policy, moves, called = assemble(parse(options())).policy, [], []
     encoder = policy.pipe.text_encoder
     monkeypatch.setattr(encoder, "to", lambda device: moves.append(str(device)) or encoder)
+    encoder.register_forward_pre_hook(lambda *_: called.append(len(moves) % 2))
     assert policy.offload_text_encoder
     latent_shape(policy)  # records without guidance, for which it encodes, too
     assert moves == ["cpu", "cpu"]
     (first,), (again,) = (conditions(policy, prompts).leaves for prompts in (["new", "other"], ["other", "new"]))
     assert moves == ["cpu", "cpu"] * 2 and torch.equal(again, first.flip(0))
+    assert called and all(called)
 
 
 def test_evaluation_is_the_same_every_time(options):
