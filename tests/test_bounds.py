@@ -38,10 +38,10 @@ def test_a_network_rounds_as_its_layers_say(models, kind, dtype):
     policy = policy_of(models[kind], scope="none")
     exact = copy.deepcopy(policy.network).double()
     bound = bounds.network_rounding(policy.network, dtype)
-    unet = policy.network.to(dtype)
     prompts = ["cat", "dog", "lion"] if kind == "embedded" else ["a", "b", "c"]
     latents = torch.randn(3, *latent_shape(policy), generator=torch.Generator().manual_seed(0))
     given = conditions(policy, prompts)
+    unet = policy.network.to(dtype)  # after the policy has proved its calls, in its own dtype
 
     @torch.no_grad()
     def call(network, rows: slice, t: int) -> torch.Tensor:
