@@ -89,7 +89,7 @@ class Room:
 
 PROMPT_EMBEDS_MIB = 512
 """Most memory for the embeddings that a rank keeps on the host: in fp16 those of 4,500 prompts of SD 1.5, or of 1,600 of SDXL. A prompt
-that has been dropped is encoded again. That takes one pass of each text encoder, while a picture takes many passes of the UNet."""
+that has been dropped is encoded again. That takes one pass of each text encoder, while a picture takes many passes of the network."""
 
 
 def num_kept_prompts(prompt_bytes: int, num_needed: int) -> int:
