@@ -140,7 +140,7 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
 def find(config: Config) -> Model:
     """A config's model, of which the weights have not been read. Raises ValueError for one that cannot be trained."""
     model = config.model
-    return find_model(model.path, model.config, model.vae, model.variant, model.parts, model.arguments)
+    return find_model(model.path, model.config, model.vae, model.variant, model.parts, model.arguments, model.quantize)
 
 
 def _without_metadata(config: Config, prompts: Prompts, evaluations: list[EvaluationSet]) -> str | None:

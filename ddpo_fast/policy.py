@@ -53,7 +53,7 @@ class Policy:
 
     def __init__(self, model: Model, dtype: str, device: torch.device, lora: LoraConfig):
         self.device, self.dtype, self.family, self.option = device, DTYPES[dtype], model.family, model.option
-        self.pipe, self.notes = open_pipeline(model, self.dtype), model.notes
+        self.pipe, self.notes = open_pipeline(model, self.dtype, device), model.notes
         self.variant = next((weights.variant for weights in model.weights.values() if weights.variant is not None), None)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)

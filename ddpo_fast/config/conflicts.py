@@ -45,6 +45,7 @@ FEATURES = {
     "whole": Feature("lora.scope", lambda c: c.lora.scope == "none", words="when lora.scope is none"),
     "initial_lora": Feature("lora.init", lambda c: c.lora.init is not None, "null"),
     "merged": Feature("lora.forward", lambda c: c.lora.forward == "merged", "auto or separate"),
+    "quantized": Feature("model.quantize", lambda c: c.model.quantize != "none", "none"),
     "partitioned": Feature("zero.stage", lambda c: c.zero.stage == 3),
     "offload": Feature("zero.offload", lambda c: c.zero.offload != "none", "none"),
     "eight_bits": Feature("optimizer.name", lambda c: c.optimizer.name != "adamw"),
@@ -72,9 +73,13 @@ CONFLICTS = (
     ("cache", "partitioned", "ZeRO 3 gathers weights for whole calls"),
     ("cache", "whole", "nothing is frozen"),
     ("compile", "partitioned", "ZeRO 3 gathers weights between the network's layers"),
+    ("compile", "quantized", "torch.compile ends with an error on layers whose weights are made for every call"),
     ("initial_lora", "whole", "there is no LoRA to start"),
     ("merged", "whole", "there is no LoRA to merge"),
     ("merged", "partitioned", "ZeRO 3 partitions the weights"),
+    ("merged", "quantized", "so few bits would round the update away"),
+    ("quantized", "whole", "weights of so few bits cannot be trained"),
+    ("quantized", "partitioned", "ZeRO 3 partitions whole weights"),
     ("offload", "eight_bits", "paged_adamw_8bit moves its state to the host by itself"),
 )
 """(a feature, another that it does not go with, why)."""

@@ -49,6 +49,11 @@ class ModelConfig:
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """What the networks compute in. Latents, log-probs and trained weights are fp32 in any case. auto: fp16 on a GPU, fp32 on a CPU. bf16
     is not advised: its rounding moves log-probs by about 1e-4, as much as the clip range."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Bits of the network's frozen weights under LoRA. nf4: 4 bits and a scale for every 64 weights, 4.5 bits in all, by bitsandbytes.
+    int8: 8 bits and a scale for every row. The linear layers in the network's blocks are quantised, one after the other as they are read.
+    All else stays in model.dtype, and so does every activation. A layer's weights are made whole for each call, forward and backward. See
+    docs/distribution.md."""
     share_guidance: bool = True
     """With guidance, compute once for both branches what the UNet does before its first cross-attention. Results are equal to rounding.
     SDXL's branches share nothing, because its time embedding contains the prompt. Nothing is shared if sampling, training or evaluation has

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from ddpo_fast import samplers
@@ -82,6 +83,16 @@ RULES = [
         "model.variant",
         "a word such as fp16, or null; null with a single file",
         lambda v, c: v is None or bool(re.fullmatch(r"[\w-]+", v)) and c.model.config is None,
+    ),
+    (
+        "model.quantize",
+        "none with a single file as model.path, whose weights are read all at once",
+        lambda v, c: v == "none" or c.model.config is None,
+    ),
+    (
+        "model.quantize",
+        "none or int8 where bitsandbytes is not installed",
+        lambda v, c: v != "nf4" or find_spec("bitsandbytes") is not None,
     ),
     (
         "lora.scope",

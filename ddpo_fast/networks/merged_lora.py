@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ddpo_fast.networks.patch import patch, unpatch
+from ddpo_fast.networks.quantized import QuantizedLinear
 
 ADAPTER = "default"
 """The name that `network.add_adapter` gives an adapter."""
@@ -179,15 +180,18 @@ def unmerge(network: nn.Module) -> None:
                 del module.merged_weight
 
 
-def misfit(layer: nn.Module) -> str | None:
-    """Why a LoRA layer is not a plain one called 'default' on a frozen nn.Linear or nn.Conv2d; None if it is."""
-    if type(layer) not in _MERGED or type(layer.base_layer) is not _BASES[type(layer)]:
+def misfit(layer: nn.Module, quantized: bool = False) -> str | None:
+    """Why a LoRA layer is not a plain one called 'default' on a frozen nn.Linear or nn.Conv2d; None if it is.
+
+    quantized: whether a QuantizedLinear will do.
+    """
+    base = getattr(layer, "base_layer", None)
+    if type(layer) not in _MERGED or not (type(base) is _BASES[type(layer)] or quantized and isinstance(base, QuantizedLinear)):
         return f"it is a {type(layer).__name__} on a {type(layer.base_layer).__name__}; valid is a LoRA on an nn.Linear or nn.Conv2d"
     if list(layer.lora_A) != [ADAPTER] or layer.merged:
         return f"its adapters are {list(layer.lora_A)}, of which {layer.merged_adapters} are merged; valid is 'default' alone, not merged"
     if layer.lora_variant or layer.lora_bias[ADAPTER] or not isinstance(layer.lora_dropout[ADAPTER], nn.Identity):
         return "its LoRA is of another kind, or has a bias or dropout; valid is a plain one"
-    base = layer.base_layer
     if any(parameter.requires_grad for parameter in base.parameters()):
         return "its own weights are trained too; valid are frozen ones"
     if isinstance(base, nn.Conv2d) and (base.groups, base.dilation, base.padding_mode, type(base.padding)) != (1, (1, 1), "zeros", tuple):

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ddpo_fast.networks.merged_lora import ADAPTER, MergedConv2d, MergedLinear, convolution_backward, lora_weights, misfit
 from ddpo_fast.networks.patch import patch, unpatch
+from ddpo_fast.networks.quantized import QuantizedLinear
 
 
 def _totals(*leaves: Tensor) -> list[Tensor | None]:
@@ -38,13 +39,13 @@ def _add(total: Tensor | None, num_samples: int, low: Tensor, wide: Tensor) -> T
 class _LinearFunction(torch.autograd.Function):
     """x (R, ..., I), leaves (b, r, I) and (b, r, O), A (r, I), B (O, r), weight (O, I), bias (O,) or None -> (R, ..., O).
 
-    folded: the weight is W + s B A already, and h = A x is first made in the backward pass.
+    folded: the weight is W + s B A already, and h = A x is first made in the backward pass. Without a weight it is LoRA's update alone.
     """
 
     @staticmethod
     def forward(ctx, x, A_leaf, B_leaf, A, B, weight, bias, scaling, folded):
         ctx.scaling, ctx.totals, ctx.num_samples = scaling, _totals(A_leaf, B_leaf), len(A_leaf)
-        y, h = F.linear(x, weight, bias), None if folded else F.linear(x, A.to(x.dtype))
+        y, h = 0 if weight is None else F.linear(x, weight, bias), None if folded else F.linear(x, A.to(x.dtype))
         ctx.save_for_backward(x, h, A, B, weight)
         return y if folded else y + F.linear(h, B.to(h.dtype)) * scaling
 
@@ -62,8 +63,8 @@ class _LinearFunction(torch.autograd.Function):
             B_grad = _add(ctx.totals[1], ctx.num_samples, h_rows, g_rows)
             x_grad = None
             if ctx.needs_input_grad[0]:
-                x_grad = g_rows @ weight if h is None else g_rows @ weight + h_grad @ low_A
-                x_grad = x_grad.view(x.shape)
+                x_grad = 0 if weight is None else g_rows @ weight
+                x_grad = (x_grad if h is None else x_grad + h_grad @ low_A).view(x.shape)
         return x_grad, A_grad, B_grad, *[None] * 6
 
 
@@ -148,6 +149,18 @@ class ScoredLinear(_ScoredLayer, lora.Linear):
     function, folded = _LinearFunction, False
 
 
+class ScoredQuantizedLinear(_ScoredLayer, lora.Linear):
+    """y = W x + b + s B A x, where W is made of fewer bits: in the base layer, which keeps no whole W for backward."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.leaves is None:
+            return super().forward(x, *args, **kwargs)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        _, A, B = lora_weights(self)
+        return self.base_layer(x) + _LinearFunction.apply(x, *self.leaves, A.detach(), B.detach(), None, None, self.scaling[ADAPTER], False)
+
+
 class ScoredConv2d(_ScoredLayer, lora.Conv2d):
     """y = conv(x, W, b) + s conv(conv(x, A), B)."""
 
@@ -190,7 +203,8 @@ def score(network: nn.Module) -> list[nn.Module]:
         if reason := _misfit(layer):
             raise ValueError(f"network: {name} cannot give each sample's gradient: {reason}")
     for layer in layers.values():
-        patch(layer, _SCORED[type(layer)], leaves=None)
+        quantized = isinstance(layer.base_layer, QuantizedLinear)
+        patch(layer, ScoredQuantizedLinear if quantized else _SCORED[type(layer)], leaves=None)
     return list(layers.values())
 
 
@@ -200,7 +214,7 @@ def unscore(network: nn.Module) -> None:
     Raises ValueError if something else has changed a scored layer since.
     """
     for module in network.modules():
-        for kind in _SCORED.values():
+        for kind in (*_SCORED.values(), ScoredQuantizedLinear):
             unpatch(module, kind)
 
 
@@ -208,7 +222,7 @@ def _misfit(layer: nn.Module) -> str | None:
     """Why a LoRA layer is not one that `score` can take, None if it is."""
     if isinstance(layer, _ScoredLayer):
         return "it does already; unscore it first"
-    reason = None if type(layer) in (MergedLinear, MergedConv2d) else misfit(layer)
+    reason = None if type(layer) in (MergedLinear, MergedConv2d) else misfit(layer, quantized=True)
     base = layer.base_layer
     if reason is None and isinstance(base, nn.Conv2d) and any(pad >= k for pad, k in zip(base.padding, base.kernel_size)):
         reason = "its padding is as wide as its kernel"

@@ -17,7 +17,7 @@ diffusers.utils.logging.disable_progress_bar()
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 
-from ddpo_fast.pipelines import flow_parts, model_parts, single_file
+from ddpo_fast.pipelines import flow_parts, model_parts, quantized_weights, single_file
 from ddpo_fast.pipelines.ddim import changed_steps
 from ddpo_fast.pipelines.families import FAMILIES, Family
 from ddpo_fast.pipelines.hub import CONFIGS, check_readable, choose_weights, file_names, in_one_line, local_folder
@@ -74,6 +74,8 @@ class Model:
     """Every network's weights, by the name of its part."""
     arguments: dict[str, object]
     """Of the pipeline's call, beyond those of its family."""
+    quantize: str = "none"
+    """How the network's weights are quantised as they are read, see `networks.quantized.KINDS`."""
     _recorders: dict[torch.dtype, Recorder] = field(default_factory=dict)
     _recordings: dict[tuple[Asked, torch.dtype], Recording] = field(default_factory=dict)
 
@@ -173,13 +175,14 @@ def find_model(
     variant: str | None = None,
     parts: Mapping[str, None] | None = None,
     arguments: Mapping[str, object] | None = None,
+    quantize: str = "none",
 ) -> Model:
     """Finds a model and checks it by its configs and the names of its weights.
 
     path: a folder or hub id. If `config` is given, path is a file of weights as Stable Diffusion was first published, and `config` is a
     folder or hub id with the configs and the tokenizer of a pipeline of the same layout. vae: folder, hub id or file of a VAE to take
     instead of the pipeline's. variant: that of the weights, see `choose_weights`. parts: those to go without, each with null. arguments:
-    of the pipeline's call. Raises ValueError, naming the option, for what cannot be trained.
+    of the pipeline's call. quantize: how the network's weights are. Raises ValueError, naming the option, for what cannot be trained.
     """
     option, source = ("model.path", path) if config is None else ("model.config", config)
     folder, option = local_folder(option, source), f"{option}={source}"
@@ -202,7 +205,7 @@ def find_model(
         found.configs["unet"] = model_parts.check_unet(option, kind, found.configs["unet"], channels)
     if variant is not None and variant not in {chosen.variant for chosen in weights.values()}:
         raise ValueError(f"model.variant={variant}: no part of {path} has weights of that variant; valid is null")
-    return Model(path, option, kind, family, folder, **vars(found), weights=weights, arguments=dict(arguments or {}))
+    return Model(path, option, kind, family, folder, **vars(found), weights=weights, arguments=dict(arguments or {}), quantize=quantize)
 
 
 def _left_out(kind: type, parts: Mapping[str, None]) -> dict[str, list]:
@@ -247,14 +250,16 @@ def _find_weights(option: str, source: str, folder: Path, classes: dict[str, typ
     return weights
 
 
-def open_pipeline(model: Model, dtype: torch.dtype) -> DiffusionPipeline:
+def open_pipeline(model: Model, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> DiffusionPipeline:
     """The pipeline in `dtype`, with its weights, which are read from safetensors only, and with the model's scheduler.
+
+    It is on the CPU, but for a network that is quantised as it is read, which is on the device.
 
     SDXL's own VAE overflows in fp16, and its config says so by `force_upcast`. Such a VAE is then in fp32, as in diffusers, except that of
     SD 1.x and 2.x, which does not overflow. Raises ValueError, naming the option, for weights that are damaged or belong to another
     network.
     """
-    pipe = model.assembled({part: _load(part, model, weights, dtype) for part, weights in model.weights.items()})
+    pipe = model.assembled({part: _load(part, model, weights, dtype, device) for part, weights in model.weights.items()})
     if model.family.process == "diffusion":
         pipe.unet.register_to_config(sample_size=model.configs["unet"]["sample_size"])
     if model.kind is not StableDiffusionPipeline and dtype == torch.float16 and pipe.vae.config.get("force_upcast", False):
@@ -262,12 +267,15 @@ def open_pipeline(model: Model, dtype: torch.dtype) -> DiffusionPipeline:
     return pipe
 
 
-def _load(part: str, model: Model, weights: Weights, dtype: torch.dtype) -> nn.Module:
+def _load(part: str, model: Model, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A network with its weights. Raises ValueError if its files lack a weight: transformers would draw it at random and say so only if
     asked."""
     if Path(weights.source).is_file():
         return single_file.load(weights.option, weights.source, model.folder, part, weights.part, dtype)
     folder, kind = local_folder(weights.option.split("=")[0], weights.source, [*CONFIGS, *weights.files]), model.classes[part]
+    if part == model.family.network and model.quantize != "none":
+        files = [folder / name for name in weights.files if name.endswith(".safetensors")]
+        return quantized_weights.load(weights.option, files, kind, model.configs[part], dtype, device, model.quantize)
     options = {"subfolder": weights.part, "variant": weights.variant, "dtype": dtype, "use_safetensors": True}
     with in_one_line(weights.option):
         if issubclass(kind, ModelMixin):

@@ -78,7 +78,7 @@ def planned_model(options) -> Model | None:
     if source in ARCHITECTURES and not Path(source).is_dir():
         return None
     vae = None if _known_vae(options) else options.vae
-    return find_model(options.path, options.config, vae, options.variant, options.parts, options.arguments)
+    return find_model(options.path, options.config, vae, options.variant, options.parts, options.arguments, options.quantize)
 
 
 def _known_vae(options) -> dict | None:

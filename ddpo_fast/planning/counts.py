@@ -32,6 +32,7 @@ from ddpo_fast.networks.gradient_checkpointing import checkpoint_gradients
 from ddpo_fast.networks.lora import set_trainable
 from ddpo_fast.networks.merged_lora import merge
 from ddpo_fast.networks.patch import patch
+from ddpo_fast.networks.quantized import quantize
 from ddpo_fast.networks.shared_guidance import SharedGuidance
 from ddpo_fast.networks.split import Split, stored_bytes
 from ddpo_fast.pipelines.folders import Model
@@ -208,6 +209,22 @@ class ModelCounts:
         return sum(map(math.prod, self.trained_shapes))
 
 
+@dataclass(frozen=True)
+class Computing:
+    """How a run computes with its networks."""
+
+    fused: bool = False
+    """Whether GroupNorm, SiLU and GEGLU are the Triton kernels."""
+    merged: bool = False
+    """Whether LoRA computes with merged weights."""
+    shared: bool = False
+    """Whether guidance's branches share what precedes the first cross-attention."""
+    checkpointing: bool = False
+    """Whether the network's blocks are run again in backward."""
+    quantize: str = "none"
+    """model.quantize."""
+
+
 class _Networks(ABC):
     """A pipeline's networks without weights, trained and computing as `count_model` says, called as a policy calls them."""
 
@@ -216,27 +233,30 @@ class _Networks(ABC):
     decoded_shape: tuple[int, ...]
     """Of what the VAE's decoder is given of a sample."""
 
-    def __init__(self, part: str, parts: dict[str, nn.Module], vae_dtype: torch.dtype, lora, merged: bool):
+    def __init__(self, part: str, parts: dict[str, nn.Module], vae_dtype: torch.dtype, lora, computing: Computing):
         self.part, self.parts, self.network, self.vae, self.vae_dtype = part, parts, parts[part], parts["vae"], vae_dtype
+        self.computing = computing
         for network in parts.values():
             network.requires_grad_(False).eval()
         nn.Module.to(self.vae, vae_dtype)
+        if computing.quantize != "none":
+            quantize(self.network, computing.quantize)
         set_trainable(self.network, lora.scope, lora.targets, lora.rank, lora.alpha)
-        self.copies = _merge(self.network) if merged else []
+        self.copies = _merge(self.network) if computing.merged else []
         self.guidance = nullcontext()
 
-    def fake(self, fused: bool, shared: bool, checkpointing: bool) -> None:
+    def fake(self) -> None:
         """Gives the networks fake weights and the trained one gradients, which are accounted for apart; fuses, shares what is wanted."""
         for network in (self.network, self.vae):
             replaced(network, lambda t: torch.empty(t.shape, dtype=t.dtype))
         for parameter in self.trained():
             parameter.grad = torch.empty_like(parameter)
-        if fused:
+        if self.computing.fused:
             saving = [lambda x, *rest, op=op: _SavesInput.apply(op, x, *rest) for op in (reference.group_norm_silu, reference.geglu)]
             fuse(self.network, Ops("counted", reference.ddim_step, reference.ppo_loss, *saving))
-        if shared:  # all calls are of both branches
+        if self.computing.shared:  # all calls are of both branches
             self.guidance = SharedGuidance(self.network, partial(self.forward, 2))
-        if checkpointing:
+        if self.computing.checkpointing:
             checkpoint_gradients(self.network, self.running)
 
     def trained(self) -> list[nn.Parameter]:
@@ -260,7 +280,7 @@ class _Networks(ABC):
 class _UNet(_Networks):
     """Those of Stable Diffusion, from their configs."""
 
-    def __init__(self, arch: dict[str, dict], dtype: torch.dtype, lora, on_gpu: bool, merged: bool):
+    def __init__(self, arch: dict[str, dict], dtype: torch.dtype, lora, on_gpu: bool, computing: Computing):
         with torch.device("meta"):
             parts = {part: kind.from_config(arch[part]) for part, kind in NETWORKS.items()}
             encoders = {part: text_encoder(part, arch[part]) for part in TEXT_ENCODERS if part in arch}
@@ -270,7 +290,7 @@ class _UNet(_Networks):
         unet, vae = parts["unet"], parts["vae"]
         is_sdxl = unet.config.addition_embed_type == "text_time"
         upcast = is_sdxl and vae.config.force_upcast and dtype == torch.float16  # as `open_pipeline` has it
-        super().__init__("unet", parts | encoders, torch.float32 if upcast else dtype, lora, merged)
+        super().__init__("unet", parts | encoders, torch.float32 if upcast else dtype, lora, computing)
         self.pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim if is_sdxl else 0
         num_tokens = encoders["text_encoder"].config.max_position_embeddings if "text_encoder" in encoders else 77
         size = unet.config.sample_size
@@ -321,14 +341,14 @@ def _faked(part: Row) -> Row:
 class _Transformer(_Networks):
     """Those of a flow model, whose network is called as its pipeline calls it."""
 
-    def __init__(self, model: Model, asked: Asked, prompt: str, dtype: torch.dtype, lora, merged: bool):
+    def __init__(self, model: Model, asked: Asked, prompt: str, dtype: torch.dtype, lora, computing: Computing):
         """asked, prompt: how it is called. Raises ValueError for a pipeline that cannot be called so."""
         part = model.family.network
         recorder, self.recording = model.recorder(dtype), model.record(asked, dtype)
         parts = {name: in_dtype(on_meta(model.classes[name], model.configs[name]), dtype) for name in (part, "vae")}
         parts |= {name: getattr(recorder.pipe, name) for name in model.classes if name not in parts}
         upcast = parts["vae"].config.get("force_upcast", False) and dtype == torch.float16  # as `open_pipeline` has it
-        super().__init__(part, parts, torch.float32 if upcast else dtype, lora, merged)
+        super().__init__(part, parts, torch.float32 if upcast else dtype, lora, computing)
         for module in self.network.modules():
             if isinstance(module, ExpertsWithGradient):
                 patch(module, _EvenExperts)
@@ -338,11 +358,11 @@ class _Transformer(_Networks):
         self.num_latents = math.prod(self.recording.shape)
         self.decoded_shape = recorder.decoded_shape(self.recording)
 
-    def fake(self, fused: bool, shared: bool, checkpointing: bool) -> None:
+    def fake(self) -> None:
         rows = [[_faked(part) for part in row] for row in self.rows]
         with _Whole():
             self.texts = Texts.of(self.recording, rows, torch.device("cpu"))
-        super().fake(fused, shared, checkpointing)
+        super().fake()
 
     def forward(self, num_rows: int) -> Tensor:
         """Half of the rows without the prompt, where there is guidance."""
@@ -385,44 +405,22 @@ def _count_calls(networks: _Networks) -> dict[str, object]:
     return found | {"prefix_flop": prefix_flop, "kept_row_bytes": kept_row_bytes, "cached_update": count(replay)[0]}
 
 
-def count_model(
-    arch: dict[str, dict],
-    dtype: torch.dtype,
-    lora,
-    *,
-    on_gpu: bool,
-    fused: bool,
-    merged: bool = False,
-    shared: bool = False,
-    checkpointing: bool = False,
-) -> ModelCounts:
+def count_model(arch: dict[str, dict], dtype: torch.dtype, lora, *, on_gpu: bool, **computing) -> ModelCounts:
     """Counts a UNet's pipeline with the trained weights that `lora` (scope, targets, rank, alpha) asks for, computing in `dtype`.
 
-    on_gpu: autocast's rules are a GPU's. fused: GroupNorm, SiLU and GEGLU are the Triton kernels. merged: LoRA computes with merged
-    weights. shared: the branches of guidance share what precedes the first cross-attention. checkpointing: the network's blocks are run
-    again in backward. Raises as `set_trainable` does.
+    on_gpu: autocast's rules are a GPU's. computing: see `Computing`. Raises as `set_trainable` does.
     """
-    return _counted(_UNet(arch, dtype, lora, on_gpu, merged), fused, shared, checkpointing)
+    return _counted(_UNet(arch, dtype, lora, on_gpu, Computing(**computing)))
 
 
-def count_flow(
-    model: Model,
-    asked: Asked,
-    prompt: str,
-    dtype: torch.dtype,
-    lora,
-    *,
-    fused: bool,
-    merged: bool = False,
-    checkpointing: bool = False,
-) -> ModelCounts:
+def count_flow(model: Model, asked: Asked, prompt: str, dtype: torch.dtype, lora, **computing) -> ModelCounts:
     """`count_model` of a flow model, called for the pictures that are asked for with this prompt. Also raises as `Model.record` does."""
-    return _counted(_Transformer(model, asked, prompt, dtype, lora, merged), fused, False, checkpointing)
+    return _counted(_Transformer(model, asked, prompt, dtype, lora, Computing(**computing)))
 
 
-def _counted(networks: _Networks, fused: bool, shared: bool, checkpointing: bool) -> ModelCounts:
+def _counted(networks: _Networks) -> ModelCounts:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        networks.fake(fused, shared, checkpointing)
+        networks.fake()
         calls = _count_calls(networks)
     weights = list(networks.network.parameters())
     num_bytes = sum(p.nbytes for p in weights)

@@ -295,6 +295,7 @@ def count_run(config, model: Model | None, dtype: torch.dtype, on_gpu: bool) -> 
         "fused": config.kernels.backend == "triton" or (config.kernels.backend == "auto" and on_gpu),
         "merged": merges_lora(config, dtype),
         "checkpointing": config.train.gradient_checkpointing,
+        "quantize": options.quantize,
     }
     if model is not None and model.family.process == "flow":
         check_steps(config, model.scheduler, model.record)
