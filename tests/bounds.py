@@ -31,12 +31,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 
+from ddpo_fast.assemble import find
 from ddpo_fast.config.command_line import parse
 from ddpo_fast.config.options import Config
+from ddpo_fast.pipelines.folders import Model
+from ddpo_fast.pipelines.model_parts import latent_size
+from ddpo_fast.pipelines.skeleton import on_meta
+from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.schedule import Levels, Schedule, Window
 
 SIGMAS = 5
@@ -55,7 +59,7 @@ def assert_same_noise(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def network_rounding(network: nn.Module, dtype: torch.dtype = torch.float32) -> float:
     """delta, see 3: how far two calls' outputs are apart, both rms, relative. `network` may be on the meta device."""
     eps = torch.finfo(dtype).eps
-    terms = [layer.weight[0].numel() for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    terms = [layer.weight[0].numel() for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d)]
     if dtype in HALF:
         return 0.2 * eps * math.sqrt(3 * len(terms))
     return 0.2 * eps * math.sqrt(2 * sum(count / 2 + 1 for count in terms))
@@ -92,7 +96,7 @@ class Rounding:
 
     eps: float
     network: float
-    """delta of the UNet."""
+    """delta of the network."""
     decoder: float
     """delta of the VAE's decoder."""
     eta: float
@@ -146,9 +150,12 @@ def moved(run_dir: Path) -> float:
     return torch.cat([tensor.flatten() for name, tensor in tensors.items() if "lora_B" in name]).norm().item()
 
 
-def _of_steps(schedule: Schedule, delta: float, eps: float) -> tuple[float, float, float]:
-    """Of the steps with a density the largest eta and the largest |log p|, 0 without any; of the final latents the relative error."""
-    g, table = schedule.guidance_scale, schedule.coefficients.double().abs()
+def _of_steps(schedule: Schedule, g: float, delta: float, eps: float) -> tuple[float, float, float]:
+    """Of the steps with a density the largest eta and the largest |log p|, 0 without any; of the final latents the relative error.
+
+    g: of guidance, see 4; 1 without an unconditional branch.
+    """
+    table = schedule.coefficients.double().abs()
     a = 1 if g == 1 else abs(g) + abs(g - 1)
     eta, size, error = 0.0, 1.0, 0.0
     for c_x, c_out, s in table[:, :3].tolist():
@@ -160,33 +167,36 @@ def _of_steps(schedule: Schedule, delta: float, eps: float) -> tuple[float, floa
     return eta, max((table[schedule.trained, 3] + 0.5).tolist(), default=0.0), error / size
 
 
-def _schedule(options, scheduler, seed: int, iteration: int) -> Schedule:
-    """The steps of an iteration's pictures as `options`, config.sample or config.evaluation, ask for them."""
-    stochastic = Window.of(options.window, options.num_steps).steps(seed, iteration)
-    levels = Levels.of_steps(scheduler, options.num_steps)
-    return Schedule.of(levels, options.sampler, options.eta, options.guidance_scale, stochastic)
+def _guidance_and_levels(options, model: Model) -> tuple[float, Levels]:
+    """Of the pictures that `options`, config.sample or config.evaluation, ask for."""
+    if model.family.process == "diffusion":
+        return options.guidance_scale, Levels.of_steps(model.scheduler, options.num_steps)
+    recording = model.record(Asked.of(options))
+    return recording.guidance_scale, Levels.of(recording, model.scheduler)
 
 
 def of(config: Config, dtype: torch.dtype = torch.float32) -> Rounding:
     """What rounding in `dtype` may do to a run with these options. Its model is a folder."""
-    folder = Path(config.model.config or config.model.path)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-    scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder, subfolder="scheduler"))
-    train, seed = config.train, config.run.seed
+    model, train, seed = find(config), config.train, config.run.seed
+    network, vae = (on_meta(model.classes[part], model.configs[part]) for part in (model.family.network, "vae"))
     accumulated = torch.finfo(torch.float32 if dtype in HALF else dtype).eps
-    delta = network_rounding(unet, dtype)
-    iterations = range(1, 1 + (config.run.iterations if config.sample.window else 1))
-    schedules = [_schedule(config.sample, scheduler, seed, iteration) for iteration in iterations]
-    etas, log_probs, latents = zip(*(_of_steps(schedule, delta, accumulated) for schedule in schedules))
-    evaluated = _of_steps(_schedule(config.evaluation, scheduler, seed, 1), delta, accumulated)[2]
-    side = unet.config.sample_size
+    delta = network_rounding(network, dtype)
+
+    def of_steps(options, iterations: range) -> list[tuple[float, float, float]]:
+        guidance, levels = _guidance_and_levels(options, model)
+        window = Window.of(options.window, options.num_steps)
+        tables = [Schedule.of(levels, options.sampler, options.eta, guidance, window.steps(seed, iteration)) for iteration in iterations]
+        return [_of_steps(table, guidance, delta, accumulated) for table in tables]
+
+    etas, log_probs, latents = zip(*of_steps(config.sample, range(1, 1 + (config.run.iterations if config.sample.window else 1))))
+    ((*_, evaluated),) = of_steps(config.evaluation, range(1, 2))
+    flow = model.family.process == "flow"
+    shape = model.record(Asked.of(config.sample)).shape if flow else (network.config.in_channels, *latent_size(model.configs["unet"]))
     updates = config.run.iterations * train.num_minibatches * train.inner_epochs
     return Rounding(
         eps=accumulated, network=delta, decoder=network_rounding(vae.decoder, dtype), eta=max(etas),
         log_prob=max(log_probs), latents=max(*latents, evaluated), rate=train.learning_rate * updates,
-        num_elements=unet.config.in_channels * (side**2 if isinstance(side, int) else math.prod(side)),
+        num_elements=math.prod(shape),
     )  # fmt: skip
 
 
