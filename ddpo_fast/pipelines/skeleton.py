@@ -60,8 +60,9 @@ def replaced(network: nn.Module, made: Callable[[Tensor], Tensor]) -> nn.Module:
 def lightened(network: nn.Module) -> nn.Module:
     """Makes a network on the meta device answer on the CPU, with the right shapes and finite numbers that depend on its tokens.
 
-    A linear layer repeats its first feature, an embedding is a wave for each token, attention gives the first value. In a call, a block of
-    a list answers what an equal one has answered to arguments of the same sizes. All else is computed. Raises ValueError where a layer is
+    A linear layer repeats its first feature, an embedding is a wave for each token, attention gives the first value, or, where a network
+    computes it of products, their first terms. In a call, a block of a list answers what an equal one has answered to arguments of the
+    same sizes. All else is computed. Raises ValueError where a layer is
     given other features than it takes.
     """
     answers: dict[tuple, object] = {}
@@ -104,10 +105,14 @@ class _FirstValue(TorchFunctionMode):
     """Inside, attention costs nothing."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        query, _, value = (*args, *(kwargs or {}).values())[:3]
-        return value[..., :1, :1, :].expand(*query.shape[:-1], value.shape[-1])
+        arguments = (*args, *(kwargs or {}).values())
+        if func is F.scaled_dot_product_attention:
+            query, _, value = arguments[:3]
+            return value[..., :1, :1, :].expand(*query.shape[:-1], value.shape[-1])
+        if func is torch.matmul and all(factor.dim() == 4 for factor in arguments[:2]):
+            left, right = arguments[:2]
+            return left[..., :1] * right[..., :1, :]
+        return func(*args, **(kwargs or {}))
 
 
 def _once(block: nn.Module, answers: dict[tuple, object]) -> Callable:

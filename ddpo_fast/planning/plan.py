@@ -22,7 +22,7 @@ from ddpo_fast.pipelines.folders import Model
 from ddpo_fast.pipelines.model_parts import latent_size
 from ddpo_fast.pipelines.recorder import PROBES
 from ddpo_fast.pipelines.template import Asked
-from ddpo_fast.planning.architectures import architecture, planned_model
+from ddpo_fast.planning.architectures import architecture, assumed, planned_model
 from ddpo_fast.planning.counts import MIB, ModelCounts, count_flow, count_model
 from ddpo_fast.planning.work import Calls, Work, check_steps, merges_lora, shares_guidance
 from ddpo_fast.prompts import Prompts, evaluation_sets, load_prompts
@@ -74,6 +74,8 @@ class Plan:
     seconds: dict[str, float]
     advice: list[str]
     """What to lower, if it does not fit."""
+    assumed: list[str]
+    """What is counted without having been read."""
 
     @property
     def samples_per_hour(self) -> float:
@@ -253,7 +255,8 @@ def make_plan(config) -> Plan:
     as_update = ("sampling", "update") if work.score_accumulation else ("update",)
     seconds = {phase: value / (update if phase in as_update else sampling) for phase, value in flop.items()}
     advice = advise(counts, work, num_devices, USABLE * device.memory_mib)
-    return Plan(device, num_devices, work, counts, memory_mib(counts, work, num_devices), flop, seconds, advice)
+    memory, notes = memory_mib(counts, work, num_devices), assumed(config.model, model)
+    return Plan(device, num_devices, work, counts, memory, flop, seconds, advice, notes)
 
 
 def print_plan(config) -> None:
@@ -422,6 +425,7 @@ def plan_text(plan: Plan) -> str:
         f"  estimated: {device.fractions[0]:.0%} in sampling and {device.fractions[1]:.0%} in the update of "
         f"{device.matmul_flops / 1e12:,.3g} TFLOP/s, {device.source}",
         "  left out: the reward, evaluation, checkpoints, communication",
+        *(f"  {line}" for line in plan.assumed),
         *(plan.advice or ["it fits"]),
     ]
     return "\n".join(lines)
