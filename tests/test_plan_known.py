@@ -15,7 +15,7 @@ from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning import counts as counting
 from ddpo_fast.planning import plan as plan_module
 from ddpo_fast.planning.architectures import FLOW_MODELS, assumed, planned_model
-from ddpo_fast.planning.counts import Call, LiveBytes, ModelCounts
+from ddpo_fast.planning.counts import Call, Computing, LiveBytes, ModelCounts
 from ddpo_fast.planning.plan import make_plan, plan_text
 
 FLUX, SD35, Z_IMAGE = "black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-3.5-medium", "Tongyi-MAI/Z-Image"
@@ -69,10 +69,10 @@ def count_each_kind_once(network: torch.nn.Module, live: LiveBytes) -> None:
 def test_parameters_and_operations_are_the_published_models(name, size):
     parameters, *tflops = PUBLISHED[name]
     whole = SimpleNamespace(scope="none", targets=[], rank=1, alpha=1.0)
-    networks = counting._Transformer(known(name), Asked(2, 4.0, size, size), "a lion", torch.bfloat16, whole, merged=False)
+    networks = counting._Transformer(known(name), Asked(2, 4.0, size, size), "a lion", torch.bfloat16, whole, Computing())
     assert sum(p.numel() for p in networks.network.parameters()) == pytest.approx(parameters * 1e9, rel=0.01)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        networks.fake(fused=False, shared=False, checkpointing=False)
+        networks.fake()
         with torch.no_grad(), LiveBytes() as live:
             count_each_kind_once(networks.network, live)
             networks.forward(1)
