@@ -28,12 +28,13 @@ from accelerate import PartialState
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from bench.textbook import TextbookLoop, Trajectories
+from bench.textbook import FlowGRPOLoop, Loop, TextbookLoop, Trajectories, group_advantages
 from ddpo_fast import assemble
 from ddpo_fast import train as trainer
 from ddpo_fast.config.command_line import parse
 from ddpo_fast.config.options import Config
 from ddpo_fast.distributed.ranks import Ranks
+from ddpo_fast.kernels.reference import INITIAL_STEP, normal_noise
 from ddpo_fast.memory import free_mib
 from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning.architectures import planned_model
@@ -42,6 +43,7 @@ from ddpo_fast.planning.plan import calls_on, count_run, memory_mib, phases_mib,
 from ddpo_fast.planning.work import Work
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import draw_prompts
+from ddpo_fast.rollout import generate
 from ddpo_fast.run import Task
 from ddpo_fast.timing import StageTimer
 from ddpo_fast.updates.activation_cache import NO_CACHE
@@ -117,17 +119,17 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Contender:
-    """One way to run the work of a command line. `trainable` gives the UNet's trained parameters by name."""
+    """One way to run the work of a command line. `trainable` gives the network's trained parameters by name."""
 
     def __init__(self, config: Config, policy: Policy, task: Task, ranks: Ranks):
         self.config, self.policy, self.task, self.ranks = config, policy, task, ranks
-        self.device, self.unet = policy.device, policy.network
+        self.device, self.network = policy.device, policy.network
         self.clip_range = scaled_clip_range(config.train.clip_range, math.prod(policy.record(Asked.of(config.sample)).shape))
         self.iteration = 0
         self.start = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.unet.named_parameters() if parameter.requires_grad}
+        return {name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad}
 
     def iterate(self, count_flop: bool = False) -> dict:
         """One iteration of DDPO: seconds by stage, reward, peak memory and, if counted, FLOP by stage."""
@@ -182,7 +184,7 @@ class Contender:
 
     def collect(self) -> dict[str, Tensor]:
         gradient = {name: parameter.grad.detach().clone() for name, parameter in self.trainable().items() if parameter.grad is not None}
-        self.unet.zero_grad()
+        self.network.zero_grad()
         return gradient
 
 
@@ -200,7 +202,7 @@ class Ours(Contender):
         if unknown := set(changes) - set(self.CHANGES):
             raise ValueError(f"{', '.join(unknown)}: valid changes are {', '.join(self.CHANGES)}")
         if "contiguous" in changes:
-            for parameter in self.unet.parameters():
+            for parameter in self.network.parameters():
                 parameter.data = parameter.data.contiguous()
         self.stages = Stages(self.device)
         self.stages.wrap(self.policy, "_encode", "encode")
@@ -230,6 +232,15 @@ class Ours(Contender):
         config.check()
         self.config, self.run = config, replace(self.run, config=config, denoising=self.policy.denoising(config.sample))
         self.run.gradients.micro_batch = config.train.micro_batch
+
+    def differences(self, file: Path) -> dict[str, float]:
+        """How far its pictures are from those in `file`, of values in [0, 1], and its advantages, relative to the largest."""
+        data, credit = torch.load(file, map_location=self.device), copy.deepcopy(self.run.objective.credit)
+        ids, seed = torch.arange(len(data["prompts"]), device=self.device), self.config.run.seed
+        with self.perturbed():
+            _, images = generate(self.policy, self.run.ops, self.run.schedule(1), seed, ids, data["prompts"])
+        error = (credit.of(data["prompts"], data["rewards"].cpu()) - data["advantages"].cpu()).abs().max() / data["advantages"].abs().max()
+        return {"pictures": (images - data["images"]).abs().max().item(), "advantages": error.item()}
 
     def loss_gradient(self, data: dict) -> dict[str, Tensor]:
         one_update = self.config.replace(
@@ -270,11 +281,11 @@ class Textbook(Contender):
     """The textbook loop with torch's AdamW. Batches are as large as a minibatch of samples and train.micro_batch allow."""
 
     def __init__(self, argv: list[str]):
-        refuse(argv, train__algorithm="ddpo_is", optimizer__name="adamw", sample__eta=1.0, train__timestep_fraction=1.0)
-        refuse(argv, train__kl_coefficient=0.0, sample__sampler="ddim", sample__window=None)
+        refuse(argv, train__algorithm="ddpo_is", optimizer__name="adamw", train__timestep_fraction=1.0, train__kl_coefficient=0.0)
         super().__init__(*plain_parts(argv))
         config, policy = self.config, self.policy
-        self.loop = TextbookLoop(policy.pipe, config.sample.num_steps, config.sample.guidance_scale)
+        self.on_flow = policy.family.process == "flow"
+        self.loop = self.flow_loop(argv) if self.on_flow else self.ddpo_loop(argv)
         self.parameters = policy.trainable_parameters()
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -283,8 +294,31 @@ class Textbook(Contender):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=policy.dtype == torch.float16)
         self.credit = Advantages.of_options(config.baseline, config.train.advantage_clip)
         self.generator = torch.Generator(self.device).manual_seed(config.run.seed)
-        self.uncond_embeds = self.loop.encode([""])
+        self.uncond = self.loop.encode([""])
         self.stages = Stages(self.device)
+
+    def ddpo_loop(self, argv: list[str]) -> Loop:
+        refuse(argv, sample__eta=1.0, sample__sampler="ddim", sample__window=None)
+        return TextbookLoop(self.policy.pipe, self.config.sample.num_steps, self.config.sample.guidance_scale)
+
+    def flow_loop(self, argv: list[str]) -> Loop:
+        sample, arguments = self.config.sample, self.config.model.arguments
+        trained = sample.num_steps - 1
+        window = {"size": trained, "among": trained}
+        refuse(argv, sample__sampler="flow_sde", sample__window=window, baseline__name="group", baseline__std="batch")
+        return FlowGRPOLoop(
+            self.policy.pipe, sample.num_steps, sample.guidance_scale, sample.eta, trained, arguments["max_sequence_length"]
+        )
+
+    def draw(self, count: int) -> Callable[[int], Tensor]:
+        """The noise of so many samples."""
+        return lambda step: torch.randn((count, *self.loop.shape), generator=self.generator, device=self.device)
+
+    def advantages(self, prompts: list[str], rewards: Tensor) -> Tensor:
+        """(N,) fp32, of a whole iteration's rewards."""
+        if not self.on_flow:
+            return self.credit.of(prompts, rewards).float().to(self.device)
+        return torch.tensor(group_advantages(prompts, rewards.tolist(), self.config.train.advantage_clip), device=self.device)
 
     def work(self) -> dict:
         config, data, rewards, prompts = self.config, [], [], self.prompts()
@@ -292,22 +326,22 @@ class Textbook(Contender):
             batch = prompts[start : start + config.sample.batch_size]
             with self.stages("sample"):
                 with self.stages("encode"), torch.no_grad():
-                    embeds = self.loop.encode(batch)
-                data.append(self.loop.rollout(embeds, self.uncond_embeds, self.generator))
+                    texts = self.loop.encode(batch)
+                part, latents = self.loop.rollout(texts, self.uncond, self.draw(len(batch)))
+                data.append(part)
                 with self.stages("decode"):
-                    images = self.loop.decode(data[-1].next_latents[:, -1])
+                    images = self.loop.decode(latents)
             with self.stages("reward"):
                 rewards.append(self.task.reward(images, batch))
-        joined = (torch.cat([getattr(part, name) for part in data]) for name in ("latents", "next_latents", "log_probs", "prompt_embeds"))
-        data, rewards = Trajectories(self.loop.timesteps, *joined), torch.cat(rewards)
-        advantages = self.credit.of(prompts, rewards).float().to(self.device)
+        data, rewards = Trajectories.cat(data), torch.cat(rewards)
+        advantages = self.advantages(prompts, rewards)
         with self.stages("train"):
             ratios = self.update(data, advantages)
         return {
             "reward_mean": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
             "ratio_error": (ratios - 1).abs().max().item(),
-            "transitions": config.sample.num_samples * config.sample.num_steps * config.train.inner_epochs,
+            "transitions": data.log_probs.numel() * config.train.inner_epochs,
         }
 
     def update(self, data: Trajectories, advantages: Tensor) -> Tensor:
@@ -317,7 +351,7 @@ class Textbook(Contender):
             order = torch.randperm(len(advantages), generator=self.generator, device=self.device)
             for minibatch in order.chunk(options.num_minibatches):
                 ratios = self.loop.backward(
-                    data, minibatch, options.micro_batch, advantages, self.uncond_embeds, self.clip_range, self.scaler.scale
+                    data, minibatch, options.micro_batch, advantages, self.uncond, self.clip_range, self.scaler.scale
                 )
                 first = ratios if first is None else first
                 with self.stages("optimizer"):
@@ -328,22 +362,32 @@ class Textbook(Contender):
                     self.optimizer.zero_grad()
         return first
 
-    def trajectories(self, file: Path) -> None:
-        """Saves trajectories of `perturbed` parameters with made-up advantages: what every contender's gradient is compared on."""
-        prompts = self.task.prompts.texts[:2]
-        with self.perturbed():
-            data = self.loop.rollout(self.loop.encode(prompts), self.uncond_embeds, torch.Generator(self.device).manual_seed(1))
+    def trajectories(self, file: Path) -> dict[str, float]:
+        """Saves trajectories of `perturbed` parameters with made-up rewards: what every contender is compared on.
+
+        Their noise is ours, so that ours can draw the same pictures. Returns rounding: see `Loop.rounding`.
+        """
+        prompts = self.task.prompts.texts[:2] * 2
+        ids, rewards = torch.arange(len(prompts)), torch.linspace(-1.5, 2.0, len(prompts))
+
+        def draw(step: int) -> Tensor:
+            steps = torch.full_like(ids, INITIAL_STEP if step < 0 else step)
+            return normal_noise(self.config.run.seed, ids, steps, math.prod(self.loop.shape)).view(-1, *self.loop.shape).to(self.device)
+
+        with self.perturbed(), torch.no_grad():
+            data, last = self.loop.rollout(self.loop.encode(prompts), self.uncond, draw)
+            images = self.loop.decode(last)
         latents = torch.cat([data.latents, data.next_latents[:, -1:]], 1)
-        advantages = torch.linspace(-1.5, 2.0, len(prompts))
-        torch.save({"prompts": prompts, "latents": latents, "log_probs": data.log_probs, "advantages": advantages}, file)
+        saved = {"prompts": prompts, "latents": latents, "log_probs": data.log_probs, "images": images, "rewards": rewards}
+        torch.save(saved | {"advantages": self.advantages(prompts, rewards)}, file)
+        return {"rounding": self.loop.rounding()}
 
     def loss_gradient(self, data: dict) -> dict[str, Tensor]:
         latents, rows = data["latents"], torch.arange(len(data["prompts"]), device=self.device)
-        embeds = self.loop.encode(data["prompts"])
-        steps = Trajectories(self.loop.timesteps, latents[:, :-1], latents[:, 1:], data["log_probs"], embeds)
-        scale = 2.0**16 if self.unet.dtype == torch.float16 else 1.0
+        steps = Trajectories(latents[:, :-1], latents[:, 1:], data["log_probs"], self.loop.encode(data["prompts"]))
+        scale = 2.0**16 if self.network.dtype == torch.float16 else 1.0
         self.loop.backward(
-            steps, rows, self.config.train.micro_batch, data["advantages"], self.uncond_embeds, UNCLIPPED, lambda loss: scale * loss
+            steps, rows, self.config.train.micro_batch, data["advantages"], self.uncond, UNCLIPPED, lambda loss: scale * loss
         )
         return {name: value / scale for name, value in self.collect().items()}
 
@@ -401,7 +445,7 @@ class TRL(Contender):
             warnings.simplefilter("ignore")
             self.trl = DDPOTrainer(options, self.reward, lambda: (next(self.queue), {}), pipeline)
         pipeline.sd_pipeline.set_progress_bar_config(disable=True)
-        self.unet, self.rewards = pipeline.unet, []
+        self.network, self.rewards = pipeline.unet, []
         self.stages = Stages(self.device)
         self.stages.wrap(self.trl, "_generate_samples", "sample")
         self.stages.wrap(pipeline.text_encoder, "forward", "encode")
@@ -432,7 +476,7 @@ class TRL(Contender):
         }
 
     def loss_gradient(self, data: dict) -> dict[str, Tensor]:
-        trl, latents = self.trl, data["latents"].to(self.unet.dtype)
+        trl, latents = self.trl, data["latents"].to(self.network.dtype)
         tokens = trl.sd_pipeline.tokenizer(
             data["prompts"], return_tensors="pt", padding="max_length", truncation=True,
             max_length=trl.sd_pipeline.tokenizer.model_max_length,
@@ -443,7 +487,7 @@ class TRL(Contender):
             embeds = torch.cat([trl.neg_prompt_embed.expand_as(embeds), embeds])
         trl.sd_pipeline.scheduler.set_timesteps(self.config.sample.num_steps)
         timesteps = trl.sd_pipeline.scheduler.timesteps.to(self.device)
-        scale = 2.0**16 if self.unet.dtype == torch.float16 else 1.0
+        scale = 2.0**16 if self.network.dtype == torch.float16 else 1.0
         trl.config.train_clip_range = UNCLIPPED
         for step, t in enumerate(timesteps):
             loss, _, _ = trl.calculate_loss(

@@ -30,6 +30,12 @@ IDEAL = {"batch": 1, "steps": 1, "inner_epochs": 1, "micro_batch": 0, "ranks": -
 """The ideal exponent: an iteration's time grows with this power of the axis' value if all of its work, and nothing else, depends on it."""
 IDEAL_NAMES = {1: "proportional", 0: "no change", -1: "inverse"}
 BLUE, PALE, RED = "#33587a", "#9db2c9", "#c2410c"
+LARGEST_BATCHES = "TRL and the textbook loop train batches as large as they can make them: a minibatch of samples at one timestep."
+FLOW_BATCHES = (
+    "The textbook loop is Flow-GRPO's. It trains samples at one timestep: as many rows a call as ours, or, as in its published settings, "
+    "9 samples."
+)
+"""What a table of peers says of their batches."""
 Row = dict[str, str]
 Rows = list[Row]
 
@@ -94,8 +100,7 @@ def peers_section(rows: Rows) -> list[str]:
             table(["", *(PEERS[peer] for peer in peers), *(f"{PEERS[peer]} / ours" for peer in others)], lines),
             "The rows are seconds of one iteration. The last columns are ratios: the other trainer's time divided by ours, so ours is "
             "faster where the ratio is above 1. Each ratio is a median over rounds that time all trainers in turn; the brackets hold the "
-            "middle 60 % of the rounds. TRL and the textbook loop train batches as large as they can make them: a minibatch of samples "
-            "at one timestep.",
+            f"middle 60 % of the rounds. {FLOW_BATCHES if any('Flow-GRPO' in peer for peer in peers) else LARGEST_BATCHES}",
         ]
     untimed = [row for row in rows if row["note"] and not row["median_s"]]
     notes = [(PEERS[row["peer"]], row["stage"], " ".join(row["note"].replace("`", "'").split())) for row in untimed]

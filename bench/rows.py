@@ -24,6 +24,7 @@ ENVIRONMENT = "date commit device torch triton diffusers peft python command".sp
 PEERS = {
     "ours": "ours",
     "textbook": "textbook loop",
+    "textbook, Flow-GRPO's batches": "textbook loop, Flow-GRPO's batches",
     "trl": "TRL",
     "trl, its example's batches": "TRL, its example's batches",
 }

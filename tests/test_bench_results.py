@@ -291,7 +291,8 @@ def test_every_peer_has_a_name(bench, readme):
     for peer in bench.rows.PEERS:
         bench.add(readme.parent, "peers", dict(model="m", work="w", peer=peer, stage="total", median_s=1.0, images_per_s=1.0, note="n"))
     assert headline(bench, readme) == 0
-    assert "| ours | textbook loop | TRL | TRL, its example's batches |" in readme.read_text() and "`n`" not in readme.read_text()
+    assert "| ours | textbook loop | textbook loop, Flow-GRPO's batches | TRL | TRL, its example's batches |" in readme.read_text()
+    assert "`n`" not in readme.read_text() and "The textbook loop is Flow-GRPO's." in readme.read_text()
 
 
 def test_what_has_no_rows_is_left_out(bench, readme):
