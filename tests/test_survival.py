@@ -138,6 +138,30 @@ def test_kills_at_random_moments_then_resume_is_the_uninterrupted_run(options, t
     same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen_image", "z_image", "sdxl"))])
+def test_a_kill_in_an_iteration_then_resume_for_other_models(options, flow_options, sdxl, ranks, tmp_path, name):
+    """Also with texts of several lengths: a mask (Qwen-Image), or lists (Z-Image)."""
+
+    def argv(where: str) -> list[str]:
+        extra = ("--run.iterations=5", '--prompts.list=["a", "a very big dog"]')
+        if name == "sdxl":
+            return options(where, f"--model.path={sdxl}", *extra)
+        reward = f"--reward.name={tmp_path / 'reward.py'}:slow_redness"
+        return [*flow_options(name, where, eval__every=100, train__num_minibatches=2, train__inner_epochs=2), reward, *extra]
+
+    with Run(argv("killed")) as run:
+        run.wait_for(lambda: run.newest_row() >= 1)
+        (tmp_path / "scoring").unlink()
+        run.wait_for((tmp_path / "scoring").exists)
+        run.kill("rank")
+        assert 1 <= run.newest_row() < 5 and "Traceback" not in run.log.read_text(), run.log.read_text()
+    whole, resumed = (ranks.run(one) for one in (argv("whole"), [f"--run.dir={tmp_path / 'killed'}", "--resume"]))
+    assert whole[0] == resumed[0] == [0, 0], whole[1] + resumed[1]
+    said = [[line for line in text.splitlines() if line.startswith("reward on the fixed evaluation set")] for _, text in (whole, resumed)]
+    assert said[0] == said[1] and len(said[0]) == 1 and "resumed after iteration" in resumed[1], resumed[1]
+    same_run(tmp_path / "killed", tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_twenty_kills(options, tmp_path):
     """Five each in rollout, reward, update and save, of a rank, the launcher or everything."""
