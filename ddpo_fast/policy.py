@@ -260,7 +260,9 @@ class Policy:
             if self.full:
                 self.network.save_pretrained(target)
                 return
-            name, metadata = self.family.network, self.network.peft_config["default"].to_dict()
+            name, kind = self.family.network, type(self.network)
+            of = {"base_model_class": kind.__name__, "parent_library": kind.__module__.partition(".")[0]}  # names of layers do not tell
+            metadata = self.network.peft_config["default"].to_dict() | {"auto_mapping": of}
             layers = {f"{name}_lora_layers": get_peft_model_state_dict(self.network), f"{name}_lora_adapter_metadata": metadata}
             self.pipe.save_lora_weights(target, **layers)
 

@@ -73,6 +73,7 @@ def _read(pipe: DiffusionPipeline, part: str, init: str) -> dict[str, tuple[Tens
         return {
             name: (tensors[half].float(), tensors[f"{name}.lora_B.weight"].float(), _scale(name, len(tensors[half]), alphas, metadata))
             for name, half in halves.items()
+            if tensors[f"{name}.lora_B.weight"].any()  # kohya's joined layers have zeros for those without a LoRA
         }
     except Exception as error:  # the libraries may raise anything for a damaged or foreign file
         raise ValueError(f"lora.init={init}: it cannot be loaded: {' '.join(str(error).split())}") from error

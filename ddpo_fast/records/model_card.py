@@ -12,6 +12,7 @@ from ddpo_fast.algorithms import PolicyGradient
 from ddpo_fast.files import write_text
 from ddpo_fast.places import LORA_FILE, NETWORKS
 from ddpo_fast.prompts import EVALUATIONS
+from ddpo_fast.records.kohya import TRANSFORMERS
 from ddpo_fast.records.report import Run, read_run
 
 _OPTIONS = (
@@ -78,7 +79,7 @@ def card(run: Run, weights: str, public: bool) -> str:
     if pictures(run):
         parts.append("The same prompts and the same noise, before and after; below each picture its reward:")
         parts.append("![before](before.png)\n\n![after](after.png)")
-    elsewhere = "" if full else _elsewhere(part, weights, public)
+    elsewhere = "" if full else _elsewhere(part, network, weights, public)
     parts += ["## Use", _use(run, weights, full, public), elsewhere, "## Training", _training(run)]
     content = "\n\n".join(part for part in parts if part) + "\n"
     return str(ModelCard(content))
@@ -136,7 +137,7 @@ def _use(run: Run, weights: str, full: bool, public: bool) -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def _elsewhere(part: str, weights: str, public: bool) -> str:
+def _elsewhere(part: str, network: str, weights: str, public: bool) -> str:
     """What to do with a LoRA outside of a pipeline of diffusers."""
     fetch = f"`hf download {weights} --local-dir lora`, then " if public else ""
     folder = "lora" if public else weights
@@ -145,7 +146,7 @@ def _elsewhere(part: str, weights: str, public: bool) -> str:
         f"`{LORA_FILE}` has names that they do not all know, and they leave out what they do not know.\n\n"
     )
     return (
-        f"{kohya if part == 'unet' else ''}"
+        f"{kohya if part == 'unet' or network in TRANSFORMERS else ''}"
         f"The {part} alone takes it, too:\n\n"
         f'```python\n{part}.load_lora_adapter("{weights}", prefix="{part}", weight_name="{LORA_FILE}")\n```\n\n'
         "Its layers are then peft's. `PeftModel.from_pretrained` does not read it."
