@@ -3,6 +3,7 @@
 Shape letters: R network rows, B samples, *shape one sample's latents.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -28,6 +29,9 @@ from ddpo_fast.pipelines.recorder import PROBES, Recorder
 from ddpo_fast.pipelines.template import Asked, Conditions, Recording, Row, Texts
 from ddpo_fast.schedule import Denoising
 
+logger = logging.getLogger("ddpo_fast")
+SHOWN = 60
+"""Letters of a prompt in a warning, at most."""
 SAME_CALL = 16
 """Roundings between the network's output in the pipeline's own call and in ours, at most: none where kernels give the same every time."""
 SAME_NETWORK = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -170,7 +174,11 @@ class Policy:
     def _encode(self, recording: Recording, prompts: list[str]) -> None:
         with self._encoding():
             for prompt in prompts:
+                known = prompt in self.recorder.cut  # it has been here before, and was dropped
                 branches = self.recorder.texts_of(prompt, recording)
+                if not known and prompt in self.recorder.cut:
+                    shown = prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}..."
+                    logger.warning("the prompt %r is too long: %s", shown, self.recorder.cut[prompt])
                 # copies: a view would keep both branches' rows in memory
                 branches = [[row.to("cpu", copy=True) if isinstance(row, Tensor) else row for row in rows] for rows in branches]
                 *self._unconditional[recording.asked.texts], self._texts[recording.asked.texts, prompt] = branches

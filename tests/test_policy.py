@@ -63,6 +63,19 @@ def test_pictures_of_another_size(options, tiny_model):
     assert make_plan(parse([*options("plan", **size), "--plan"])).counts.num_latents == 4 * 12 * 8
 
 
+def test_a_prompt_that_is_too_long_is_named_once(options, caplog, capfd):
+    """Its tokenizer has 8 tokens, of which the first and the last are not the prompt's."""
+    long = "b" * 100
+    policy = assemble(parse(options(prompts__list=f'["a", "{long}"]'))).policy
+    recording = policy.record(Asked(5, 3.0))
+    for prompt in (long, "a", long, "bbbbbb"):
+        policy._texts.clear()
+        policy.texts(recording, [prompt])
+    said = [record.message for record in caplog.records]
+    assert said == [f"the prompt '{'b' * 60}...' is too long: tokenizer cuts 94 of its 100 tokens"]
+    assert "truncated" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     "sizes, message",
     [

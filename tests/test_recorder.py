@@ -1,5 +1,6 @@
 """A recorded pipeline: its network is given what the pipeline gives it, for any rows; and the pipeline stays what it was."""
 
+import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -151,6 +152,20 @@ def test_the_pipeline_stays_what_it_was(own):
     own.recorder.decode(own.latents[0][-1], own.recording)
     assert type(pipe) is kind and pipe.__dict__ == before and torch.equal(torch.get_rng_state(), state)
     assert pipe.scheduler.__dict__ == scheduler
+
+
+def test_a_prompt_that_is_cut_is_found_and_tokenizers_stay_what_they_were(own):
+    """How many tokens are lost: of a prompt with one letter more it is as many more as tokenizers that count letters."""
+    tokenizers = {name: part for name, part in own.pipe.components.items() if name.startswith("tokenizer")}
+    before = {name: (type(part), dict(part.__dict__)) for name, part in tokenizers.items()}
+    long, longer = "a" + " b" * 600, "a" + " b" * 601
+    for prompt in ("b", long, longer):
+        own.recorder.texts_of(prompt, own.recording)
+    assert {"b", long, longer} & own.recorder.cut.keys() == {long, longer}
+    found = [dict(re.findall(r"(\w+) cuts (\d+) of its", own.recorder.cut[prompt])) for prompt in (long, longer)]
+    assert found[0].keys() == found[1].keys() == tokenizers.keys()
+    assert all(int(found[1][name]) - int(found[0][name]) in (1, 2) for name in tokenizers)
+    assert {name: (type(part), part.__dict__) for name, part in tokenizers.items()} == before
 
 
 def test_a_recording_says_what_another_version_might_change(own):

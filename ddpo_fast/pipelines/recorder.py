@@ -6,6 +6,7 @@ steps, *shape one sample's latents as the scheduler is given them.
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from transformers import PreTrainedTokenizerBase
 
 from ddpo_fast.pipelines.families import Family
 from ddpo_fast.pipelines.template import LIST, Asked, Recording, Row, Template
@@ -51,6 +53,18 @@ class _Steps:
 
     def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
         return (self.recorder.stepped(model_output, sample),)
+
+
+class _Tokenizer:
+    """Mixed into a tokenizer's class while a prompt is encoded: tells the recorder how long texts are that it may cut."""
+
+    def __call__(self, text, *args, **kwargs):
+        kwargs["verbose"] = False  # of texts that are too long
+        if kwargs.get("truncation"):
+            for one in [text] if isinstance(text, str) else text:
+                whole = super().__call__(one, add_special_tokens=kwargs.get("add_special_tokens", True), verbose=False)["input_ids"]
+                self.recorder.tokenized(self, one, len(whole), kwargs.get("max_length") or self.model_max_length)
+        return super().__call__(text, *args, **kwargs)
 
 
 class _Network:
@@ -134,6 +148,10 @@ class Recorder:
         self.stepped: Callable[[Tensor, Tensor], Tensor] | None = None
         """Of a step: the network's guided output and the latents to the next latents."""
         self.first_latents = self.encoded = None
+        self.tokenized: Callable | None = None
+        """Of a tokenizer, a text, how many tokens that is, and how many of them are kept at most."""
+        self.cut: dict[str, str] = {}
+        """Of prompts that are too long: which tokenizer cuts how many tokens."""
 
     @contextmanager
     def _replaced(self, network: Callable, stepped: Callable, first_latents: Callable, encoded: Callable, no_steps: bool) -> Iterator:
@@ -225,7 +243,10 @@ class Recorder:
         return Recording(asked, template, branches, times, sigmas, sign, scale, rescaled, tuple(whole.latents[0].shape[1:]))
 
     def texts_of(self, prompt: str, recording: Recording) -> list[list[Row]]:
-        """What the template's leaves have of a prompt: for each branch the leaves' rows, the unconditional branch first."""
+        """What the template's leaves have of a prompt: for each branch the leaves' rows, the unconditional branch first.
+
+        What is too long for a tokenizer is in `cut` afterwards.
+        """
         calls: list[_Call] = []
 
         def network(*args, **kwargs):
@@ -235,13 +256,42 @@ class Recorder:
         def stepped(out: Tensor, x: Tensor) -> Tensor:
             raise _Reached
 
-        with self._replaced(network, stepped, lambda x: x, self._encode(), False):
+        with self._replaced(network, stepped, lambda x: x, self._encode(), False), self._finding_cuts(prompt):
             try:
                 self._call([prompt], recording.asked, "latent")
             except _Reached:
                 pass
         template = recording.template
         return [[_row(calls[call].leaves[i], template.dims[i], number) for i in template.texts] for call, number in recording.branches]
+
+    @contextmanager
+    def _finding_cuts(self, prompt: str) -> Iterator[None]:
+        """Inside, tokenizers say which tokens of the prompt they cut; afterwards that is in `cut`."""
+        tokenizers = {name: part for name, part in self.pipe.components.items() if isinstance(part, PreTrainedTokenizerBase)}
+        start = getattr(self.pipe, "prompt_template_encode_start_idx", None)  # Qwen-Image cuts what its text encoder gives
+        limit = math.inf if start is None else start + self.arguments["max_sequence_length"]
+        words, found = prompt.strip().lower(), {}
+
+        def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, length: int, kept: int) -> None:
+            if (place := text.lower().rfind(words)) >= 0:  # not the text of the unconditional branch
+                template = text[place + len(words) :]  # what is behind the prompt is lost first
+                lost = length - min(kept, limit) - (len(tokenizer.tokenize(template)) if template else 0)
+                if lost > 0:
+                    found[next(name for name, part in tokenizers.items() if part is tokenizer)] = lost, len(tokenizer.tokenize(prompt))
+
+        self.tokenized = tokenized
+        kinds = {name: type(part) for name, part in tokenizers.items()}
+        try:
+            for part in tokenizers.values():
+                part.__class__, part.recorder = _tokenizer_class(type(part)), self
+            with _silent():
+                yield
+        finally:
+            for name, part in tokenizers.items():
+                part.__class__ = kinds[name]
+                vars(part).pop("recorder", None)
+        if found:
+            self.cut[prompt] = ", ".join(f"{name} cuts {lost} of its {length} tokens" for name, (lost, length) in found.items())
 
     def own_outputs(self, prompt: str, recording: Recording) -> list[tuple[int, Tensor, list[Tensor]]]:
         """What the network gives in the first and the last step of the pipeline's own call: the step, latents and each branch's output.
@@ -297,7 +347,7 @@ class Recorder:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Inside, diffusers says nothing of probes that are too long for a tokenizer: the user has not asked for them."""
+    """Inside, diffusers says nothing of prompts that are too long for a tokenizer: some pipelines would, others not; and not of probes."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -318,6 +368,11 @@ def _not_called(*args):
 @functools.cache
 def _pipeline_class(kind: type) -> type:
     return type(kind.__name__, (_Replaced, kind), {"__module__": kind.__module__})
+
+
+@functools.cache
+def _tokenizer_class(kind: type) -> type:
+    return type(kind.__name__, (_Tokenizer, kind), {"__module__": kind.__module__})
 
 
 @functools.cache
