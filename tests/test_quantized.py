@@ -3,6 +3,7 @@
 import shutil
 import sys
 
+import diffusers
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant, quantize_4bit
@@ -12,7 +13,8 @@ from shared import CPU, random_lora, relative_error, run, weights
 from torch import nn
 
 from ddpo_fast import kernels
-from ddpo_fast.assemble import find, load_policy
+from ddpo_fast import train as trainer
+from ddpo_fast.assemble import assemble, find, load_policy
 from ddpo_fast.config.command_line import parse
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.networks.lora import block_names
@@ -20,9 +22,13 @@ from ddpo_fast.networks.merged_lora import lora_weights
 from ddpo_fast.networks.quantized import KINDS, QuantizedLinear
 from ddpo_fast.networks.scored_lora import score, unscore
 from ddpo_fast.pipelines.folders import find_model, open_pipeline
+from ddpo_fast.planning import plan as planning
+from ddpo_fast.planning.counts import MIB, LiveBytes
+from ddpo_fast.planning.plan import make_plan, phases_mib
 from ddpo_fast.policy import Policy
 from ddpo_fast.records.fingerprints import of_model
 from ddpo_fast.records.metrics import read_metrics
+from ddpo_fast.timing import StageTimer
 
 TRIED = ["sd3", "flux", "qwen_image", "sana", "unet"]
 
@@ -226,3 +232,32 @@ def test_damaged_weights_are_one_line(family, tmp_path):
         save_file({key: value for key, value in (tensors | {name: wrong}).items() if value is not None}, file, metadata={"format": "pt"})
         with pytest.raises(ValueError, match=rf"^model.path=\S+: .*{message}"):
             open_pipeline(find_model(str(path), quantize="int8"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def wide(family, tmp_path_factory):
+    """Stable Diffusion 3 with a network of 10 M weights, of which a run on few rows is."""
+    path = shutil.copytree(family("sd3"), tmp_path_factory.mktemp("wide") / "model")
+    shutil.rmtree(path / "transformer")
+    with torch.random.fork_rng():
+        diffusers.SD3Transformer2DModel(
+            sample_size=8, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=64, num_attention_heads=4,
+            joint_attention_dim=64, caption_projection_dim=256, pooled_projection_dim=64, pos_embed_max_size=16,
+        ).save_pretrained(path / "transformer")  # fmt: skip
+    return path
+
+
+def test_an_iteration_needs_what_its_plan_says(flow_options, wide, monkeypatch):
+    """All that is alive at the peak: of a run whose weights are most of it. A layer's whole weights, of one at a time, count."""
+    monkeypatch.setattr(planning, "matmul_flops", lambda *_: 1e12)
+    few = dict(sample__num_samples=2, sample__num_steps=3, train__micro_batch=2, train__gradient_checkpointing="true", cache__mode="off")
+    argv = flow_options("sd3", model__path=wide, model__quantize="nf4", model__dtype="fp32", lora__forward="separate", **few)
+    plan, made = make_plan(parse([*argv, "--plan"])), assemble(parse(argv))
+    parts = [part for part in made.policy.pipe.components.values() if isinstance(part, nn.Module)]
+    frozen = sum(p.nbytes for part in parts for p in part.parameters())
+    with LiveBytes() as live:
+        trainer.improve(made, StageTimer(CPU), 1)
+    planned = max(phases_mib(plan.memory).values())
+    assert planned == pytest.approx((frozen + live.peak) / MIB, rel=0.1)
+    assert plan.memory["frozen weights"] > 0.5 * planned
+    assert plan.counts.weight_bytes["transformer"] == sum(p.nbytes for p in made.policy.network.parameters() if not p.requires_grad)
