@@ -26,6 +26,7 @@ from ddpo_fast.networks.fused_unet import fuse
 from ddpo_fast.networks.initial_lora import start_from
 from ddpo_fast.networks.scored_lora import score
 from ddpo_fast.pipelines.folders import Model, find_model
+from ddpo_fast.pipelines.skeleton import on_meta, tile
 from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning.plan import resolve_sizes
 from ddpo_fast.planning.work import Calls, Work, check_steps, merges_lora, shares_guidance
@@ -106,6 +107,8 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
         config = config.replace(eval__sampler="ode")  # as its pipeline draws
     check_steps(config, model.scheduler, model.record if model.family.process == "flow" else None)
     model.check_networks(Asked.of(config.sample))
+    if config.model.vae_tiling:
+        tile(on_meta(model.classes["vae"], model.configs["vae"]))
     prompts = load_prompts(config.prompts.name, config.prompts.file, config.prompts.limit, config.prompts.list)
     evaluations = evaluation_sets(config.eval, prompts)
     check_optimizer(config.optimizer.name)
@@ -181,6 +184,11 @@ def load_policy(config: Config, model: Model, ranks: Ranks, device: torch.device
     lora = config.lora
     policy = Policy(model, config.model.dtype, device, lora)
     policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
+    policy.offload_vae = config.model.offload_vae
+    if policy.offload_vae:
+        policy.pipe.vae.to("cpu")
+    if config.model.vae_tiling:
+        tile(policy.pipe.vae)
     policy.record(Asked.of(config.sample))
     if lora.init is not None and not config.run.resume:
         started = start_from(policy.pipe, lora.init, lora.scope)

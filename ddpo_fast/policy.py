@@ -54,6 +54,8 @@ class Policy:
     """Pictures that the VAE decodes together."""
     offload_text_encoder = False
     """Whether the text encoders are on the device only while they are needed."""
+    offload_vae = False
+    """Whether the VAE is there only while it decodes."""
 
     def __init__(self, model: Model, dtype: str, device: torch.device, lora: LoraConfig):
         self.device, self.dtype, self.family, self.option = device, DTYPES[dtype], model.family, model.option
@@ -255,7 +257,12 @@ class Policy:
 
     def decode(self, x: Tensor, recording: Recording) -> Tensor:
         """Pictures (B, 3, H, W) fp32 in [0, 1] of final latents (B, *shape), made by the pipeline itself."""
-        return torch.cat([self.recorder.decode(part, recording) for part in x.split(self.decode_batch)])
+        self.pipe.vae.to(self.device)
+        try:
+            return torch.cat([self.recorder.decode(part, recording) for part in x.split(self.decode_batch)])
+        finally:
+            if self.offload_vae:
+                self.pipe.vae.to("cpu")
 
     @property
     def exported_as(self) -> str:

@@ -60,6 +60,11 @@ class ModelConfig:
     one branch, nor in a flow transformer."""
     offload_text_encoder: bool = True
     """On a GPU, keep the text encoders there only while they encode new prompts. Each prompt is encoded once."""
+    offload_vae: bool = False
+    """On a GPU, keep the VAE there only while it decodes. On a CPU nothing moves."""
+    vae_tiling: bool = False
+    """Decode a picture in tiles that overlap, one after the other, if it is larger than the size that diffusers gives the VAE's tiles: the
+    `sample_size` in its config, or that of its class (256 for Qwen-Image, 512 for SANA). This saves memory and changes such pictures."""
     compile: bool = False
     """Compile the network with torch.compile. The first iteration takes a minute or two longer. On a CPU this needs a C++ compiler."""
 

@@ -24,6 +24,14 @@ def on_meta(kind: type, config: dict) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
+def tile(vae: nn.Module) -> None:
+    """Makes a VAE decode large pictures in tiles, from now on. Raises ValueError for one that cannot."""
+    try:
+        vae.enable_tiling()
+    except (AttributeError, NotImplementedError):
+        raise ValueError(f"model.vae_tiling=true: diffusers' {type(vae).__name__} has no tiles; valid is false") from None
+
+
 def in_dtype(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A network in the dtype that it is loaded in: some text encoders keep some of their layers in fp32 where the others are fp16."""
     nn.Module.to(network, dtype)

@@ -37,7 +37,7 @@ from ddpo_fast.networks.shared_guidance import SharedGuidance
 from ddpo_fast.networks.split import Split, stored_bytes
 from ddpo_fast.pipelines.folders import Model
 from ddpo_fast.pipelines.model_parts import NETWORKS, TEXT_ENCODERS, text_encoder
-from ddpo_fast.pipelines.skeleton import in_dtype, on_meta, replaced
+from ddpo_fast.pipelines.skeleton import in_dtype, on_meta, replaced, tile
 from ddpo_fast.pipelines.template import Asked, Row, Texts
 
 ROWS = (8, 16)
@@ -223,6 +223,8 @@ class Computing:
     """Whether the network's blocks are run again in backward."""
     quantize: str = "none"
     """model.quantize."""
+    tiled: bool = False
+    """model.vae_tiling."""
 
 
 class _Networks(ABC):
@@ -239,6 +241,8 @@ class _Networks(ABC):
         for network in parts.values():
             network.requires_grad_(False).eval()
         nn.Module.to(self.vae, vae_dtype)
+        if computing.tiled:
+            tile(self.vae)
         if computing.quantize != "none":
             quantize(self.network, computing.quantize)
         set_trainable(self.network, lora.scope, lora.targets, lora.rank, lora.alpha)

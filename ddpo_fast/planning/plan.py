@@ -299,6 +299,7 @@ def count_run(config, model: Model | None, dtype: torch.dtype, on_gpu: bool) -> 
         "merged": merges_lora(config, dtype),
         "checkpointing": config.train.gradient_checkpointing,
         "quantize": options.quantize,
+        "tiled": options.vae_tiling,
     }
     if model is not None and model.family.process == "flow":
         check_steps(config, model.scheduler, model.record)
@@ -310,10 +311,15 @@ def count_run(config, model: Model | None, dtype: torch.dtype, on_gpu: bool) -> 
         arch = arch | {"unet": sized(arch, config.sample.height, config.sample.width)}
         check_steps(config, ddim_scheduler(arch["scheduler"]))
         counts = count_model(arch, dtype, config.lora, on_gpu=on_gpu, shared=shares_guidance(config), **computing)
-    if on_gpu and options.offload_text_encoder:
-        on_device = {part: size for part, size in counts.weight_bytes.items() if not part.startswith("text_encoder")}
-        return replace(counts, weight_bytes=on_device)
-    return counts
+    if not on_gpu:
+        return counts
+    on_device, decode = counts.weight_bytes, counts.decode
+    if options.offload_text_encoder:
+        on_device = {part: size for part, size in on_device.items() if not part.startswith("text_encoder")}
+    if options.offload_vae:
+        decode = replace(decode, fixed_bytes=decode.fixed_bytes + on_device["vae"])
+        on_device = on_device | {"vae": 0}
+    return replace(counts, weight_bytes=on_device, decode=decode)
 
 
 def sized(arch: dict[str, dict], height: int | None, width: int | None) -> dict:
