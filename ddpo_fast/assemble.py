@@ -29,7 +29,7 @@ from ddpo_fast.pipelines.folders import Model, find_model
 from ddpo_fast.pipelines.skeleton import on_meta, tile
 from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning.plan import resolve_sizes
-from ddpo_fast.planning.work import Calls, Work, check_steps, merges_lora, shares_guidance
+from ddpo_fast.planning.work import Calls, Work, check_calls, check_steps, merges_lora, shares_guidance
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import EvaluationSet, Prompts, evaluation_sets, load_prompts
 from ddpo_fast.records import checkpoint, fingerprints
@@ -105,6 +105,7 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
     model = find(config)
     if model.family.process == "flow" and config.eval.sampler is None:
         config = config.replace(eval__sampler="ode")  # as its pipeline draws
+    check_calls(config, model)
     check_steps(config, model.scheduler, model.record if model.family.process == "flow" else None)
     model.check_networks(Asked.of(config.sample))
     if config.model.vae_tiling:

@@ -159,7 +159,9 @@ def test_what_needs_a_gpu_is_an_error_before_the_model_is_loaded(options, backen
     """Whether its package is installed or not."""
     config = parse(options(attention__backend=backend, model__path="hub/unread"))
     family = FAMILIES["StableDiffusionPipeline"]
-    unread = SimpleNamespace(family=family, scheduler=DDIMScheduler(**SD_BETAS), check_networks=lambda asked: None)  # and no weights
+    unread = SimpleNamespace(
+        family=family, scheduler=DDIMScheduler(**SD_BETAS), check_networks=lambda asked: None, check_call=lambda *args: None
+    )  # and no weights
     monkeypatch.setattr(assemble, "find", lambda config: unread)
     line = f"attention.backend={backend}: it cannot run here: it needs a GPU, and this run is on a CPU; valid is auto or sdpa"
     with pytest.raises(ValueError, match=f"^{line}$"):

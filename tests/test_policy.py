@@ -1,9 +1,13 @@
 """What a policy proves before a run begins: its network's call is the pipeline's, and stays so when it is made faster."""
 
+import re
+
 import pytest
 import torch
 from shared import CPU, policy_of, run, sampled
 
+from ddpo_fast import assemble as assembling
+from ddpo_fast import train as trainer
 from ddpo_fast.assemble import assemble
 from ddpo_fast.config.command_line import parse
 from ddpo_fast.config.options import LoraConfig
@@ -77,12 +81,34 @@ def test_a_prompt_that_is_too_long_is_named_once(options, caplog, capfd):
 
 
 @pytest.mark.parametrize(
-    "sizes, message",
+    "name, changed, message",
     [
-        ({"sample__height": 21, "sample__width": 16}, "divisible by 8 but are 21 and 16"),
-        ({"eval__height": 16, "eval__width": 20}, "divisible by 8 but are 16 and 20"),
+        ("tiny", {"sample__height": 21, "sample__width": 16}, "sample.height=21, sample.width=16: .* divisible by 8 but are 21 and 16"),
+        (
+            "tiny",
+            {"eval__height": 16, "eval__width": 20},
+            "eval.height=16, eval.width=20: `height` and `width` have to be divisible by 8 but are 16 and 20",
+        ),
+        ("tiny", {"model__arguments": '{"clip_skip": 9}'}, 'model.arguments={"clip_skip": 9}: tuple index out of range'),
+        ("sdxl", {"model__arguments": '{"negative_prompt": 3}'}, 'model.arguments={"negative_prompt": 3}: text input must be of type'),
+        ("sdxl", {"eval__height": 21, "eval__width": 16}, "eval.height=21, eval.width=16: .* divisible by 8 but are 21 and 16"),
+        ("sd3", {"sample__height": 72}, "sample.height=72, sample.width=64: .* divisible by 16 but are 72 and 64"),
+        ("sd3", {"model__arguments": '{"max_sequence_length": 600}'}, "model.arguments={.*: `max_sequence_length` cannot be greater than"),
+        ("flux", {"sample__height": 72}, "sample.height=72, sample.width=64: its pipeline draws 64 x 64 pixels instead"),
+        ("qwen_image", {"eval__height": 64, "eval__width": 72}, "eval.height=64, eval.width=72: its pipeline draws 64 x 64 pixels instead"),
+        ("hidream", {"sample__height": 256}, "sample.height=256, sample.width=128: its pipeline draws 180 x 90 pixels instead"),
     ],
 )
-def test_a_size_that_the_pipeline_refuses_is_one_line(options, sizes, message):
-    with pytest.raises(ValueError, match=rf"^model.path=\S+: .*{message}"):
-        assemble(parse(options(**sizes)))
+def test_a_call_that_the_pipeline_refuses_is_one_line_before_weights_are_read(
+    options, flow_options, sdxl, monkeypatch, capsys, name, changed, message
+):
+    """Or one of a size that it changes without an error. `--plan` says the same."""
+    monkeypatch.setattr(assembling, "Policy", lambda *args: pytest.fail("the model was loaded"))
+    if name in ("tiny", "sdxl"):
+        argv = options(**{"model__path": sdxl} if name == "sdxl" else {}, **changed)
+    else:
+        argv = flow_options(name, **changed)
+    for ways in ([], ["--plan"]):
+        with pytest.raises(SystemExit, match="2"):
+            trainer.main([*argv, *ways])
+        assert re.fullmatch(rf"error: {message}[^\n]*\n", capsys.readouterr().err)

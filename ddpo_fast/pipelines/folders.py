@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import diffusers
@@ -144,6 +144,45 @@ class Model:
             what = f"{self.option}: a {self.kind.__name__} cannot be called with these parts: {type(error).__name__}: {error}"
             raise ValueError(" ".join(what.split())) from error
 
+    def check_call(self, section: str, asked: Asked) -> None:
+        """Calls the pipeline without weights, where a size or arguments are asked for. Raises ValueError naming the option at fault.
+
+        section: of the size's options. Some pipelines draw another size than they were asked for.
+        """
+        if asked.height is None and not self.arguments:
+            return
+        option = f"{section}.height={asked.height}, {section}.width={asked.width}"
+        try:
+            recording = self.record(asked)
+        except ValueError as error:
+            plain = replace(asked, height=None, width=None)
+            if asked == plain or not self._can_be_called(plain, self.arguments):
+                if not self.arguments or not self._can_be_called(plain, {}):
+                    raise
+                option = f"model.arguments={json.dumps(self.arguments, default=str)}"
+            raise ValueError(f"{option}: {' '.join(str(error.__cause__ or error).split())}") from None
+        height, width = self._drawn(recording)
+        if asked.height is not None and (height, width) != (asked.height, asked.width):
+            raise ValueError(f"{option}: its pipeline draws {height} x {width} pixels instead; valid is a size that it keeps")
+
+    def _can_be_called(self, asked: Asked, arguments: dict[str, object]) -> bool:
+        try:
+            Recorder(self.skeleton(), self.family, torch.device("cpu"), arguments).record(asked)
+        except Exception:  # of whatever the pipeline finds
+            return False
+        return True
+
+    def _drawn(self, recording: Recording) -> tuple[int, int]:
+        """Height and width of a picture. Raises ValueError if the VAE cannot decode such latents."""
+        vae = self.recorder().pipe.vae
+        with made_of(self._config_of("vae"), f"it cannot decode the {self.family.network}'s latents"):
+            vae.to("meta")
+            pictures = self.recorder().decode(torch.empty(1, *recording.shape, device="meta"), recording)
+            if pictures.dim() != 4 or pictures.shape[1] != 3:
+                raise ValueError(f"{recording.shape} becomes {tuple(pictures.shape[1:])}, no picture of three colours")
+            filled(vae)
+        return tuple(pictures.shape[2:])
+
     def check_networks(self, asked: Asked = TRIED) -> None:
         """Calls the networks without their weights, which takes some seconds. Raises ValueError if they do not fit together.
 
@@ -159,13 +198,7 @@ class Model:
             network = lightened(on_meta(self.classes[name], self.configs[name]))
             leaves = texts.gather(torch.zeros(1, dtype=torch.int64))
             recording.template.call(network, torch.zeros(1, *recording.shape), recording.times[:1], leaves)
-        vae = self.recorder().pipe.vae
-        with made_of(self._config_of("vae"), f"it cannot decode the {name}'s latents"):
-            vae.to("meta")
-            pictures = self.recorder().decode(torch.empty(1, *recording.shape, device="meta"), recording)
-            if pictures.dim() != 4 or pictures.shape[1] != 3:
-                raise ValueError(f"{recording.shape} becomes {tuple(pictures.shape[1:])}, no picture of three colours")
-            filled(vae)
+        self._drawn(recording)
 
 
 def find_model(

@@ -24,7 +24,7 @@ from ddpo_fast.pipelines.recorder import PROBES
 from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning.architectures import architecture, assumed, planned_model
 from ddpo_fast.planning.counts import MIB, ModelCounts, count_flow, count_model
-from ddpo_fast.planning.work import Calls, Work, check_steps, merges_lora, shares_guidance
+from ddpo_fast.planning.work import Calls, Work, check_calls, check_steps, merges_lora, shares_guidance
 from ddpo_fast.prompts import Prompts, evaluation_sets, load_prompts
 from ddpo_fast.terminal import user_error
 
@@ -301,6 +301,8 @@ def count_run(config, model: Model | None, dtype: torch.dtype, on_gpu: bool) -> 
         "quantize": options.quantize,
         "tiled": options.vae_tiling,
     }
+    if model is not None:
+        check_calls(config, model)
     if model is not None and model.family.process == "flow":
         check_steps(config, model.scheduler, model.record)
         model.check_networks(sampled)

@@ -139,6 +139,14 @@ def merges_lora(config, dtype: torch.dtype) -> bool:
     return config.lora.forward == "merged" or config.lora.forward == "auto" and dtype == torch.float32 and possible("merged", config)
 
 
+def check_calls(config, model) -> None:
+    """Raises ValueError, naming the option, where a model's pipeline cannot be called as a config asks."""
+    sampled, evaluated = Asked.of(config.sample), Asked.of(config.evaluation)
+    model.check_call("sample", sampled)
+    if evaluated != sampled:
+        model.check_call("eval", evaluated)
+
+
 def check_steps(config, scheduler, record: Callable[[Asked], Recording] | None = None) -> None:
     """Raises ValueError, naming the option, for denoising steps that a model with this scheduler does not have.
 
