@@ -261,10 +261,13 @@ def test_memory_of_a_rank_by_hand():
     assert memory == pytest.approx(
         {"frozen weights": 100, "prompt embeddings": 0, "trained weights": 4, "gathered weights": 0, "optimizer state": 8,
          "rollout": rollout,
-         "activation cache": 0, "sample gradients": 0, "gradients": 4, "sampling": rollout, "decode": 240, "update": 10 + 32 * 20}
+         "activation cache": 0, "sample gradients": 0, "gradients": 4, "encoding": 0, "sampling": rollout, "decode": 240,
+         "update": 10 + 32 * 20}
     )  # fmt: skip
     phases = phases_mib(memory)
-    assert phases == pytest.approx({"sampling": 112 + 2 * rollout, "decode": 112 + rollout + 240, "update": 112 + rollout + 4 + 650})
+    assert phases == pytest.approx(
+        {"encoding": 112 + rollout, "sampling": 112 + 2 * rollout, "decode": 112 + rollout + 240, "update": 112 + rollout + 4 + 650}
+    )
     sharded = {
         stage: memory_mib(COUNTS, dataclasses.replace(WORK, zero_stage=stage), 4) for stage in (0, 1, 2, 3)
     }  # with the bucket that gradients are reduced in, and ZeRO's copy of the weights
@@ -292,6 +295,17 @@ def test_latents_that_a_rollout_keeps(options, latents):
     assert memory_mib(COUNTS, work, 1)["rollout"] == pytest.approx(work.num_samples * (latents + 4 * max(0, latents - 1) / MIB))
     embeds = memory_mib(dataclasses.replace(COUNTS, embed_bytes=MIB), work, 1)["rollout"] - memory_mib(COUNTS, work, 1)["rollout"]
     assert embeds == pytest.approx(work.num_samples / work.samples_per_prompt + 1) and work.samples_per_prompt == 4
+
+
+def test_text_encoders_are_beside_all_else_while_they_encode(monkeypatch):
+    counts = dataclasses.replace(COUNTS, embed_bytes=1, weight_bytes={"unet": 100 * MIB, "text_encoder": 9000 * MIB})
+    monkeypatch.setattr(plan_module, "count_model", lambda *args, **options: counts)
+    for device, offload, fits in (("H100", True, True), ("RTX-3080", True, False), ("H100", False, True)):
+        plan = make_plan(parse([f"--model.path={SD15}", f"--plan={device}", f"--model.offload_text_encoder={str(offload).lower()}"]))
+        resident = plan.memory["frozen weights"]
+        assert (plan.memory["encoding"], resident) == ((9000, 100) if offload else (0, 9100))
+        assert any(line.startswith("encoding new prompts does not fit: ") for line in plan.advice) != fits
+        assert phases_mib(plan.memory)["encoding"] >= 9100
 
 
 def test_decoding_in_parts():
@@ -417,11 +431,11 @@ def test_memory_of_score_accumulation_by_hand():
     assert memory == pytest.approx(
         {"frozen weights": 100, "prompt embeddings": 0, "trained weights": 4, "gathered weights": 0, "optimizer state": 8,
          "rollout": 0, "activation cache": 0, "sample gradients": 64,
-         "gradients": 8, "sampling": 10 + 16 * 20, "decode": 240, "update": 4}
+         "gradients": 8, "encoding": 0, "sampling": 10 + 16 * 20, "decode": 240, "update": 4}
     )  # fmt: skip
     phases = phases_mib(memory)
     resident = 176 + memory["rollout"]
-    assert phases == pytest.approx({"sampling": resident + 330, "decode": resident + 240, "update": resident + 12})
+    assert phases == pytest.approx({"encoding": resident, "sampling": resident + 330, "decode": resident + 240, "update": resident + 12})
     parts = memory_mib(COUNTS, dataclasses.replace(work, trained_steps=5), 4)
     assert parts["sampling"] == memory["sampling"] + 8 * 4
 

@@ -203,6 +203,8 @@ class ModelCounts:
     """The trained network's part."""
     split_fault: str | None = None
     """Why the network has no prefix, although its first blocks are frozen."""
+    encoder_bytes: int = 0
+    """Weights of text encoders that are on the device only while they encode."""
 
     @property
     def num_trainable(self) -> int:

@@ -83,7 +83,7 @@ class Plan:
 
 
 def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, float]:
-    """Memory of one rank by kind, in MiB: `RESIDENT`, the update's gradients, and what sampling, decoding and the update add.
+    """Memory of one rank by kind, in MiB: `RESIDENT`, the update's gradients, and what encoding, sampling, decoding and the update add.
 
     ZeRO 1 to 3 shard the optimizer state, and an fp32 copy of the trained weights, over the ranks; 2 and 3 the gradients too; 3 the
     network's weights, of which a part is whole at a time. What is offloaded takes no memory here, see `host_mib`. Score
@@ -118,6 +118,7 @@ def memory_mib(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, f
         "activation cache": work.held[0] * work.rows * counts.kept_row_bytes / MIB,
         "sample gradients": work.score_accumulation * samples * trained / MIB,
         "gradients": gradients / MIB,
+        "encoding": counts.encoder_bytes / MIB,
         "sampling": sampling,  # of a policy gradient: joining the batches makes a second copy
         "decode": counts.decode.mib(min(batch, work.decode_batch)) + 2 * (batch > work.decode_batch) * batch * counts.image_bytes / MIB,
         "update": update,
@@ -151,9 +152,8 @@ def update_mib(counts: ModelCounts, work: Work, num_rows: int) -> float:
 def phases_mib(memory: dict[str, float]) -> dict[str, float]:
     """Memory of each phase of an iteration at its peak; the largest is the rank's."""
     resident = sum(memory[kind] for kind in RESIDENT)
-    return {
-        phase: resident + memory[phase] + (memory["gradients"] if phase == "update" else 0) for phase in ("sampling", "decode", "update")
-    }
+    phases = ("encoding", "sampling", "decode", "update")
+    return {phase: resident + memory[phase] + (memory["gradients"] if phase == "update" else 0) for phase in phases}
 
 
 def iteration_flop(counts: ModelCounts, work: Work, num_devices: int) -> dict[str, float]:
@@ -171,6 +171,8 @@ def iteration_flop(counts: ModelCounts, work: Work, num_devices: int) -> dict[st
 def advise(counts: ModelCounts, work: Work, num_devices: int, budget_mib: float) -> list[str]:
     """One line for each option that has to be lowered for the run to fit, with the largest value that does; none if it fits."""
     lines, phases = [], phases_mib(memory_mib(counts, work, num_devices))
+    if phases["encoding"] > budget_mib:
+        lines.append("encoding new prompts does not fit: the text encoders are then beside the network; model.parts can leave one out")
     for option, field, ours in (
         ("sample.batch_size", "batch_size", ("sampling", "decode")),
         ("train.micro_batch", "micro_batch", ("update",)),
@@ -317,7 +319,9 @@ def count_run(config, model: Model | None, dtype: torch.dtype, on_gpu: bool) -> 
         return counts
     on_device, decode = counts.weight_bytes, counts.decode
     if options.offload_text_encoder:
-        on_device = {part: size for part, size in on_device.items() if not part.startswith("text_encoder")}
+        encoders = [part for part in on_device if part.startswith("text_encoder")]
+        counts = replace(counts, encoder_bytes=sum(on_device[part] for part in encoders))
+        on_device = {part: size for part, size in on_device.items() if part not in encoders}
     if options.offload_vae:
         decode = replace(decode, fixed_bytes=decode.fixed_bytes + on_device["vae"])
         on_device = on_device | {"vae": 0}
@@ -407,6 +411,7 @@ def plan_text(plan: Plan) -> str:
         else "off",
         "sample gradients": "only with train.estimator=score_accumulation",
         "gradients": "in the update only",
+        "encoding": "text encoders, only while they encode new prompts" if counts.encoder_bytes else "the text encoders do not move",
         "sampling": f"batches of {batch}, {work.rows} network rows each sample",
         "decode": f"batches of {min(batch, work.decode_batch)}",
         "update": f"{rows} network rows, {saved}",
