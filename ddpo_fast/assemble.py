@@ -29,7 +29,7 @@ from ddpo_fast.pipelines.folders import Model, find_model
 from ddpo_fast.pipelines.skeleton import on_meta, tile
 from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning.plan import resolve_sizes
-from ddpo_fast.planning.work import Calls, Work, check_calls, check_steps, merges_lora, shares_guidance
+from ddpo_fast.planning.work import Calls, Work, check_calls, check_guidance, check_steps, merges_lora, shares_guidance
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import EvaluationSet, Prompts, evaluation_sets, load_prompts
 from ddpo_fast.records import checkpoint, fingerprints
@@ -103,8 +103,6 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
     """Checks what parsing could not, cheapest first, and joins the ranks. Raises ValueError naming the option at fault."""
     started_in = Path.cwd()
     model = find(config)
-    if model.family.process == "flow" and config.eval.sampler is None:
-        config = config.replace(eval__sampler="ode")  # as its pipeline draws
     check_calls(config, model)
     check_steps(config, model.scheduler, model.record if model.family.process == "flow" else None)
     model.check_networks(Asked.of(config.sample))
@@ -134,7 +132,7 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
     config = config.replace(run__dir=_claim_directory(config, started_in, claim if ranks.is_first else None))
     reward = open_reward(config.reward.name, config.reward.kwargs, config.reward.timeout_s, config.reward.isolate, lacking)
     resumed = _checkpoint(config, ranks) if config.run.resume else None
-    config = config.replace(model__dtype=dtypes.chosen(config.model.dtype, device.type == "cuda"))
+    config = config.replace(model__dtype=dtypes.chosen(config.model.dtype, device.type == "cuda", model.family))
     free = all_gather(torch.tensor([free_mib(device, local_ranks())])).min().item()
     config = resolve_sizes(config, model, free, ranks.world_size, device.type == "cuda")
     directory = Directory(Path(config.run.dir), claim or Claim(), started_in, resumed)
@@ -142,9 +140,11 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
 
 
 def find(config: Config) -> Model:
-    """A config's model, of which the weights have not been read. Raises ValueError for one that cannot be trained."""
-    model = config.model
-    return find_model(model.path, model.config, model.vae, model.variant, model.parts, model.arguments, model.quantize)
+    """A config's model, of which the weights have not been read. Raises ValueError for one that cannot be trained as the config says."""
+    options = config.model
+    model = find_model(options.path, options.config, options.vae, options.variant, options.parts, options.arguments, options.quantize)
+    check_guidance(config, model.family)
+    return model
 
 
 def _without_metadata(config: Config, prompts: Prompts, evaluations: list[EvaluationSet]) -> str | None:

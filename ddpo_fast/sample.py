@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         ("lora.init", "Where the LoRA is now that the run began from; null: 'before' is the model without it."),
         ("model.dtype", "fp32, fp16 or bf16."),
         ("eval.num_steps", "Denoising steps."),
-        ("eval.guidance_scale", "Classifier-free guidance."),
+        ("eval.guidance_scale", "Guidance."),
         ("eval.height", "Height of a picture, in pixels."),
         ("eval.width", "Width of a picture, in pixels."),
         ("eval.sampler", "How a picture is denoised."),

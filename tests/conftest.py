@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 from families import CALL, make_family
 from runs import Ranks
-from shared import command_line
+from shared import AS_EMBEDDED, command_line
 from tiny import make_pipeline, make_sdxl
 
 from ddpo_fast.config import command_line as parsing
@@ -195,7 +195,7 @@ def launch_options(tiny_model, tmp_path):
         return [
             f"--model.path={tiny_model}", f"--run.dir={tmp_path / name}", "--sample.num_samples=8", "--sample.num_steps=5",
             "--eval.num_samples=4", "--run.iterations=2", "--train.num_minibatches=2", "--train.micro_batch=16", "--lora.rank=2",
-            "--prompts.limit=4", "--prompts.samples_per_prompt=1", *extra,
+            "--prompts.limit=4", "--prompts.samples_per_prompt=1", *(f"--{name}={value}" for name, value in AS_EMBEDDED.items()), *extra,
         ]  # fmt: skip
 
     return make

@@ -23,7 +23,8 @@ COMMON = {
     "sample.num_samples": 8, "sample.num_steps": 5, "sample.batch_size": 4, "eval.num_samples": 4, "run.iterations": 2,
     "train.num_minibatches": 2, "train.micro_batch": 6, "train.learning_rate": 1e-3, "lora.rank": 2, "prompts.limit": 4,
     "prompts.samples_per_prompt": 2, "baseline.min_count": 2, "eval.every": 1, "model.path": "{folder}/sd",
-    "reward.name": "{folder}/reward.py:redness",
+    "reward.name": "{folder}/reward.py:redness", "sample.guidance_scale": 3.0, "train.clip_range": 3e-4, "lora.alpha": 16.0,
+    "lora.targets": "[attention,feed_forward,convolution,projection]",
 }  # fmt: skip
 ONE_UPDATE = {"train.num_minibatches": 1}
 RUNS: dict[str, list[dict]] = {

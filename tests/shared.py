@@ -30,9 +30,16 @@ CPU = torch.device("cpu")
 REDNESS = "def redness(images, prompts):\n    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))\n"
 
 
+AS_EMBEDDED = {
+    "sample.guidance_scale": 3.0, "lora.alpha": 16.0, "lora.targets": '["attention", "feed_forward", "convolution", "projection"]',
+    "train.clip_range": 3e-4,
+}  # fmt: skip
+"""What short runs of tiny models have instead of what was published of their families."""
+
+
 def command_line(values: dict, changed: dict) -> list[str]:
     """Options by name, and changes of them with __ for the dot, as a command line."""
-    values = values | {key.replace("__", "."): value for key, value in changed.items()}
+    values = AS_EMBEDDED | values | {key.replace("__", "."): value for key, value in changed.items()}
     return [f"--{key}={value}" for key, value in values.items()]
 
 

@@ -68,7 +68,7 @@ BAD = [  # arguments, what the line must say
     ("--train.algorithm rwr_sparse --algorithm.percentile 1", "algorithm.percentile=1.0: valid is 0 <= percentile < 1"),
     (
         "--train.algorithm rwr --algorithm.guidance_scale 0.5",
-        "algorithm.guidance_scale=0.5: valid is a finite number >= 1 (1 is no guidance), or null",
+        "algorithm.guidance_scale=0.5: valid for Stable Diffusion 1.x and 2.x is a finite number >= 1",
     ),
     ("--train.algorithm rwr --algorithm.num_timesteps 0", "algorithm.num_timesteps=0: valid is a whole number >= 1"),
     ("--algorithm.percentile 0.5", "algorithm.percentile: it is an option with train.algorithm=rwr_sparse"),
@@ -109,7 +109,8 @@ BAD = [  # arguments, what the line must say
         '--sample.window {{"size":3}} --train.algorithm rwr --sample.sampler ode',
         "sample.window={{'size': 3}}: valid is null, with sample.sampler=ode: no step draws noise",
     ),
-    ("--sample.guidance_scale 0.5", "sample.guidance_scale=0.5: valid is a finite number >= 1"),
+    ("--sample.guidance_scale 0.5", "sample.guidance_scale=0.5: valid for Stable Diffusion 1.x and 2.x is a finite number >= 1"),
+    ("--sample.guidance_scale -1", "sample.guidance_scale=-1.0: valid is a finite number >= 0"),
     ("--sample.num_steps 0", "sample.num_steps=0: valid is"),
     ("--sample.num_samples 0", "sample.num_samples=0: valid is"),
     ("--sample.batch_size -4", "sample.batch_size=-4: valid is"),
@@ -174,7 +175,7 @@ BAD = [  # arguments, what the line must say
     ("--sample.height 0 --sample.width 8", "sample.height=0: valid is a whole number >= 1 and < 2^63, or null"),
     ("--sample.height 64", "sample.width=None: valid is a whole number >= 1 and < 2^63 beside sample.height, or null without it"),
     ("--eval.width 64", "eval.width=64: valid is a whole number >= 1 and < 2^63 beside eval.height, or null without it"),
-    ("--eval.guidance_scale 0.5", "eval.guidance_scale=0.5: valid is a finite number >= 1; 1 is no guidance; or null"),
+    ("--eval.guidance_scale 0.5", "eval.guidance_scale=0.5: valid for Stable Diffusion 1.x and 2.x is a finite number >= 1"),
     ("--eval.prompts animals", "eval.prompts=animals: expected Literal['simple_animals', "),
     ("--eval.prompts []", "eval.prompts=[]: valid is a prompt set or a list with at least one prompt"),
     ("--eval.heldout []", "eval.heldout=[]: valid is a prompt set or a list with at least one prompt"),
@@ -334,7 +335,7 @@ def paths(tmp_path_factory, tiny_model) -> Iterator[dict[str, Path]]:
 @pytest.mark.parametrize("arguments, message", BAD)
 def test_bad_options_are_one_line_and_exit_2(arguments, message, paths, capsys, monkeypatch):
     monkeypatch.setattr(assemble, "Policy", lambda *a: pytest.fail("the model was loaded"))
-    model = [] if "--model.path" in arguments else ["--model.path", str(paths["tiny"])]
+    model = [] if "--model.path" in arguments else ["--model.path", str(paths["tiny"]), "--sample.num_steps", "10"]
     with pytest.raises(SystemExit) as exit_:
         trainer.main([*model, *arguments.format(**paths).split()])
     captured = capsys.readouterr()

@@ -141,7 +141,10 @@ def test_mistakes_are_one_line(finished, capsys, tmp_path):
         ([str(folder), "a", "--seed", "-1"], r"--seed=[-1]: valid is whole numbers in [0, 2^32)"),
         ([str(folder), "a", "--eval.num_steps=0"], "eval.num_steps=0: valid is a whole number >= 1"),
         ([str(folder), "a", "--eval.sampler=euler"], "eval.sampler=euler: expected Literal['cps', 'dance_sde', "),
-        ([str(folder), "a", "--eval.guidance_scale=0"], "eval.guidance_scale=0.0: valid is a finite number >= 1"),
+        (
+            [str(folder), "a", "--eval.guidance_scale=0"],
+            "eval.guidance_scale=0.0: valid for Stable Diffusion 1.x and 2.x is a finite number >= 1",
+        ),
         ([str(folder), "a", "--model.path=/nowhere"], "model.path=/nowhere: valid is a folder with model_index.json"),
     ):
         with pytest.raises(SystemExit, match="2"):

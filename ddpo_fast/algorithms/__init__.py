@@ -50,15 +50,15 @@ class Regression(Algorithm):
     """What a reward is compared with. prompt: the iteration's samples of the same prompt, or of all prompts where it has just one sample.
     iteration: all of the iteration's samples."""
     guidance_scale: Optional[float] = None
-    """Classifier-free guidance in the training loss; 1 turns it off. Default: sample.guidance_scale. Without guidance in training the
-    paper saw collapse after the first round."""
+    """Guidance in the training loss. Default: sample.guidance_scale. Without guidance in training the paper saw collapse after the first
+    round."""
     num_timesteps: int = 10
     """How many timesteps of each sample a pass trains on. They are drawn from the model's training timesteps, uniformly and without
     repetition, and every pass draws others. The paper draws one and makes more passes (train.inner_epochs)."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         ("num_timesteps", "a whole number >= 1 and < 2^63", lambda value: 1 <= value < 2**63),
-        ("guidance_scale", "a finite number >= 1 (1 is no guidance), or null", lambda value: value is None or 1 <= value < float("inf")),
+        ("guidance_scale", "a finite number >= 0, or null", lambda value: value is None or 0 <= value < float("inf")),
     )
 
     def weigh(self, rewards, population):

@@ -3,9 +3,11 @@
 import ast
 import dataclasses
 import difflib
+import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -14,14 +16,15 @@ import jsonargparse
 import yaml
 
 from ddpo_fast import algorithms, rewards, samplers
-from ddpo_fast.config.options import CacheConfig, Config, RunConfig, TrainConfig, mismatch
+from ddpo_fast.config.options import CacheConfig, Config, ModelConfig, RunConfig, TrainConfig, mismatch
+from ddpo_fast.config.published import published
 from ddpo_fast.gpus import HERE
 from ddpo_fast.places import PLACES, is_missing, located, located_kwargs, may_be_same
 from ddpo_fast.terminal import user_error
 
 
-def _parser(algorithm: str) -> jsonargparse.ArgumentParser:
-    """The parser of all options. `algorithm.*` are those of one algorithm."""
+def _parser(algorithm: str, defaults: str) -> jsonargparse.ArgumentParser:
+    """The parser of all options. `algorithm.*` are those of one algorithm. defaults: JSON of those that are not their classes' own."""
     parser = jsonargparse.ArgumentParser(
         prog="deepspeed ddpo_fast/train.py",
         usage="%(prog)s [--config RECIPE] [--section.option VALUE ...] [--resume] [--plan[=DEVICES]]",
@@ -36,6 +39,7 @@ def _parser(algorithm: str) -> jsonargparse.ArgumentParser:
     for action in parser._actions:
         if choices := {"train.algorithm": algorithms, "sample.sampler": samplers, "reward.name": rewards}.get(action.dest):
             action.help = f"{action.help} {_told(choices)}"
+    parser.set_defaults(json.loads(defaults))
     return parser
 
 
@@ -59,8 +63,9 @@ def parse(argv: list[str]) -> Config:
     argv = [f"--config={os.path.expanduser(arg[9:])}" if arg.startswith("--config=") else arg for arg in argv]
     try:
         _check_values(argv)
-        argv = [*_began(argv), *argv]
-        parser, options = _parsed(argv)
+        began = _began(argv)
+        argv = [*began, *argv]
+        parser, options = _parsed(argv, {} if began else _published(argv))  # a run's config.yaml has all options
         sections = parser.instantiate(options)
         config = _with_places(Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)}))
         if config.run.resume:
@@ -89,10 +94,18 @@ def _began(argv: list[str]) -> list[str]:
     return began
 
 
-def _parsed(argv: list[str]) -> tuple[jsonargparse.ArgumentParser, jsonargparse.Namespace]:
-    """A command line's options, and the parser that knows those of its algorithm."""
-    parser = _parser(_checked(_last(argv, "train.algorithm", TrainConfig().algorithm)))
+def _parsed(argv: list[str], defaults: Mapping[str, object]) -> tuple[jsonargparse.ArgumentParser, jsonargparse.Namespace]:
+    """A command line's options, and the parser that knows those of its algorithm. defaults: those that are not their classes' own."""
+    parser = _parser(_checked(_last(argv, "train.algorithm", TrainConfig().algorithm)), json.dumps(defaults))
     return parser, parser.parse_args(argv)
+
+
+def _published(argv: list[str]) -> Mapping[str, object]:
+    """The defaults of a command line's model."""
+    path, config = _last(argv, "model.path", ModelConfig().path), _last(argv, "model.config", None)
+    if not isinstance(path, str) or not isinstance(config, str | None):
+        return {}  # the parser refuses that
+    return published(path, config, whole=_last(argv, "lora.scope", None) == "none")
 
 
 def _last(argv: list[str], option: str, default: object) -> object:
@@ -126,7 +139,7 @@ def _with_places(config: Config) -> Config:
 def _check_known(began: list[str]) -> None:
     """Raises ValueError for a run whose config.yaml has what this version does not know."""
     try:
-        _parsed(began)
+        _parsed(began, {})
     except (jsonargparse.ArgumentError, ValueError) as error:
         raise ValueError(
             f"{began[1]}: {_one_line(str(error))} (another version may have written it; change or remove that option in "

@@ -1,4 +1,5 @@
-"""Every option of a run: frozen dataclasses (the only place with defaults), YAML recipes over them, the command line over those.
+"""Every option of a run: frozen dataclasses with the defaults, a model's published settings over them (see published.py), YAML recipes
+over those, and the command line over all.
 
 The defaults are the embedded compressibility run, so that no option at all is a run that works on a laptop.
 """
@@ -47,7 +48,8 @@ class ModelConfig:
     """Arguments of the pipeline's own call that differ from its defaults, such as {max_sequence_length: 256}. Prompts, steps, guidance and
     sizes are options of their own."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """What the networks compute in. Latents, log-probs and trained weights are fp32 in any case. auto: fp16 on a GPU, fp32 on a CPU. bf16
+    """What the networks compute in. Latents, log-probs and trained weights are fp32 in any case. auto: fp32 on a CPU; on a GPU fp16 for
+    Stable Diffusion and AuraFlow, and bf16 for other families, which overflow in fp16 or were published in bf16. For Stable Diffusion bf16
     is not advised: its rounding moves log-probs by about 1e-4, as much as the clip range."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """Bits of the network's frozen weights under LoRA. nf4: 4 bits and a scale for every 64 weights, 4.5 bits in all, by bitsandbytes.
@@ -157,7 +159,9 @@ class SampleConfig:
     sampler: Literal[samplers.CHOICES] = "ddim"
     """How a picture is denoised."""
     guidance_scale: float = 3.0
-    """Classifier-free guidance w in uncond + w (cond - uncond), in sampling and in training. 1 turns it off and halves the work."""
+    """Guidance in sampling and in training: the number that a user gives the pipeline. In most families it is w in
+    uncond + w (cond - uncond); 1 turns it off and halves the work. In Z-Image it is w in cond + w (cond - uncond); 0 turns it off. In
+    FLUX.1 the network is told the number, and it costs nothing."""
     height: Optional[int] = None
     """Height of a picture, in pixels. Default: the pipeline's own."""
     width: Optional[int] = None
@@ -194,7 +198,7 @@ class TrainConfig:
     """Keep only the inputs of the network's blocks for the backward pass, which computes the rest again. This saves memory; an update takes
     about a third longer. The gradient is the same, bit for bit."""
     learning_rate: float = 4e-3
-    """AdamW's learning rate, constant. Start with about 3e-4 for LoRA on SD, 1e-5 for its whole UNet."""
+    """AdamW's learning rate, constant. Of a published model it is 3e-4 for LoRA and 1e-5 for the whole network."""
     clip_range: float = 3e-4
     """PPO's clip range, stated for SD's 16,384 latent elements. The log-prob is a mean over latent elements, so 1e-4 lets the ratio of a
     whole picture change by a factor of exp(1.6). For D elements the run uses clip_range * 16384 / D, which keeps that factor."""
@@ -314,11 +318,12 @@ class EvalConfig:
     prompts: Optional[Union[PromptSet, list[str]]] = None
     """Prompts of the evaluation set, in turn: a list, or the name of a prompt set. Default: the training prompts."""
     sampler: Optional[Literal[samplers.CHOICES]] = None
-    """How evaluation pictures are denoised. They have no window. Default: sample.sampler; of a flow model ode, as its pipeline draws."""
+    """How evaluation pictures are denoised. They have no window. Default: ode for a flow transformer, as its pipeline draws; otherwise
+    sample.sampler."""
     num_steps: Optional[int] = None
     """Denoising steps of evaluation pictures. Default: sample.num_steps."""
     guidance_scale: Optional[float] = None
-    """Classifier-free guidance of evaluation pictures. Default: sample.guidance_scale."""
+    """Guidance of evaluation pictures. Default: sample.guidance_scale."""
     height: Optional[int] = None
     """Height of evaluation pictures, in pixels. Default: sample.height."""
     width: Optional[int] = None
@@ -405,7 +410,7 @@ class Config:
 
     @property
     def training_guidance(self) -> float:
-        """The guidance scale of the update's loss; 1 is none."""
+        """The guidance scale of the update's loss."""
         own = self.algorithm.guidance_scale
         return self.sample.guidance_scale if own is None else own
 

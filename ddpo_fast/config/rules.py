@@ -115,7 +115,7 @@ RULES = [
     ),
     ("prompts.limit", _positive[1], lambda v, c: v is None or _positive[0](v, c)),
     ("prompts.samples_per_prompt", "a divisor of sample.num_samples", lambda v, c: c.sample.num_samples % v == 0),
-    ("sample.guidance_scale", "a finite number >= 1; 1 is no guidance", _number(1)),
+    ("sample.guidance_scale", "a finite number >= 0", _number(0)),
     (
         "sample.eta",
         lambda c: samplers.find(c.sample.sampler).VALID_ETA,
@@ -143,7 +143,7 @@ RULES = [
         )
         for of in ("sample", "eval")
     ),
-    ("eval.guidance_scale", "a finite number >= 1; 1 is no guidance; or null", lambda v, c: v is None or _number(1)(v, c)),
+    ("eval.guidance_scale", "a finite number >= 0, or null", lambda v, c: v is None or _number(0)(v, c)),
     ("sample.num_samples", "a multiple of train.num_minibatches", lambda v, c: v % c.train.num_minibatches == 0),
     ("train.kl_coefficient", "a finite number >= 0", _number(0)),
     ("zero.stage", "0, 1, 2 or 3", lambda v, c: type(v) is int),  # true is in a Literal that has 1

@@ -1,6 +1,7 @@
 """The pipelines that can be trained: one entry a class of diffusers. What is not said here, the pipeline's own call says.
 
-An entry holds what the call cannot tell: the names of some of its arguments, what its authors published, how its numbers are meant.
+An entry holds what the call cannot tell: the names of some of its arguments, what was published, how its numbers are meant. This file
+imports no torch, because a command line's defaults are in it.
 """
 
 import re
@@ -8,8 +9,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor
+_DDPO = {
+    "sample.sampler": "ddim", "sample.eta": 1.0, "sample.num_steps": 50, "sample.guidance_scale": 5.0,
+    "lora.targets": ["attention"], "lora.rank": 4, "lora.alpha": 4.0, "train.learning_rate": 3e-4, "train.clip_range": 1e-4,
+}  # fmt: skip
+"""DDPO (arXiv:2305.13301); LoRA's numbers are those of the PyTorch port of its code."""
+_FLOW_GRPO = {
+    "sample.sampler": "flow_sde", "sample.eta": 0.7, "sample.num_steps": 10, "eval.sampler": "ode",
+    "lora.targets": ["attention"], "lora.rank": 32, "lora.alpha": 64.0, "train.learning_rate": 3e-4, "train.clip_range": 4e-4,
+}  # fmt: skip
+"""Flow-GRPO (arXiv:2505.05470) for SD3.5-M. Its clip range, 1e-4 for 65,536 latent elements, is stated for 16,384 here."""
+_LARGE = {"lora.targets": ["attention", "feed_forward"], "lora.rank": 64, "lora.alpha": 128.0}
+"""LoRA of the large transformers: Flow-GRPO's for FLUX.1-dev, Flow-Factory's for FLUX.2 klein, Z-Image and Qwen-Image."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +29,8 @@ class Family:
 
     title: str
     """What people call it."""
+    models: tuple[str, ...] = ()
+    """Some of its models on the hub."""
     network: str = "transformer"
     """The part that is trained."""
     process: Literal["flow", "diffusion"] = "flow"
@@ -30,31 +43,85 @@ class Family:
     """Other arguments of the call that differ from the pipeline's own defaults."""
     encoded: Callable[[object, Mapping[str, object]], object] | None = None
     """Changes what encode_prompt returns, for a pipeline whose call would otherwise depend on the prompts beside it."""
+    no_guidance: float = 1.0
+    """The least guidance scale, which is none; of FLUX.1 the least that its network is told of."""
+    dtype: Literal["fp16", "bf16"] = "bf16"
+    """What its networks compute in on a GPU, unless the user says otherwise."""
+    published: Mapping[str, object] = field(default_factory=dict)
+    """Defaults of options: what was published of its training, or else its pipeline's own steps and guidance."""
 
 
-def _keep_mask(encoded: tuple[Tensor, Tensor | None], arguments: Mapping[str, object]) -> tuple[Tensor, Tensor]:
-    """Qwen-Image's text, padded to one length, with a mask also where no token is masked: otherwise both would depend on the prompts."""
+def _keep_mask(encoded, arguments: Mapping[str, object]):
+    """Qwen-Image's text (B, L, D), padded to one length, with a mask (B, L) also where no token is masked: otherwise both would depend on
+    the prompts."""
     embeds, mask = encoded
-    mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device) if mask is None else mask
-    missing = arguments["max_sequence_length"] - embeds.shape[1]
-    return torch.nn.functional.pad(embeds, (0, 0, 0, missing)), torch.nn.functional.pad(mask, (0, missing))
+    (num_prompts, length), longest = embeds.shape[:2], arguments["max_sequence_length"]
+    padded = embeds.new_zeros(num_prompts, longest, embeds.shape[2])
+    padded[:, :length] = embeds
+    kept = embeds.new_zeros(num_prompts, longest).long() if mask is None else mask.new_zeros(num_prompts, longest)
+    kept[:, :length] = 1 if mask is None else mask
+    return padded, kept
 
 
 FAMILIES: dict[str, Family] = {
-    "StableDiffusionPipeline": Family("Stable Diffusion 1.x and 2.x", network="unet", process="diffusion"),
-    "StableDiffusionXLPipeline": Family("Stable Diffusion XL", network="unet", process="diffusion"),
-    "StableDiffusion3Pipeline": Family("Stable Diffusion 3 and 3.5"),
-    "FluxPipeline": Family("FLUX.1 (dev)"),
-    "Flux2KleinPipeline": Family("FLUX.2 klein (base)"),
-    "ChromaPipeline": Family("Chroma", negative_prompt=""),
-    "SanaPipeline": Family("SANA", arguments={"use_resolution_binning": False}),
-    "ZImagePipeline": Family("Z-Image"),
-    "QwenImagePipeline": Family(
-        "Qwen-Image", guidance="true_cfg_scale", negative_prompt=" ", arguments={"max_sequence_length": 128}, encoded=_keep_mask
+    "StableDiffusionPipeline": Family(
+        "Stable Diffusion 1.x and 2.x",
+        models=("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5", "CompVis/stable-diffusion-v1-4"),
+        network="unet",
+        process="diffusion",
+        dtype="fp16",
+        published=_DDPO,
     ),
-    "Lumina2Pipeline": Family("Lumina-Image 2.0"),
-    "AuraFlowPipeline": Family("AuraFlow"),
-    "HiDreamImagePipeline": Family("HiDream"),
+    "StableDiffusionXLPipeline": Family(
+        "Stable Diffusion XL",
+        models=("stabilityai/stable-diffusion-xl-base-1.0",),
+        network="unet",
+        process="diffusion",
+        dtype="fp16",
+        published=_DDPO,
+    ),
+    "StableDiffusion3Pipeline": Family(
+        "Stable Diffusion 3 and 3.5",
+        models=("stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-diffusion-3.5-large"),
+        dtype="fp16",
+        published=_FLOW_GRPO | {"sample.guidance_scale": 4.5, "eval.num_steps": 40},
+    ),
+    "FluxPipeline": Family(
+        "FLUX.1 (dev)",
+        models=("black-forest-labs/FLUX.1-dev",),
+        no_guidance=0.0,
+        published=_FLOW_GRPO | _LARGE | {"sample.num_steps": 6, "sample.eta": 0.9, "sample.guidance_scale": 3.5, "eval.num_steps": 28},
+    ),
+    "Flux2KleinPipeline": Family(
+        "FLUX.2 klein (base)",
+        models=("black-forest-labs/FLUX.2-klein-base-4B",),
+        published=_FLOW_GRPO | _LARGE | {"sample.num_steps": 8, "sample.guidance_scale": 4.0, "eval.num_steps": 28},
+    ),
+    "ChromaPipeline": Family("Chroma", negative_prompt="", published=_FLOW_GRPO | {"sample.guidance_scale": 5.0, "eval.num_steps": 35}),
+    "SanaPipeline": Family(
+        "SANA",
+        models=("Efficient-Large-Model/Sana_1600M_1024px_diffusers",),
+        arguments={"use_resolution_binning": False},
+        published=_FLOW_GRPO | {"sample.guidance_scale": 4.5, "eval.num_steps": 20},
+    ),
+    "ZImagePipeline": Family(
+        "Z-Image",
+        models=("Tongyi-MAI/Z-Image",),
+        no_guidance=0.0,
+        published=_FLOW_GRPO | _LARGE | {"sample.guidance_scale": 4.0, "eval.num_steps": 40},
+    ),
+    "QwenImagePipeline": Family(
+        "Qwen-Image",
+        models=("Qwen/Qwen-Image",),
+        guidance="true_cfg_scale",
+        negative_prompt=" ",
+        arguments={"max_sequence_length": 128},
+        encoded=_keep_mask,
+        published=_FLOW_GRPO | _LARGE | {"sample.guidance_scale": 4.0, "eval.num_steps": 50},
+    ),
+    "Lumina2Pipeline": Family("Lumina-Image 2.0", published=_FLOW_GRPO | {"sample.guidance_scale": 4.0, "eval.num_steps": 30}),
+    "AuraFlowPipeline": Family("AuraFlow", dtype="fp16", published=_FLOW_GRPO | {"sample.guidance_scale": 3.5, "eval.num_steps": 50}),
+    "HiDreamImagePipeline": Family("HiDream", published=_FLOW_GRPO | {"sample.guidance_scale": 5.0, "eval.num_steps": 50}),
 }
 """By the name of the pipeline's class."""
 

@@ -177,7 +177,7 @@ class Recorder:
         """What the pipeline's call returns for these prompts."""
         family, arguments = self.family, {**self.arguments, self.family.guidance: asked.guidance_scale}
         negative = arguments.pop("negative_prompt", family.negative_prompt)
-        if negative is not None and asked.guidance_scale > 1:
+        if negative is not None and asked.guidance_scale > family.no_guidance:
             arguments["negative_prompt"] = [negative] * len(prompts)
         arguments |= {key: size for key, size in (("height", asked.height), ("width", asked.width)) if size is not None}
         return self.pipe(prompt=list(prompts), num_inference_steps=asked.num_steps, output_type=output_type, **arguments)[0]

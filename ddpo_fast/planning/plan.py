@@ -18,13 +18,14 @@ from ddpo_fast.distributed.optimizer import state_bytes
 from ddpo_fast.gpus import GPUS, HERE, parse_devices
 from ddpo_fast.memory import free_mib, num_kept_prompts
 from ddpo_fast.pipelines.ddim import ddim_scheduler
+from ddpo_fast.pipelines.families import FAMILIES
 from ddpo_fast.pipelines.folders import Model
 from ddpo_fast.pipelines.model_parts import latent_size
 from ddpo_fast.pipelines.recorder import PROBES
 from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning.architectures import architecture, assumed, planned_model
 from ddpo_fast.planning.counts import MIB, ModelCounts, count_flow, count_model
-from ddpo_fast.planning.work import Calls, Work, check_calls, check_steps, merges_lora, shares_guidance
+from ddpo_fast.planning.work import Calls, Work, check_calls, check_guidance, check_steps, merges_lora, shares_guidance
 from ddpo_fast.prompts import Prompts, evaluation_sets, load_prompts
 from ddpo_fast.terminal import user_error
 
@@ -243,9 +244,11 @@ def make_plan(config) -> Plan:
     if config.run.plan == HERE:
         num_devices = int(os.environ.get("WORLD_SIZE", "1"))
     on_gpu = name != HERE or torch.cuda.is_available()
-    dtype = dtypes.DTYPES[dtypes.chosen(config.model.dtype, on_gpu)]
     Work.of(config).share(num_devices)
     model = planned_model(config.model)
+    family = FAMILIES["StableDiffusionPipeline"] if model is None else model.family  # those that are known without a network are UNets
+    check_guidance(config, family)
+    dtype = dtypes.DTYPES[dtypes.chosen(config.model.dtype, on_gpu, family)]
     counts, calls = count_run(config, model, dtype, on_gpu), calls_on(model, config)
     device = find_device(name, dtype, num_devices)
     work = Work.of(fit_sizes(config, counts, device.memory_mib, num_devices, on_gpu, calls), calls)
@@ -366,7 +369,7 @@ def resolve_sizes(config, model: Model, device_mib: float, num_devices: int, on_
     """
     if all(config[".".join(option)] != "auto" for option in AUTO_SIZES):
         return config
-    counts = count_run(config, model, dtypes.DTYPES[dtypes.chosen(config.model.dtype, on_gpu)], on_gpu)
+    counts = count_run(config, model, dtypes.DTYPES[config.model.dtype], on_gpu)
     return fit_sizes(config, counts, device_mib, num_devices, on_gpu, calls_on(model, config))
 
 

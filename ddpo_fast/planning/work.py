@@ -8,6 +8,7 @@ import torch
 
 from ddpo_fast.algorithms import Regression
 from ddpo_fast.config.conflicts import possible
+from ddpo_fast.pipelines.families import Family
 from ddpo_fast.pipelines.template import Asked, Recording
 from ddpo_fast.schedule import Denoising, Levels, Schedule, Window
 
@@ -145,6 +146,14 @@ def check_calls(config, model) -> None:
     model.check_call("sample", sampled)
     if evaluated != sampled:
         model.check_call("eval", evaluated)
+
+
+def check_guidance(config, family: Family) -> None:
+    """Raises ValueError, naming the option, for a guidance scale that means nothing to a family's pipeline."""
+    scales = {f"{section}.guidance_scale": config[f"{section}.guidance_scale"] for section in ("sample", "eval", "algorithm")}
+    for option, scale in scales.items():
+        if scale is not None and scale < family.no_guidance:
+            raise ValueError(f"{option}={scale}: valid for {family.title} is a finite number >= {family.no_guidance:g}")
 
 
 def check_steps(config, scheduler, record: Callable[[Asked], Recording] | None = None) -> None:
