@@ -132,7 +132,7 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
     config = config.replace(run__dir=_claim_directory(config, started_in, claim if ranks.is_first else None))
     reward = open_reward(config.reward.name, config.reward.kwargs, config.reward.timeout_s, config.reward.isolate, lacking)
     resumed = _checkpoint(config, ranks) if config.run.resume else None
-    config = config.replace(model__dtype=dtypes.chosen(config.model.dtype, device.type == "cuda", model.family))
+    config = config.replace(model__dtype=dtypes.chosen(config.model.dtype, device.type == "cuda", model.family.dtype))
     free = all_gather(torch.tensor([free_mib(device, local_ranks())])).min().item()
     config = resolve_sizes(config, model, free, ranks.world_size, device.type == "cuda")
     directory = Directory(Path(config.run.dir), claim or Claim(), started_in, resumed)

@@ -4,14 +4,12 @@ import warnings
 
 import torch
 
-from ddpo_fast.pipelines.families import Family
-
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def chosen(name: str, on_gpu: bool, family: Family) -> str:
-    """The name of a dtype, with auto resolved: the family's own on a GPU, fp32 on a CPU."""
-    return name if name != "auto" else family.dtype if on_gpu else "fp32"
+def chosen(name: str, on_gpu: bool, on_gpus: str) -> str:
+    """The name of a dtype, with auto resolved: `on_gpus`, the family's own, on a GPU, and fp32 on a CPU."""
+    return name if name != "auto" else on_gpus if on_gpu else "fp32"
 
 
 def autocast(device: str, dtype: torch.dtype, is_unet: bool, whole: bool) -> torch.autocast:

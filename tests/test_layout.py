@@ -84,8 +84,8 @@ def test_nothing_imports_what_runs_the_rest(module):
 FLOORS = [
     "algorithms distributed dtypes embedded files gpus kernels memory places prompt_files samplers terminal timing",
     "claim networks prompts",
-    "config pipelines",
-    "schedule",
+    "pipelines",
+    "config schedule",
     "planning policy scoring",
     "rewards updates",
     "run",

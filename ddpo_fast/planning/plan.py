@@ -248,7 +248,7 @@ def make_plan(config) -> Plan:
     model = planned_model(config.model)
     family = FAMILIES["StableDiffusionPipeline"] if model is None else model.family  # those that are known without a network are UNets
     check_guidance(config, family)
-    dtype = dtypes.DTYPES[dtypes.chosen(config.model.dtype, on_gpu, family)]
+    dtype = dtypes.DTYPES[dtypes.chosen(config.model.dtype, on_gpu, family.dtype)]
     counts, calls = count_run(config, model, dtype, on_gpu), calls_on(model, config)
     device = find_device(name, dtype, num_devices)
     work = Work.of(fit_sizes(config, counts, device.memory_mib, num_devices, on_gpu, calls), calls)
