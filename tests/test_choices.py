@@ -126,7 +126,7 @@ def test_weights_of_a_regression_do_not_fall_with_the_reward(name):
 
 @pytest.mark.parametrize("name", algorithms.CHOICES)
 def test_help_has_the_options_of_the_algorithm_that_is_chosen(name):
-    text = parsing._parser(name).format_help()
+    text = parsing._parser(name, "{}").format_help()
     shown = {line.split()[0] for line in text.splitlines() if line.strip().startswith("--algorithm.")}
     assert shown == {f"--algorithm.{field.name}" for field in dataclasses.fields(algorithms.find(name))}
     for choice in (*algorithms.CHOICES, *samplers.CHOICES):

@@ -107,7 +107,7 @@ def test_the_same_command_writes_the_same_files(finished):
 
 def test_options_that_change_the_pictures(finished):
     """Each of them does, and to say what the run has changes nothing."""
-    asked = [[], ["--eval.num_steps=3", "--eval.guidance_scale=3", "--eval.sampler=ddim"]]
+    asked = [[], ["--eval.num_steps=3", "--eval.guidance_scale=5", "--eval.sampler=ddim"]]
     asked += [["--eval.num_steps=4"], ["--eval.guidance_scale=1"], ["--eval.sampler=ode"]]
     pictures = [sample.before_and_after(finished, sample.read_config(finished, options), ["a"], [0])[0].int() for options in asked]
     assert torch.equal(*pictures[:2])
