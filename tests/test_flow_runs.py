@@ -11,7 +11,7 @@ from shared import First, first_gradient, joined, relative_error, run
 from ddpo_fast import evaluation as evaluating
 from ddpo_fast import sample
 from ddpo_fast.kernels.reference import guide, normal_noise
-from ddpo_fast.records import kohya
+from ddpo_fast.records import kohya, report
 from ddpo_fast.records.metrics import read_metrics
 from ddpo_fast.schedule import FIRST_NOISE_STEP
 
@@ -121,3 +121,21 @@ def test_pictures_card_and_weights_of_a_run(flow_options, family, monkeypatch, c
         kohya.main([str(folder)])
     said = "its transformer/ is the result" if scope == "none" else "it is a LoRA of a QwenImageTransformer2DModel, for which"
     assert said in capsys.readouterr().err
+
+
+def test_report_and_pictures_of_a_run_beside_a_unet_s(flow_options, options, tmp_path, capsys):
+    """As the commands make them: nothing of a UNet or of DDIM is said of the flow model."""
+    flow, unet = run(flow_options("sd3", run__iterations=1)), run(options("unet", run__iterations=1))
+    capsys.readouterr()
+    for argv in ([str(flow)], [str(flow), str(unet), f"--output={tmp_path / 'both.html'}"]):
+        report.main(argv)
+    sample.main([str(flow), "a lion"])
+    grid = flow / "samples" / "grid.png"
+    assert capsys.readouterr().out.split() == [str(flow / "report.html"), str(tmp_path / "both.html"), str(grid)]
+    assert {path.stem for path in grid.parent.iterdir()} == {"grid", "000_a_lion_seed0_before", "000_a_lion_seed0_after"}
+    page, both = (
+        re.sub(r'src="[^"]*"|<style>.*?</style>', "", path.read_text(), flags=re.S)
+        for path in (flow / "report.html", tmp_path / "both.html")
+    )
+    assert "SD3Transformer2DModel" in page and "sampler: ode" in page and not re.search("unet|ddim", page, re.I)
+    assert re.search(r"<td>sample.sampler</td><td>cps</td><td>ddim</td>", both) and both.count("Same prompts, same noise") == 2

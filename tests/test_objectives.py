@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from ddpo_fast.algorithms.ddpo_is import DDPO_IS
 from ddpo_fast.kernels.reference import ppo_loss
-from ddpo_fast.updates.objectives import scaled_clip_range
+from ddpo_fast.updates.objectives import OnTrajectory, scaled_clip_range
 
 
 def loss_and_gradient(algorithm, log_ratio, advantages, clip_range, old_log_prob=None):
@@ -73,3 +74,13 @@ def test_both_estimators_have_one_gradient_on_the_policy_that_sampled():
 @pytest.mark.parametrize("latent_dim, factor", [(4 * 64 * 64, 1), (4 * 16 * 16, 16), (4 * 128 * 128, 0.25)])
 def test_clip_range_keeps_the_trust_region_of_the_picture(latent_dim, factor):
     assert scaled_clip_range(1e-4, latent_dim) == pytest.approx(1e-4 * factor, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    "times, said", [(torch.tensor([981, 1]), "t=1"), (torch.tensor([1000.0, 600.5]), "t=600.5"), (torch.tensor([1.0, 0.75]), "t=0.75")]
+)
+def test_a_warning_names_the_time_as_the_network_is_told_it(times, said):
+    """A timestep of a diffusion model; a flow model's may be in [0, 1]."""
+    objective = OnTrajectory(DDPO_IS(), None, None, 1e-4, 4 * 64 * 64)
+    doubt = objective.doubt({"ratio_error": 1.1e-5, "ratio_error_step": 1}, times)
+    assert f"(worst at step 1, {said})" in doubt and not objective.doubt({"ratio_error": 0.9e-5, "ratio_error_step": 1}, times)

@@ -53,7 +53,7 @@ class Objective(Protocol):
         """One line for the start of a run: the clip range, or how many timesteps are trained on."""
 
     def doubt(self, row: dict[str, float], times: Tensor) -> str:
-        """A warning about an iteration with these metrics; empty if all is well. times: (S,) each step's timestep."""
+        """A warning about an iteration with these metrics; empty if all is well. times: (S,) what the network is told of each step."""
 
 
 def scaled_clip_range(clip_range: float, latent_dim: int) -> float:
@@ -136,8 +136,9 @@ class OnTrajectory:
         if row["ratio_error"] is None or row["ratio_error"] <= 0.1 * self.clip_range:
             return ""
         step = row["ratio_error_step"]
+        place = f"worst at step {step}, t={times[step].item():g}"
         return (
-            f"ratio_error={row['ratio_error']:.3g} before any update (worst at step {step}, t={int(times[step])}), more than a tenth of "
+            f"ratio_error={row['ratio_error']:.3g} before any update ({place}), more than a tenth of "
             f"the clip range {self.clip_range:.3g}: rollout and update do not compute the same log-prob, so part of the gradient is "
             "clipped away; try model.dtype=fp32"
         )
