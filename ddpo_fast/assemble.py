@@ -183,7 +183,7 @@ def load_policy(config: Config, model: Model, ranks: Ranks, device: torch.device
     """The model as a run computes with it: LoRA, attention, fused operations; and the config with the attention chosen."""
     torch.manual_seed(config.run.seed)  # LoRA's initial weights
     lora = config.lora
-    policy = Policy(model, config.model.dtype, device, lora)
+    policy = Policy(model, config.model.dtype, device, lora, torch.device("cpu") if config.model.encode_on_host else None)
     policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
     policy.offload_vae = config.model.offload_vae
     if policy.offload_vae:

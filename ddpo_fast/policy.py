@@ -57,22 +57,22 @@ class Policy:
     offload_vae = False
     """Whether the VAE is there only while it decodes."""
 
-    def __init__(self, model: Model, dtype: str, device: torch.device, lora: LoraConfig):
+    def __init__(self, model: Model, dtype: str, device: torch.device, lora: LoraConfig, encodes_on: torch.device | None = None):
+        """encodes_on: where the text encoders run; None: on the device."""
         self.device, self.dtype, self.family, self.option = device, DTYPES[dtype], model.family, model.option
         self.pipe, self.notes = open_pipeline(model, self.dtype, device), model.notes
         self.variant = next((weights.variant for weights in model.weights.values() if weights.variant is not None), None)
-        self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.network = self.forward = getattr(self.pipe, self.family.network)
         parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         self.text_encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
         for part in parts.values():
-            part.requires_grad_(False).eval()
+            part.to((encodes_on or device) if part in self.text_encoders else device).requires_grad_(False).eval()
         self.full = lora.scope == "none"
         set_trainable(self.network, lora.scope, lora.targets, lora.rank, lora.alpha)
         self.merged_layers: list[nn.Module] = []
         self.guidance: AbstractContextManager = nullcontext()
-        self.recorder = Recorder(self.pipe, self.family, device, model.arguments)
+        self.recorder = Recorder(self.pipe, self.family, device, model.arguments, encodes_on)
         self._encodes = False
         self._recordings: dict[Asked, Recording] = {}
         self._unconditional: dict[tuple, list[list[Row]]] = {}
@@ -187,12 +187,12 @@ class Policy:
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:
-        """Inside, the text encoders are on the device, until the outermost of such contexts ends."""
+        """Inside, the text encoders are where they encode, until the outermost of such contexts ends."""
         if self._encodes:
             yield
             return
         for encoder in self.text_encoders:
-            encoder.to(self.device)
+            encoder.to(self.recorder.encodes_on)
         self._encodes = True
         try:
             yield

@@ -306,6 +306,8 @@ def test_text_encoders_are_beside_all_else_while_they_encode(monkeypatch):
         assert (plan.memory["encoding"], resident) == ((9000, 100) if offload else (0, 9100))
         assert any(line.startswith("encoding new prompts does not fit: ") for line in plan.advice) != fits
         assert phases_mib(plan.memory)["encoding"] >= 9100
+    plan = make_plan(parse([f"--model.path={SD15}", "--plan=RTX-3080", "--model.encode_on_host=true"]))
+    assert plan.advice == [] and (plan.memory["encoding"], plan.memory["frozen weights"]) == (0, 100)
 
 
 def test_decoding_in_parts():

@@ -1,10 +1,14 @@
 """What a policy proves before a run begins: its network's call is the pipeline's, and stays so when it is made faster."""
 
+import functools
+import inspect
 import re
 
 import pytest
 import torch
+from families import CALL
 from shared import CPU, policy_of, run, sampled
+from torch.utils._pytree import tree_leaves
 
 from ddpo_fast import assemble as assembling
 from ddpo_fast import train as trainer
@@ -112,3 +116,27 @@ def test_a_call_that_the_pipeline_refuses_is_one_line_before_weights_are_read(
         with pytest.raises(SystemExit, match="2"):
             trainer.main([*argv, *ways])
         assert re.fullmatch(rf"error: {message}[^\n]*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux", "qwen_image", "z_image", "sana"])
+def test_text_encoders_may_run_elsewhere_than_the_network(name, tiny_model, family, monkeypatch):
+    """Torch takes cpu:0 for another device than cpu, and both are this one: so who is asked for which can be seen."""
+    path, call = (tiny_model, {"height": 16, "width": 16}) if name == "sd" else (family(name), CALL[name])
+    model = find_model(str(path), arguments={key: value for key, value in call.items() if key == "max_sequence_length"})
+    asked, device, encodes_on = Asked(2, 3.0, call["height"], call["width"]), torch.device("cpu", 0), []
+    encode = model.kind.encode_prompt
+
+    @functools.wraps(encode)
+    def watched(*args, **kwargs):
+        encodes_on.append(inspect.signature(encode).bind(*args, **kwargs).arguments["device"])
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(model.kind, "encode_prompt", watched)
+    leaves = []
+    for host in (None, CPU):
+        policy = Policy(model, "fp32", device, LoraConfig(), host)
+        leaves.append(policy.texts(policy.record(asked), ["a cat"])[0].leaves)
+        assert encodes_on and {str(found) for found in encodes_on} == {str(host or device)}
+        encodes_on.clear()
+    for a, b in zip(*map(tree_leaves, leaves)):
+        torch.testing.assert_close(a, b)  # where memory lies decides the order of sums

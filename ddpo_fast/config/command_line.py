@@ -156,7 +156,8 @@ def _check_places(config: Config) -> None:
 
 _FREE_ON_RESUME = {
     "sample.batch_size", "sample.decode_batch", "train.micro_batch", "train.gradient_checkpointing", "model.offload_text_encoder",
-    "model.offload_vae", "model.variant", "reward.timeout_s", "reward.isolate", "reward.max_bad_fraction", "eval.every",
+    "model.encode_on_host", "model.offload_vae", "model.variant",
+    "reward.timeout_s", "reward.isolate", "reward.max_bad_fraction", "eval.every",
     *(f"cache.{option.name}" for option in dataclasses.fields(CacheConfig)),
     *(f"run.{option.name}" for option in dataclasses.fields(RunConfig) if option.name != "seed"),
 }  # fmt: skip

@@ -62,6 +62,9 @@ class ModelConfig:
     one branch, nor in a flow transformer."""
     offload_text_encoder: bool = True
     """On a GPU, keep the text encoders there only while they encode new prompts. Each prompt is encoded once."""
+    encode_on_host: bool = False
+    """On a GPU, run the text encoders on the CPU. They never come to the GPU, where they may be too large beside the network. Each prompt
+    is encoded once, which takes seconds on a CPU."""
     offload_vae: bool = False
     """On a GPU, keep the VAE there only while it decodes. On a CPU nothing moves."""
     vae_tiling: bool = False

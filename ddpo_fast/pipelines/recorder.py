@@ -6,6 +6,7 @@ steps, *shape one sample's latents as the scheduler is given them.
 
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 from transformers import PreTrainedTokenizerBase
 
 from ddpo_fast.pipelines.families import Family
@@ -138,9 +139,13 @@ class _Trace:
 class Recorder:
     """Calls a pipeline with parts of it replaced."""
 
-    def __init__(self, pipe: DiffusionPipeline, family: Family, device: torch.device, arguments: dict | None = None):
-        """arguments: of the pipeline's call, beyond those of its family: the option model.arguments."""
-        self.pipe, self.family, self.device = pipe, family, device
+    def __init__(
+        self, pipe: DiffusionPipeline, family: Family, device: torch.device, arguments: dict | None = None,
+        encodes_on: torch.device | None = None,
+    ):  # fmt: skip
+        """arguments: of the pipeline's call, beyond those of its family: the option model.arguments. encodes_on: where the text encoders
+        run; None: on the device."""
+        self.pipe, self.family, self.device, self.encodes_on = pipe, family, device, encodes_on or device
         self.arguments = {**family.arguments, **(arguments or {})}
         self.network = getattr(pipe, family.network)
         self.answers: dict[Asked, list[_Answer]] = {}
@@ -184,7 +189,9 @@ class Recorder:
 
     def _encode(self, keep: list | None = None) -> Callable:
         def encoded(encode: Callable, args: tuple, kwargs: dict):
-            found = encode(*args, **kwargs)
+            asked = inspect.signature(encode).bind(*args, **kwargs)
+            asked.arguments["device"] = self.encodes_on
+            found = tree_map_only(Tensor, lambda leaf: leaf.to(self.device), encode(*asked.args, **asked.kwargs))
             if self.family.encoded is not None:
                 found = self.family.encoded(found, self.arguments)
             if keep is not None:

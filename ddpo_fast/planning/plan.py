@@ -173,7 +173,7 @@ def advise(counts: ModelCounts, work: Work, num_devices: int, budget_mib: float)
     """One line for each option that has to be lowered for the run to fit, with the largest value that does; none if it fits."""
     lines, phases = [], phases_mib(memory_mib(counts, work, num_devices))
     if phases["encoding"] > budget_mib:
-        lines.append("encoding new prompts does not fit: the text encoders are then beside the network; model.parts can leave one out")
+        lines.append("encoding new prompts does not fit: text encoders are then beside the network; model.encode_on_host=true helps")
     for option, field, ours in (
         ("sample.batch_size", "batch_size", ("sampling", "decode")),
         ("train.micro_batch", "micro_batch", ("update",)),
@@ -321,9 +321,10 @@ def count_run(config, model: Model | None, dtype: torch.dtype, on_gpu: bool) -> 
     if not on_gpu:
         return counts
     on_device, decode = counts.weight_bytes, counts.decode
-    if options.offload_text_encoder:
+    if options.offload_text_encoder or options.encode_on_host:
         encoders = [part for part in on_device if part.startswith("text_encoder")]
-        counts = replace(counts, encoder_bytes=sum(on_device[part] for part in encoders))
+        if not options.encode_on_host:
+            counts = replace(counts, encoder_bytes=sum(on_device[part] for part in encoders))
         on_device = {part: size for part, size in on_device.items() if part not in encoders}
     if options.offload_vae:
         decode = replace(decode, fixed_bytes=decode.fixed_bytes + on_device["vae"])
