@@ -29,6 +29,8 @@ SCOPES = {
     "sd15": ("all", "mid_up", "up_blocks.2,up_blocks.3"),
     "sdxl_small": ("all", "mid_up", "up_blocks.1"),
     "sdxl": ("all", "mid_up", "up_blocks.1"),
+    "embedded_flow": ("all", "last:0.5", "last:0.17"),
+    "sd3_small": ("all", "last:0.5", "last:0.2"),
 }
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
 """The largest difference of the weights' change with and without the cache: norm(difference) / norm(change). Above it nothing is reported.

@@ -40,7 +40,7 @@ from ddpo_fast.pipelines.template import Asked
 from ddpo_fast.planning.architectures import planned_model
 from ddpo_fast.planning.counts import flop_counter
 from ddpo_fast.planning.plan import calls_on, count_run, memory_mib, phases_mib, with_cache
-from ddpo_fast.planning.work import Work
+from ddpo_fast.planning.work import Calls, Work
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import draw_prompts
 from ddpo_fast.rollout import generate
@@ -230,7 +230,8 @@ class Ours(Contender):
         """Changes the amount of work: `section__key=value` of a config, of the sections sample and train."""
         config = self.config.replace(**options)
         config.check()
-        self.config, self.run = config, replace(self.run, config=config, denoising=self.policy.denoising(config.sample))
+        calls = Calls.of(config, self.policy.record, self.policy.pipe.scheduler)
+        self.config, self.run = config, replace(self.run, config=config, denoising=self.policy.denoising(config.sample), calls=calls)
         self.run.gradients.micro_batch = config.train.micro_batch
 
     def differences(self, file: Path) -> dict[str, float]:

@@ -151,7 +151,7 @@ WORKS = {
     "sdxl_small": Work("sdxl_small", _options(2, 3, 1, 6, *_SD_LORA)),
     "tiny_small": Work("tiny_small", _options(6, 2, 1, 6, *_SD_LORA)),
     "embedded_flow": Work("embedded_flow", _flow_options(36, 5, 2, 6, 16, "[attention,feed_forward]", "--lora.alpha=16")),
-    "sd3_small": Work("sd3_small", _flow_options(18, 4, 2, 6, 32, "[attention]", "--lora.alpha=64")),
+    "sd3_small": Work("sd3_small", _flow_options(18, 3, 2, 6, 32, "[attention]", "--lora.alpha=64")),
 }
 
 

@@ -33,7 +33,7 @@ from ddpo_fast.config.options import Config
 from ddpo_fast.files import write_text
 from ddpo_fast.gpus import GPUS
 from ddpo_fast.planning.scaling import Costs, iteration_terms, scaling, scaling_text
-from ddpo_fast.planning.work import Work
+from ddpo_fast.planning.work import Calls, Work
 from ddpo_fast.records import checkpoint
 from ddpo_fast.records.metrics import read_metrics
 from ddpo_fast.records.report import write_report
@@ -83,10 +83,11 @@ def calibrate(config: Config) -> tuple[Work, Costs]:
         torch.set_num_threads(1)
     run = assemble(config)
     config, policy = run.config, run.policy
-    work, steps = Work.of(config), min(NUM_STEPS, config.sample.num_steps)
+    work, steps = Work.of(config, run.calls), min(NUM_STEPS, config.sample.num_steps)
     short = config.replace(sample__num_steps=steps, sample__window=None, train__timestep_fraction=1.0)
+    calls = Calls.of(short, policy.record, policy.pipe.scheduler)
     gradients = Replay(policy, run.engine, run.objective, NO_CACHE, run.room, config.train.micro_batch)
-    run = replace(run, config=short, denoising=policy.denoising(short.sample), gradients=gradients)
+    run = replace(run, config=short, denoising=policy.denoising(short.sample), calls=calls, gradients=gradients)
     rollout, costs = _sampling_costs(run, min(work.batch_size, work.num_samples))
     costs |= _update_costs(run, rollout, min(work.micro_batch, work.num_samples // work.num_minibatches * work.trained_steps))
     gradient_bytes = 4 * sum(parameter.numel() for parameter in run.engine.parameters)
@@ -107,7 +108,7 @@ def _seconds(device: torch.device, call: Callable[[], object]) -> float:
 
 def _sampling_costs(run: Run, largest: int) -> tuple[Rollout, dict[str, float]]:
     config, policy, schedule = run.config, run.policy, run.schedule(1)
-    steps, rows, design, seconds = schedule.num_steps, Work.of(config).rows, [], []
+    steps, rows, design, seconds = schedule.num_steps, run.calls.rows, [], []
     for size in sorted({largest, max(1, largest // 2), max(1, largest // 8)}):
         prompts = run.task.prompts[[i % len(run.task.prompts) for i in range(size)]].texts
         policy.texts(schedule.recording, prompts)  # a run does it once
@@ -128,7 +129,7 @@ def _sampling_costs(run: Run, largest: int) -> tuple[Rollout, dict[str, float]]:
 
 
 def _update_costs(run: Run, rollout: Rollout, largest: int) -> dict[str, float]:
-    work, design, seconds = Work.of(run.config), [], []
+    work, design, seconds = Work.of(run.config, run.calls), [], []
     steps, rows, most = work.trained_steps, work.trained_rows, math.ceil(largest / work.trained_steps)
     for samples, micro_batch, epochs in (
         (most, largest, 1),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_plan import COUNTS
 
-from bench import contenders, harness, models, peers, throughput, waterfall
+from bench import contenders, harness, models, peers, predict, throughput, waterfall
 from bench.contenders import Ours, Stages, Textbook, make
 from bench.rows import Writer, read
 from ddpo_fast.config.command_line import parse
@@ -287,6 +287,8 @@ def test_resize_changes_the_work_and_checks_it(argv):
     ours = Ours(argv)
     ours.resize(sample__num_samples=4, sample__num_steps=2, train__inner_epochs=2)
     assert ours.iterate()["transitions"] == 4 * 2 * 2
+    ours.resize(sample__num_steps=5)
+    assert ours.iterate()["transitions"] == 4 * 5 * 2
     with pytest.raises(ValueError, match="sample.num_samples=3"):
         ours.resize(sample__num_samples=3)
 
@@ -359,6 +361,17 @@ def test_scaling_rows(tiny_work, monkeypatch, tmp_path):
     rows = throughput.scaling(tiny_work, 1, Writer("scaling", tmp_path, ["test"]))
     assert [(row["axis"], row["value"]) for row in rows] == [("batch", "2"), ("batch", "4"), ("steps", "2"), ("steps", "3")]
     assert all(float(row["median_s"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name, rows", [("sd3", 2), ("flux", 1)])
+def test_a_prediction_has_the_rows_and_steps_of_the_recording(flow_options, monkeypatch, name, rows):
+    """FLUX is told its guidance in one row, and the last step of cps has no density."""
+    monkeypatch.setattr(predict, "measure_link", lambda num_bytes: (1e9, 1e-5))
+    monkeypatch.setattr(predict, "REPEATS", 1)
+    monkeypatch.setattr(predict.torch, "set_num_threads", lambda threads: None)
+    work, costs = predict.calibrate(parse(flow_options(name, sample__num_steps=5)))
+    assert (work.rows, work.trained_rows, work.trained_steps) == (rows, rows, 4)
+    assert costs.sample_row_s + costs.sample_call_s > 0 and costs.update_row_s + costs.update_call_s > 0
 
 
 def test_ranks_share_the_work(tiny_work):
