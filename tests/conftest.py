@@ -177,8 +177,8 @@ def flow_options(family, rewards_file, tmp_path):
             "model.path": path, "model.arguments": json.dumps(arguments), "run.dir": tmp_path / folder,
             "reward.name": f"{rewards_file}:redness", "sample.height": call["height"], "sample.width": call["width"],
             "sample.guidance_scale": call[kind.guidance], "sample.sampler": "cps", "sample.eta": 0.8, "sample.num_steps": 4,
-            "sample.num_samples": 4, "sample.batch_size": 4, "eval.sampler": "ode", "eval.num_samples": 2, "run.iterations": 2,
-            "train.num_minibatches": 1, "train.micro_batch": 5, "lora.rank": 2, "lora.targets": '["attention"]',
+            "sample.num_samples": 4, "sample.batch_size": 4, "eval.sampler": "ode", "eval.num_steps": "null", "eval.num_samples": 2,
+            "run.iterations": 2, "train.num_minibatches": 1, "train.micro_batch": 5, "lora.rank": 2, "lora.targets": '["attention"]',
             "train.learning_rate": 1e-3, "prompts.limit": 2, "prompts.samples_per_prompt": 2, "baseline.min_count": 16,
             "baseline.buffer_size": 16, "run.trackers": "[]",
         }  # fmt: skip
