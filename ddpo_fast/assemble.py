@@ -142,7 +142,9 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
 def find(config: Config) -> Model:
     """A config's model, of which the weights have not been read. Raises ValueError for one that cannot be trained as the config says."""
     options = config.model
-    model = find_model(options.path, options.config, options.vae, options.variant, options.parts, options.arguments, options.quantize)
+    model = find_model(
+        options.path, options.config, options.vae, options.variant, options.parts, options.arguments, options.quantize, options.unlisted
+    )
     check_guidance(config, model.family)
     return model
 

@@ -202,6 +202,35 @@ def test_classes_that_are_refused(name, reason):
         families.find_family({"_class_name": name})
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux2_klein", "chroma", "auraflow", "lumina2", "z_image"])
+def test_a_class_without_an_entry_is_called_as_its_pipeline_calls_it(family, name, monkeypatch):
+    """If that is asked for: here of families whose entry says no more than names."""
+    listed = found(family(name), name).record(asked_of(name))
+    monkeypatch.delitem(families.FAMILIES, type_name(family(name)))
+    with pytest.raises(ValueError, match="it holds a [^\n]*; valid is one of StableDiffusionPipeline, "):
+        found(family(name), name)
+    model = found(family(name), name, unlisted=True)
+    model.check_networks(asked_of(name))
+    recording = model.record(asked_of(name))
+    assert (recording.digest, recording.branches, shapes(recording)) == (listed.digest, listed.branches, shapes(listed))
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("WanPipeline", ": it draws videos"),
+        ("FluxInpaintPipeline", ": it is given a picture"),
+        ("KolorsPipeline", "; valid with model.unlisted=true is a pipeline of diffusers that has a transformer"),
+        ("NoSuchPipeline", "; valid with model.unlisted=true is a pipeline of diffusers that has a transformer"),
+        ("SD3Transformer2DModel", "; valid with model.unlisted=true is a pipeline of diffusers that has a transformer"),
+    ],
+)
+def test_classes_that_are_refused_even_so(name, reason, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ValueError, match=f"^model.path={tmp_path}: it holds a {name}{reason}[^\n]*$"):
+        find_model(str(tmp_path), unlisted=True)
+
+
 def edit(name: str, **changed):
     return lambda m: change(m / name, **changed)
 

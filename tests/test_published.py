@@ -61,6 +61,13 @@ def test_what_there_is_no_model_of_has_the_demos_defaults(tmp_path):
         assert differs(parse([f"--model.path={path}"])) == {}
 
 
+def test_a_class_without_an_entry_has_flow_grpos_if_it_is_asked_for(tmp_path):
+    path = f"--model.path={named(tmp_path, 'OvisImagePipeline')}"
+    assert differs(parse([path])) == {}
+    config = parse([path, "--model.unlisted=true"])
+    assert (config.sample.sampler, config.sample.guidance_scale, config.eval.sampler, config.lora.rank) == ("flow_sde", 4.0, "ode", 32)
+
+
 def test_embedded_models_have_the_demos(tmp_path):
     assert differs(parse([f"--model.path={EMBEDDED}/model"])) == {}
     flow = parse([f"--model.path={EMBEDDED}/flow_model"])

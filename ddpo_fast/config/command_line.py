@@ -105,7 +105,8 @@ def _published(argv: list[str]) -> Mapping[str, object]:
     path, config = _last(argv, "model.path", ModelConfig().path), _last(argv, "model.config", None)
     if not isinstance(path, str) or not isinstance(config, str | None):
         return {}  # the parser refuses that
-    return published(path, config, whole=_last(argv, "lora.scope", None) == "none")
+    unlisted = str(_last(argv, "model.unlisted", False)).lower() == "true"
+    return published(path, config, _last(argv, "lora.scope", None) == "none", unlisted)
 
 
 def _last(argv: list[str], option: str, default: object) -> object:

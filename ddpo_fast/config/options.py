@@ -47,6 +47,9 @@ class ModelConfig:
     arguments: dict = field(default_factory=dict)
     """Arguments of the pipeline's own call that differ from its defaults, such as {max_sequence_length: 256}. Prompts, steps, guidance and
     sizes are options of their own."""
+    unlisted: bool = False
+    """Try a pipeline of diffusers whose class is in no list here, a flow transformer's. Like all others it is trained as its own call
+    calls it, and it is refused where that does not fit. Nobody has tested it."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """What the networks compute in. Latents, log-probs and trained weights are fp32 in any case. auto: fp32 on a CPU; on a GPU fp16 for
     Stable Diffusion and AuraFlow, and bf16 for other families, which overflow in fp16 or were published in bf16. For Stable Diffusion bf16

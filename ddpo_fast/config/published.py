@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ddpo_fast.pipelines.families import FAMILIES
+from ddpo_fast.pipelines.families import FAMILIES, UNLISTED
 from ddpo_fast.places import is_hub_id, located
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
@@ -15,20 +15,22 @@ _EMBEDDED_FLOW = {
 }  # fmt: skip
 
 
-def published(path: str, config: str | None, whole: bool) -> Mapping[str, object]:
+def published(path: str, config: str | None, whole: bool, unlisted: bool) -> Mapping[str, object]:
     """The defaults of options for a model, by the class in its model_index.json; none for a model that is not there, or is none.
 
-    path, config: the options model.path and model.config. whole: whether the whole network is trained, which wants smaller steps. Raises
+    path, config: the options model.path and model.config. whole: whether the whole network is trained, which wants smaller steps. unlisted:
+    the option model.unlisted. Raises
     ValueError for a model that has to be on the hub and is not found there.
     """
     option, place = ("model.path", path) if config is None else ("model.config", config)
     folder = Path(located(option, place))
     if folder.parent == EMBEDDED:
         return _EMBEDDED_FLOW if folder.name == "flow_model" else {}
-    found = FAMILIES.get(_class_of(option, place, folder))
-    if found is None:
+    name = _class_of(option, place, folder)
+    if name not in FAMILIES and not (unlisted and name is not None):
         return {}
-    return {**found.published, "train.learning_rate": 1e-5} if whole else found.published
+    found = FAMILIES[name].published if name in FAMILIES else UNLISTED
+    return {**found, "train.learning_rate": 1e-5} if whole else found
 
 
 def _class_of(option: str, place: str, folder: Path) -> str | None:

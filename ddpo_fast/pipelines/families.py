@@ -4,6 +4,7 @@ An entry holds what the call cannot tell: the names of some of its arguments, wh
 imports no torch, because a command line's defaults are in it.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -135,12 +136,30 @@ _REFUSED = (
 """Parts of names of pipelines' classes, and why they are refused."""
 
 
-def find_family(index: Mapping[str, object]) -> str:
-    """The class of a pipeline with this model_index.json. Raises ValueError, with the reason, for one that cannot be trained."""
+UNLISTED = _FLOW_GRPO | {"sample.guidance_scale": 4.0}
+"""Defaults of options for a class without an entry."""
+
+
+def family_of(kind: type) -> Family:
+    """The entry of a pipeline's class; for one that has none, what the arguments of its call say."""
+    if kind.__name__ in FAMILIES:
+        return FAMILIES[kind.__name__]
+    arguments = inspect.signature(kind.__call__).parameters
+    guidance = "true_cfg_scale" if "true_cfg_scale" in arguments else "guidance_scale"
+    return Family(kind.__name__, guidance=guidance, negative_prompt="" if "negative_prompt" in arguments else None)
+
+
+def find_family(index: Mapping[str, object], unlisted: bool = False) -> str:
+    """The class of a pipeline with this model_index.json. Raises ValueError, with the reason, for one that cannot be trained.
+
+    unlisted: whether it may be one that has no entry.
+    """
     name = index.get("_class_name")
     if isinstance(name, str) and name in FAMILIES:
         return name
     reason = next((why for part, why in _REFUSED if isinstance(name, str) and re.search(part, name)), None)
+    if unlisted and isinstance(name, str) and reason is None:
+        return name
     raise ValueError(f"it holds a {name}{'' if reason is None else f': {reason}'}; valid is one of {', '.join(FAMILIES)}")
 
 

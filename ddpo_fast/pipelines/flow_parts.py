@@ -8,7 +8,7 @@ from pathlib import Path
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
-from ddpo_fast.pipelines.families import FAMILIES, check_not_distilled
+from ddpo_fast.pipelines.families import check_not_distilled, family_of
 from ddpo_fast.pipelines.model_parts import Parts, check_length, class_of, is_whole, load_tokenizer, made_of, read_config
 
 
@@ -21,7 +21,7 @@ def components(kind: type) -> dict[str, tuple[type, ...]]:
 
 def find_parts(option: str, folder: Path, kind: type, index: dict) -> Parts:
     """The parts of a flow model. Those that model_index.json has as [null, null] are left out."""
-    family, wanted = FAMILIES[kind.__name__], components(kind)
+    family, wanted = family_of(kind), components(kind)
     classes: dict[str, type] = {}
     for part, kinds in wanted.items():
         if index.get(part) != [None, None] or part in (family.network, "vae", "scheduler"):

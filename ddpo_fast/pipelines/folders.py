@@ -19,7 +19,7 @@ from torch import nn
 
 from ddpo_fast.pipelines import flow_parts, model_parts, quantized_weights, single_file
 from ddpo_fast.pipelines.ddim import changed_steps
-from ddpo_fast.pipelines.families import FAMILIES, Family
+from ddpo_fast.pipelines.families import Family, family_of
 from ddpo_fast.pipelines.hub import CONFIGS, check_readable, choose_weights, file_names, in_one_line, local_folder
 from ddpo_fast.pipelines.model_parts import TEXT_ENCODERS, Parts, made_of, read_config
 from ddpo_fast.pipelines.recorder import PROBES, Recorder
@@ -209,21 +209,23 @@ def find_model(
     parts: Mapping[str, None] | None = None,
     arguments: Mapping[str, object] | None = None,
     quantize: str = "none",
+    unlisted: bool = False,
 ) -> Model:
     """Finds a model and checks it by its configs and the names of its weights.
 
     path: a folder or hub id. If `config` is given, path is a file of weights as Stable Diffusion was first published, and `config` is a
     folder or hub id with the configs and the tokenizer of a pipeline of the same layout. vae: folder, hub id or file of a VAE to take
     instead of the pipeline's. variant: that of the weights, see `choose_weights`. parts: those to go without, each with null. arguments:
-    of the pipeline's call. quantize: how the network's weights are. Raises ValueError, naming the option, for what cannot be trained.
+    of the pipeline's call. quantize: how the network's weights are. unlisted: whether its class may be one without an entry in FAMILIES.
+    Raises ValueError, naming the option, for what cannot be trained.
     """
     option, source = ("model.path", path) if config is None else ("model.config", config)
     folder, option = local_folder(option, source), f"{option}={source}"
     index = read_config(option, folder, "model_index.json")
-    kind = model_parts.check_index(option, index)
+    kind = model_parts.check_index(option, index, unlisted)
     index |= _left_out(kind, parts or {})
     _check_arguments(kind, arguments or {})
-    family = FAMILIES[kind.__name__]
+    family = family_of(kind)
     if family.process == "flow" and config is not None:
         raise ValueError(f"{option}: it holds a {kind.__name__}; valid for a single file is a pipeline of Stable Diffusion 1.x, 2.x or XL")
     found = (flow_parts if family.process == "flow" else model_parts).find_parts(option, folder, kind, index)
@@ -243,7 +245,7 @@ def find_model(
 
 def _left_out(kind: type, parts: Mapping[str, None]) -> dict[str, list]:
     """What model_index.json has of parts that a user goes without."""
-    family = FAMILIES[kind.__name__]
+    family = family_of(kind)
     known = [part for part in kind._get_signature_keys(kind)[0] if part not in (family.network, "vae", "scheduler")]
     for part, value in parts.items():
         if part not in known or value is not None:
@@ -252,7 +254,7 @@ def _left_out(kind: type, parts: Mapping[str, None]) -> dict[str, list]:
 
 
 def _check_arguments(kind: type, arguments: Mapping[str, object]) -> None:
-    ours = {*OURS, FAMILIES[kind.__name__].guidance}
+    ours = {*OURS, family_of(kind).guidance}
     valid = [name for name in inspect.signature(kind.__call__).parameters if name not in ours and name != "self"]
     if unknown := next((name for name in arguments if name not in valid), None):
         raise ValueError(f"model.arguments={json.dumps(arguments, default=str)}: {unknown} is none; valid are {', '.join(valid)}")
@@ -264,10 +266,10 @@ def _other_vae(option: str, kind: type, vae: str, variant: str | None, found: Pa
     if not Path(vae).is_file():
         folder = local_folder("model.vae", vae)
         found.configs["vae"] = read_config(vae_option, folder, "config.json")
-        if FAMILIES[kind.__name__].process == "flow":
+        if family_of(kind).process == "flow":
             found.classes["vae"] = flow_parts.vae_class(vae_option, kind, found.configs["vae"])
         return _find_weights(vae_option, vae, folder, {"": found.classes["vae"]}, variant)[""], vae_option
-    if FAMILIES[kind.__name__].process == "flow":
+    if family_of(kind).process == "flow":
         raise ValueError(f"{vae_option}: a file is a VAE of Stable Diffusion 1.x, 2.x or XL; valid is a folder, or a hub id")
     if not is_vae(names_in(vae_option, vae)):
         raise ValueError(f"{vae_option}: it holds no decoder.*; valid is a file of an AutoencoderKL's weights")

@@ -4,6 +4,7 @@ Every check raises ValueError of one line that begins with `option`, such as "mo
 shapes without memory and are called as the policy calls them. This also finds faults that no rule below knows.
 """
 
+import inspect
 import json
 import math
 import os
@@ -16,11 +17,19 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 
 from ddpo_fast.pipelines.ddim import SD_STEPS, ddim_scheduler
-from ddpo_fast.pipelines.families import find_family
+from ddpo_fast.pipelines.families import FAMILIES, family_of, find_family
 
 SCHEDULERS = tuple(
     f"{name}Scheduler"
@@ -58,16 +67,32 @@ class Parts:
     scheduler: SchedulerMixin
 
 
-def check_index(option: str, index: dict) -> type:
-    """The pipeline's class, by its model_index.json. All of its parts are classes of diffusers or transformers."""
+def check_index(option: str, index: dict, unlisted: bool = False) -> type:
+    """The pipeline's class, by its model_index.json. All of its parts are classes of diffusers or transformers.
+
+    unlisted: whether it may be any class of diffusers that has a transformer and is given prompts and guidance.
+    """
     try:
-        name = find_family(index)
+        name = find_family(index, unlisted)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None
     for part, origin in index.items():
         if isinstance(origin, list) and not (part.isidentifier() and (origin == [None, None] or _is_class(origin))):
             raise ValueError(f"{option}: model_index.json has {part}={origin}; valid are classes of {', '.join(LIBRARIES)}")
-    return getattr(diffusers, name)
+    kind = getattr(diffusers, name, None)
+    if name not in FAMILIES and not _may_be_tried(kind):
+        raise ValueError(
+            f"{option}: it holds a {name}; valid with model.unlisted=true is a pipeline of diffusers that has a transformer and takes "
+            "prompts and a guidance scale"
+        )
+    return kind
+
+
+def _may_be_tried(kind: object) -> bool:
+    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+        return False
+    parts, arguments = kind._get_signature_keys(kind)[0], inspect.signature(kind.__call__).parameters
+    return {"transformer", "vae", "scheduler"} <= {*parts} and "prompt" in arguments and family_of(kind).guidance in arguments
 
 
 def find_parts(option: str, folder: Path, kind: type, index: dict) -> Parts:

@@ -221,7 +221,9 @@ def planned_model(options) -> Model | None:
         return None
     vae = None if _known_vae(options) else options.vae
     if not _is_known(options):
-        return find_model(options.path, options.config, vae, options.variant, options.parts, options.arguments, options.quantize)
+        return find_model(
+            options.path, options.config, vae, options.variant, options.parts, options.arguments, options.quantize, options.unlisted
+        )
     arguments = FLOW_MODELS[options.path].get("arguments", {}) | dict(options.arguments or {})
     model = find_model(str(_known_folder(options.path)), None, vae, None, options.parts, arguments, options.quantize)
     return replace(model, path=options.path, option=f"model.path={options.path}")
