@@ -25,6 +25,7 @@ from ddpo_fast.networks import attention_backends
 from ddpo_fast.networks.fused_unet import fuse
 from ddpo_fast.networks.initial_lora import start_from
 from ddpo_fast.networks.scored_lora import score
+from ddpo_fast.networks.sigmoid_gelu import use_sigmoid
 from ddpo_fast.pipelines.folders import Model, find_model
 from ddpo_fast.pipelines.skeleton import on_meta, tile
 from ddpo_fast.pipelines.template import Asked
@@ -211,6 +212,8 @@ def load_policy(config: Config, model: Model, ranks: Ranks, device: torch.device
     config = config.replace(attention__backend=backend)
     if ops.backend == "triton":
         fuse(policy.network, ops)
+    elif config.kernels.backend == "auto" and policy.dtype == torch.float32:  # half precision would round what a sigmoid is given
+        use_sigmoid(policy.network)
     if merges_lora(config, policy.dtype):
         policy.merge_lora()
     if config.train.gradient_checkpointing:

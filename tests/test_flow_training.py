@@ -57,7 +57,7 @@ def test_a_run_resumes_and_its_lora_loads_in_plain_diffusers(flow_options, famil
     assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(parts).values(), strict=True))
     rows = untimed(read_metrics(whole))
     assert rows[-1] == untimed(read_metrics(parts))[-1] and all(row["ratio_error"] < 1e-3 for row in rows[1:])
-    config = parse(flow_options(name, "again", lora__forward="separate", model__dtype="fp32"))
+    config = parse(flow_options(name, "again", lora__forward="separate", model__dtype="fp32", kernels__backend="reference"))
     _, policy = load_policy(config, find(config), Ranks(), CPU, kernels.select("reference", CPU))
     policy.load_exported(whole)
     pipe = DiffusionPipeline.from_pretrained(family(name))
