@@ -18,6 +18,7 @@ from ddpo_fast.config.options import Config
 from ddpo_fast.distributed import deepspeed_options
 from ddpo_fast.distributed.engine import Engine, all_gather, broadcast, init_distributed
 from ddpo_fast.distributed.optimizer import check_optimizer, make_optimizer
+from ddpo_fast.distributed.partition import Partition
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.kernels import Ops
 from ddpo_fast.memory import Room, free_mib, local_ranks
@@ -72,7 +73,8 @@ def assemble(config: Config, claim: Claim | None = None) -> Run:
     """
     start = begin(config, claim)
     config, policy = load_policy(start.config, start.model, start.ranks, start.device, start.ops)
-    made_of = _fingerprints(config, policy, start.task.prompts) if start.ranks.is_first else {}
+    all_ranks = policy.partition is not None  # each has a part of what is hashed
+    made_of = _fingerprints(config, policy, start.task.prompts) if start.ranks.is_first or all_ranks else {}
     if config.run.resume and start.ranks.is_first:
         _say_changes(checkpoint.read_state(start.directory.resumed), made_of)
     objective, calls = _objective(config, policy, start.ops), Calls.of(config, policy.record, policy.pipe.scheduler)
@@ -186,7 +188,9 @@ def load_policy(config: Config, model: Model, ranks: Ranks, device: torch.device
     """The model as a run computes with it: LoRA, attention, fused operations; and the config with the attention chosen."""
     torch.manual_seed(config.run.seed)  # LoRA's initial weights
     lora = config.lora
-    policy = Policy(model, config.model.dtype, device, lora, torch.device("cpu") if config.model.encode_on_host else None)
+    partition = Partition(config.zero.offload == "all", lora.scope == "none") if config.zero.stage == 3 else None
+    encodes_on = torch.device("cpu") if config.model.encode_on_host else None
+    policy = Policy(model, config.model.dtype, device, lora, encodes_on, partition)
     policy.decode_batch, policy.offload_text_encoder = config.sample.decode_batch, config.model.offload_text_encoder
     policy.offload_vae = config.model.offload_vae
     if policy.offload_vae:
@@ -250,6 +254,8 @@ def _objective(config: Config, policy: Policy, ops: Ops) -> Objective:
 
 def _engine(config: Config, policy: Policy, deepspeed: dict) -> Engine:
     zero, train = config.zero, config.train
+    if policy.partition is not None:
+        policy.partition.leave()
     optimizer = make_optimizer(config.optimizer, policy.trainable_parameters(), train.learning_rate, on_host=zero.offload != "none")
     return Engine(
         policy.network, optimizer, zero_stage=zero.stage, offload=zero.offload, options=deepspeed, max_grad_norm=train.max_grad_norm,

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddpo_fast.config.options import LoraConfig
+from ddpo_fast.distributed.partition import Partition
 from ddpo_fast.dtypes import DTYPES, autocast
 from ddpo_fast.files import new_folder
 from ddpo_fast.memory import num_kept_prompts
@@ -57,10 +58,21 @@ class Policy:
     offload_vae = False
     """Whether the VAE is there only while it decodes."""
 
-    def __init__(self, model: Model, dtype: str, device: torch.device, lora: LoraConfig, encodes_on: torch.device | None = None):
-        """encodes_on: where the text encoders run; None: on the device."""
+    def __init__(
+        self,
+        model: Model,
+        dtype: str,
+        device: torch.device,
+        lora: LoraConfig,
+        encodes_on: torch.device | None = None,
+        partition: Partition | None = None,
+    ):
+        """encodes_on: where the text encoders run; None: on the device.
+
+        partition: how the network's weights are partitioned as they are read, for an engine that does so.
+        """
         self.device, self.dtype, self.family, self.option = device, DTYPES[dtype], model.family, model.option
-        self.pipe, self.notes = open_pipeline(model, self.dtype, device), model.notes
+        self.pipe, self.notes = open_pipeline(model, self.dtype, device, partition), model.notes
         self.variant = next((weights.variant for weights in model.weights.values() if weights.variant is not None), None)
         self.pipe.set_progress_bar_config(disable=True)
         self.network = self.forward = getattr(self.pipe, self.family.network)
@@ -69,7 +81,11 @@ class Policy:
         for part in parts.values():
             part.to((encodes_on or device) if part in self.text_encoders else device).requires_grad_(False).eval()
         self.full = lora.scope == "none"
-        set_trainable(self.network, lora.scope, lora.targets, lora.rank, lora.alpha)
+        self.partition = partition
+        with nullcontext() if partition is None else partition.shown(self.network):
+            set_trainable(self.network, lora.scope, lora.targets, lora.rank, lora.alpha)
+        if partition is not None:
+            partition.gather_for_calls(self.network)
         self.merged_layers: list[nn.Module] = []
         self.guidance: AbstractContextManager = nullcontext()
         self.recorder = Recorder(self.pipe, self.family, device, model.arguments, encodes_on)

@@ -18,14 +18,16 @@ import pytest
 import torch
 from runs import BY_PROMPT, ENVIRONMENT, LIMIT_S, ROOT, deepspeed, ports, printed, write_job
 from safetensors.torch import load_file
-from shared import command_line, conditions, joined, latent_shape, policy_of, run, run_dir
+from shared import CPU, command_line, conditions, joined, latent_shape, policy_of, run, run_dir
 
-from ddpo_fast import assemble
+from ddpo_fast import assemble, kernels
 from ddpo_fast import train as trainer
 from ddpo_fast.config.command_line import parse
 from ddpo_fast.distributed import deepspeed_options
 from ddpo_fast.distributed.engine import Engine, init_distributed
 from ddpo_fast.distributed.optimizer import check_optimizer
+from ddpo_fast.distributed.ranks import Ranks
+from ddpo_fast.records.fingerprints import of_model
 from ddpo_fast.records.metrics import read_metrics
 
 TRAINED = {"lora": "mid_up", "full": "none"}
@@ -186,6 +188,21 @@ def test_checkpointing_changes_no_bit(make, options, request):
     for argv in runs:
         run(argv)
     assert torch.equal(*map(weights, runs))
+
+
+def test_at_stage_3_a_network_is_partitioned_as_it_is_read(make):
+    """No weight of it is whole but in a call, which gives the bits of a whole network; its fingerprint is that of whole weights."""
+    init_distributed(60)
+    found = []
+    for stage in (0, 3):
+        config = parse(make(f"read-{stage}", stage=stage, lora__forward="separate", model__dtype="fp32"))
+        policy = assemble.load_policy(config, assemble.find(config), Ranks(), CPU, kernels.select("reference", CPU))[1]
+        frozen = [p for p in policy.network.parameters() if not p.requires_grad]
+        assert all((p.numel() == 0) == (stage == 3) for p in frozen) and len(frozen) > 50
+        found.append((policy.example_call(2), of_model(policy.pipe, "unet", True)))
+        assert all((p.numel() == 0) == (stage == 3) for p in frozen)
+    (ours, made_of), (partitioned, same) = found
+    assert torch.equal(ours, partitioned) and made_of == same
 
 
 def test_half_precision_at_stage_3_has_fp32_masters_and_skips_what_is_not_finite(tiny_model):

@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from ddpo_fast.distributed import deepspeed_options
 from ddpo_fast.distributed.launcher import check_launcher
 from ddpo_fast.distributed.optimizer import MOMENTS, settle_state
+from ddpo_fast.distributed.partition import whole_shape
 from ddpo_fast.distributed.ranks import Ranks
 
 MEETING_S = 600
@@ -157,7 +158,7 @@ class Engine:
         """
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.num_trainable = sum(p.numel() for p in self.parameters)
+        self.num_trainable = sum(math.prod(whole_shape(p)) for p in self.parameters)
         self.optimizer, self.zero_stage, self.dtype = optimizer, zero_stage, dtype
         self.unfinished = False
         """Whether there have been `backward`s since the last `step`."""

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ddpo_fast.distributed.partition import whole_shape
+
 MIN_8BIT_ELEMENTS = 4096
 """bitsandbytes keeps the state of smaller tensors in fp32."""
 BLOCK_ELEMENTS = 256
@@ -59,7 +61,8 @@ def make_optimizer(options, parameters: list[nn.Parameter], learning_rate: float
             return super().get_config(gindex, pindex, group) | {"optim_bits": group["optim_bits"]}
 
     groups = [
-        {"params": [p for p in parameters if keeps_fp32_state(p.shape) == fp32], "optim_bits": 32 if fp32 else 8} for fp32 in (False, True)
+        {"params": [p for p in parameters if keeps_fp32_state(whole_shape(p)) == fp32], "optim_bits": 32 if fp32 else 8}
+        for fp32 in (False, True)
     ]
     groups = [group for group in groups if group["params"]]
     return AdamW8bit(groups, **adam, optim_bits=8, is_paged=options.name == "paged_adamw_8bit")

@@ -17,7 +17,8 @@ diffusers.utils.logging.disable_progress_bar()
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 
-from ddpo_fast.pipelines import flow_parts, model_parts, quantized_weights, single_file
+from ddpo_fast.distributed.partition import Partition
+from ddpo_fast.pipelines import flow_parts, model_parts, single_file, streamed_weights
 from ddpo_fast.pipelines.ddim import changed_steps
 from ddpo_fast.pipelines.families import Family, family_of
 from ddpo_fast.pipelines.hub import CONFIGS, check_readable, choose_weights, file_names, in_one_line, local_folder
@@ -285,16 +286,21 @@ def _find_weights(option: str, source: str, folder: Path, classes: dict[str, typ
     return weights
 
 
-def open_pipeline(model: Model, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> DiffusionPipeline:
+def open_pipeline(
+    model: Model, dtype: torch.dtype, device: torch.device = torch.device("cpu"), partition: Partition | None = None
+) -> DiffusionPipeline:
     """The pipeline in `dtype`, with its weights, which are read from safetensors only, and with the model's scheduler.
 
-    It is on the CPU, but for a network that is quantised as it is read, which is on the device.
+    It is on the CPU, but for a network that is quantised or partitioned as it is read, which is on the device.
 
     SDXL's own VAE overflows in fp16, and its config says so by `force_upcast`. Such a VAE is then in fp32, as in diffusers, except that of
     SD 1.x and 2.x, which does not overflow. Raises ValueError, naming the option, for weights that are damaged or belong to another
     network.
     """
-    pipe = model.assembled({part: _load(part, model, weights, dtype, device) for part, weights in model.weights.items()})
+    name, how = model.family.network, model.quantize if model.quantize != "none" else partition
+    others = {part: _load(part, model, weights, dtype) for part, weights in model.weights.items() if part != name or how is None}
+    network = {} if how is None else {name: _stream(name, model, dtype, device, how)}
+    pipe = model.assembled(others | network)
     if model.family.process == "diffusion":
         pipe.unet.register_to_config(sample_size=model.configs["unet"]["sample_size"])
     if model.kind is not StableDiffusionPipeline and dtype == torch.float16 and pipe.vae.config.get("force_upcast", False):
@@ -302,15 +308,12 @@ def open_pipeline(model: Model, dtype: torch.dtype, device: torch.device = torch
     return pipe
 
 
-def _load(part: str, model: Model, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _load(part: str, model: Model, weights: Weights, dtype: torch.dtype) -> nn.Module:
     """A network with its weights. Raises ValueError if its files lack a weight: transformers would draw it at random and say so only if
     asked."""
     if Path(weights.source).is_file():
         return single_file.load(weights.option, weights.source, model.folder, part, weights.part, dtype)
     folder, kind = local_folder(weights.option.split("=")[0], weights.source, [*CONFIGS, *weights.files]), model.classes[part]
-    if part == model.family.network and model.quantize != "none":
-        files = [folder / name for name in weights.files if name.endswith(".safetensors")]
-        return quantized_weights.load(weights.option, files, kind, model.configs[part], dtype, device, model.quantize)
     options = {"subfolder": weights.part, "variant": weights.variant, "dtype": dtype, "use_safetensors": True}
     with in_one_line(weights.option):
         if issubclass(kind, ModelMixin):
@@ -320,6 +323,22 @@ def _load(part: str, model: Model, weights: Weights, dtype: torch.dtype, device:
     single_file.check_complete(weights.option, network)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{weights.option}: {part}/*.safetensors lack {missing[0]}")
+    return network
+
+
+def _stream(part: str, model: Model, dtype: torch.dtype, device: torch.device, how: str | Partition) -> nn.Module:
+    """`_load` for a network that is quantised or partitioned as it is read. A single file is read whole before it is partitioned."""
+    weights = model.weights[part]
+    if Path(weights.source).is_file():
+        network = _load(part, model, weights, dtype)
+        for parameter in network.parameters():
+            how.take(parameter)
+        return network
+    folder = local_folder(weights.option.split("=")[0], weights.source, [*CONFIGS, *weights.files])
+    files = [folder / name for name in weights.files if name.endswith(".safetensors")]
+    with in_one_line(weights.option):
+        network = streamed_weights.load(sorted(files), model.classes[part], model.configs[part], dtype, device, how)
+    single_file.check_complete(weights.option, network)
     return network
 
 

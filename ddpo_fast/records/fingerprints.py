@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ddpo_fast.distributed.partition import whole
 from ddpo_fast.places import is_address
 from ddpo_fast.scoring.function import reward_source
 
@@ -105,9 +106,13 @@ def _differing(encoder: nn.Module) -> str:
 def _weights(module: nn.Module) -> str:
     """A hash of a module's weights without LoRA's. The weights' names are not part of it, since libraries change them."""
     tensors = [tensor for name, tensor in module.named_parameters() if ".lora_" not in name]
-    sums, samples = zip(*map(_summed, tensors))
+    sums, samples, kinds = [], [], []
+    for tensor in tensors:
+        with whole(tensor):
+            for made, found in zip((sums, samples), _summed(tensor)):
+                made.append(found)
+            kinds.append((tuple(tensor.shape), str(tensor.dtype)))
     digests = zip(torch.stack(sums).tolist(), torch.cat(samples).cpu().view(torch.uint8).view(len(tensors), -1).numpy())
-    kinds = ((tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors)
     return _hash(*sorted(f"{kind} {total} {some.tobytes().hex()}".encode() for kind, (total, some) in zip(kinds, digests)))
 
 
