@@ -1,17 +1,22 @@
 """The recipes in configs/: their numbers beside the paper's and its port's, what their headers say, and that they start."""
 
+import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import bounds
+import counted as known
 import pytest
 import torch
-from counted import count_model
-from test_model_rewards import aesthetic, bert, no_network, vlm  # noqa: F401
+from conftest import LEFT_TO_THE_FAMILY
+from families import CALL
+from test_model_rewards import aesthetic, bert, clip, no_network, vlm  # noqa: F401
 from torch import nn
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     DebertaConfig,
@@ -25,6 +30,7 @@ from ddpo_fast import assemble
 from ddpo_fast import train as trainer
 from ddpo_fast.config.command_line import parse
 from ddpo_fast.config.options import Config
+from ddpo_fast.pipelines.families import FAMILIES
 from ddpo_fast.planning import plan
 from ddpo_fast.prompts import load_prompts
 from ddpo_fast.records.metrics import read_metrics
@@ -32,6 +38,13 @@ from ddpo_fast.records.metrics import read_metrics
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 LORA = [name for name in RECIPES if name.startswith(("sd15_", "sdxl_"))]
+FLOW = {
+    "sd35_medium": "sd3", "flux1_dev": "flux", "flux2_klein": "flux2_klein", "sana": "sana", "qwen_image": "qwen_image",
+    "z_image": "z_image",
+}  # fmt: skip
+"""Models that recipes are for, and the tiny pipelines of their families."""
+KNOWN = [model for kind in FAMILIES.values() for model in kind.models]
+FLOW_RECIPES = [f"{model}_{task}" for model in FLOW for task in ("compressibility", "pickscore")]
 SECONDS = {"s": 1, "min": 60, "h": 3600}
 PREDICTED = re.compile(
     r"^#   (?P<devices>(?:\dx)?[\w-]+)(?: \(\d+ GB\))?(?: with (?P<options>--[^:,]*))?(?:, the reward on (?P<reward>the CPU|another GPU))?:"
@@ -58,7 +71,7 @@ def test_there_is_one_for_each_model_and_reward():
     tasks = ("compressibility", "incompressibility", "aesthetic", "alignment")
     assert sorted(LORA) == sorted(f"{model}_{task}" for model in ("sd15", "sdxl") for task in tasks)
     embedded = {f"embedded_{task}" for task in (*tasks[:2], tasks[3])} | {f"embedded_flow_{task}" for task in tasks[:2]}
-    assert set(RECIPES) - set(LORA) == embedded | {"sd14_paper_compressibility"}
+    assert set(RECIPES) - set(LORA) == embedded | {"sd14_paper_compressibility", *FLOW_RECIPES}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -66,7 +79,8 @@ def test_header(name):
     """Purpose, source, hardware, time and samples an hour, expected reward, and a command that runs this file."""
     text = header(name)
     assert [line for line in (CONFIGS / f"{name}.yaml").read_text().splitlines() if len(line) > 140] == []
-    assert text.startswith("# Pictures ") and re.search(r"^# Paper: DDPO \(arXiv:2305\.13301\) section 5\.[123]", text, re.M)
+    paper = "Flow-GRPO \\(arXiv:2505.05470\\)" if name in FLOW_RECIPES else r"DDPO \(arXiv:2305\.13301\) section 5\.[123]"
+    assert text.startswith("# Pictures ") and re.search(f"^# Paper: {paper}", text, re.M)
     assert re.search("^# Hardware: ", text, re.M) and re.search("^# Expected: ", text, re.M) and "samples an hour" in text
     (said,) = re.findall("^# Command: (.*)", text, re.M)
     assert re.fullmatch(rf"deepspeed (--num_gpus 8 )?ddpo_fast/train\.py --config configs/{name}\.yaml", said)
@@ -128,6 +142,34 @@ def test_numbers_are_those_of_the_paper():
     )
 
 
+PUBLISHED = {  # prompts, pictures of each, steps, guidance, eta, steps trained, LoRA's rank, scale and layers, KL, steps of an evaluation
+    "sd35_medium": (48, 24, 10, 4.5, 0.7, {"size": 9, "among": 9}, 32, 2.0, ["attention"], 1e-3, 40),
+    "flux1_dev": (48, 24, 6, 3.5, 0.9, {"size": 5, "among": 5}, 64, 2.0, ["attention", "feed_forward"], 0, 28),
+    "flux2_klein": (48, 16, 8, 4.0, 0.7, {"size": 1, "among": 4}, 64, 2.0, ["attention", "feed_forward"], 0, 28),
+    "sana": (48, 24, 10, 4.5, 0.7, {"size": 9, "among": 9}, 32, 2.0, ["attention"], 0, 20),
+    "qwen_image": (32, 16, 10, 4.0, 1.2, {"size": 2, "among": 5}, 64, 2.0, ["attention", "feed_forward"], 0, 50),
+    "z_image": (48, 16, 10, 4.0, 0.7, {"size": 1, "among": 4}, 64, 2.0, ["attention", "feed_forward"], 0, 40),
+}
+
+
+@pytest.mark.parametrize("name", FLOW_RECIPES)
+def test_numbers_of_flow_recipes_are_those_of_flow_grpo(name):
+    """Two updates of an iteration, by advantages within a prompt over the deviation of all; a clip range for 65,536 elements."""
+    config, (model, task) = parse(command(name)), name.rsplit("_", 1)
+    sample, train, lora = config.sample, config.train, config.lora
+    prompts, each, *expected, kl, evaluated = PUBLISHED[model]
+    said = [sample.num_steps, sample.guidance_scale, sample.eta, sample.window, lora.rank, lora.alpha / lora.rank, lora.targets]
+    assert (said, config.eval.num_steps, config.eval.sampler) == (expected, evaluated, "ode") and config.model.path in KNOWN
+    assert (sample.sampler, sample.height, sample.width, train.learning_rate) == ("flow_sde", 512, 512, 3e-4)
+    assert (train.num_minibatches, train.inner_epochs, config.baseline.name, config.baseline.std) == (2, 1, "group", "batch")
+    assert train.clip_range == pytest.approx(1e-4 * (131_072 if model == "flux2_klein" else 65_536) / 16_384)
+    if task == "pickscore":
+        assert (config.reward.name, sample.num_samples, config.prompts.samples_per_prompt) == ("pickscore", prompts * each, each)
+        assert train.kl_coefficient == kl
+    else:
+        assert (config.reward.name, sample.num_samples, train.kl_coefficient) == ("jpeg_compressibility", 64, 0)
+
+
 # --- what --plan predicts ---
 
 
@@ -135,7 +177,8 @@ def test_numbers_are_those_of_the_paper():
 def counted():
     """Each model is counted once for all recipes that train the same of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "count_model", count_model)
+        for name in ("count_model", "count_flow", "planned_model"):
+            patch.setattr(plan, name, getattr(known, name))
         yield
 
 
@@ -149,7 +192,12 @@ def size_gib(make, bytes_each: int) -> float:
 def weights_gib() -> dict[str, list[float]]:
     """GiB that each of a reward's networks takes, by the configs of their checkpoints, as the reward loads them."""
     vit = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
-    clip = CLIPVisionConfig(**vit, image_size=224, projection_dim=768)
+    vision = CLIPVisionConfig(**vit, image_size=224, projection_dim=768)
+    clip_h = CLIPConfig(
+        text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
+        vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14),
+        projection_dim=1024,
+    )  # fmt: skip
     llama = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
     llava = LlavaConfig(vision_config=CLIPVisionConfig(**vit, image_size=336, projection_dim=768), text_config=llama)
     deberta = DebertaConfig(
@@ -158,8 +206,9 @@ def weights_gib() -> dict[str, list[float]]:
     )  # fmt: skip
     return {
         "jpeg_compressibility": [], "jpeg_incompressibility": [],
-        "aesthetic": [size_gib(lambda: CLIPVisionModelWithProjection(clip), 4)],
+        "aesthetic": [size_gib(lambda: CLIPVisionModelWithProjection(vision), 4)],
         "vlm_alignment": [size_gib(lambda: LlavaForConditionalGeneration(llava), 2), size_gib(lambda: DebertaModel(deberta), 4)],
+        "pickscore": [size_gib(lambda: CLIPModel(clip_h), 4)],
     }  # fmt: skip
 
 
@@ -175,7 +224,12 @@ def test_headers_say_what_the_reward_takes(name, weights_gib):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name.startswith("sd15") else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES if name.startswith("sd")]
+    "name",
+    [
+        name if name.startswith("sd15") else pytest.param(name, marks=pytest.mark.slow)
+        for name in RECIPES
+        if not name.startswith("embedded")
+    ],
 )
 def test_headers_say_what_the_plan_does(name, counted, weights_gib):
     """Time and samples an hour; that it fits, with the reward's weights beside it unless they are said to be elsewhere, and only then."""
@@ -213,23 +267,38 @@ def test_a_plan_needs_neither_the_model_nor_a_run_directory(counted, monkeypatch
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tiny_model, sdxl) -> SimpleNamespace:
-    return SimpleNamespace(sd14=tiny_model, sd15=tiny_model, sdxl=sdxl)
+def stand_in(tiny_model, sdxl, family) -> Callable[[str], list[str]]:
+    """Options by which a recipe has a small model of its kind."""
+
+    def options(name: str) -> list[str]:
+        if name not in FLOW_RECIPES:
+            return [f"--model.path={sdxl if name.startswith('sdxl') else tiny_model}"]
+        made = FLOW[name.rsplit("_", 1)[0]]
+        call = CALL[made]
+        own = {key: value for key, value in call.items() if key not in LEFT_TO_THE_FAMILY | {"guidance_scale", "true_cfg_scale"}}
+        size = [f"--sample.height={call['height']}", f"--sample.width={call['width']}"]
+        return [f"--model.path={family(made)}", f"--model.arguments={json.dumps(own)}", *size, "--eval.num_steps=3"]
+
+    return options
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.rounding) if name.endswith("_compressibility") else name for name in RECIPES]
 )
-def test_it_starts(name, stand_ins, counted, aesthetic, vlm, bert, tmp_path, monkeypatch):  # noqa: F811
+def test_it_starts(name, stand_in, counted, aesthetic, vlm, bert, clip, tmp_path, monkeypatch):  # noqa: F811
     """A whole iteration with the recipe's options on a small model of its kind, in fp32; its reward's networks are small ones, too."""
-    kwargs = {"aesthetic": aesthetic, "vlm_alignment": {"vlm": vlm, "bert": bert, "layer": 2, "dtype": "fp32"}}
+    kwargs = {
+        "aesthetic": aesthetic,
+        "pickscore": {"model": clip},
+        "vlm_alignment": {"vlm": vlm, "bert": bert, "layer": 2, "dtype": "fp32"},
+    }
     config = parse(command(name))
     num_samples = max(config.train.num_minibatches, config.prompts.samples_per_prompt)
-    trained = 2 if config.sample.window is None else config.sample.window["size"]
-    steps = trained if config.sample.window is None else trained + 1
+    window = config.sample.window
+    trained, steps = (2, 2) if window is None else (window["size"], window["among"] + 1)
     more = [f"--run.dir={tmp_path}/run", f"--sample.num_samples={num_samples}", f"--sample.num_steps={steps}", "--eval.num_samples=2"]
     if not name.startswith("embedded"):
-        more.append(f"--model.path={getattr(stand_ins, name[:4])}")
+        more += stand_in(name)
     if config.reward.name in kwargs:
         more.append(f"--reward.kwargs={kwargs[config.reward.name]}")
     trainer.main(command(name, *more, "--run.iterations=1"))
@@ -237,4 +306,4 @@ def test_it_starts(name, stand_ins, counted, aesthetic, vlm, bert, tmp_path, mon
     assert (before["heldout_reward_mean"] is None) == name.startswith("embedded")
     assert math.isfinite(before["eval_reward_mean"]) and math.isfinite(row["reward_mean"]) and row["bad_rewards"] == 0
     assert row["transitions"] == trained * num_samples and 0 < row["grad_norm"] < math.inf and row["skipped_updates"] == 0
-    assert row["ratio_error"] <= (1e-3 if "flow" in name else bounds.of_run(tmp_path / "run").ratio)
+    assert row["ratio_error"] <= (1e-3 if "flow" in name or name in FLOW_RECIPES else bounds.of_run(tmp_path / "run").ratio)
