@@ -19,8 +19,7 @@ def published(path: str, config: str | None, whole: bool, unlisted: bool) -> Map
     """The defaults of options for a model, by the class in its model_index.json; none for a model that is not there, or is none.
 
     path, config: the options model.path and model.config. whole: whether the whole network is trained, which wants smaller steps. unlisted:
-    the option model.unlisted. Raises
-    ValueError for a model that has to be on the hub and is not found there.
+    the option model.unlisted. Raises ValueError for a model that has to be on the hub and is not found there.
     """
     option, place = ("model.path", path) if config is None else ("model.config", config)
     folder = Path(located(option, place))
