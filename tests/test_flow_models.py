@@ -215,6 +215,16 @@ def test_a_class_without_an_entry_is_called_as_its_pipeline_calls_it(family, nam
     assert (recording.digest, recording.branches, shapes(recording)) == (listed.digest, listed.branches, shapes(listed))
 
 
+def test_a_class_without_an_entry_may_cut_its_texts_without_an_argument_for_their_length(family, monkeypatch):
+    """As Krea 2's does: what its text encoder gives begins with the tokens of a template."""
+    monkeypatch.delitem(families.FAMILIES, type_name(family("sd3")))
+    model = found(family("sd3"), "sd3", unlisted=True)
+    monkeypatch.delitem(model.recorder().arguments, "max_sequence_length", raising=False)
+    monkeypatch.setattr(model.recorder().pipe, "prompt_template_encode_start_idx", 34, raising=False)
+    recorder, recording = model.recorder(), model.record(asked_of("sd3"))
+    assert len(recorder.texts_of("a bird", recording)) == recording.num_branches
+
+
 @pytest.mark.parametrize(
     "name, reason",
     [

@@ -496,9 +496,11 @@ def test_advice_is_the_largest_value_that_fits(option, field, budget):
 def test_no_advice_where_it_fits_and_none_that_would_not_help():
     assert advise(COUNTS, WORK, 1, 1e6) == []
     assert advise(COUNTS, WORK, 1, 50.0) == [
-        "sampling and decode does not fit even with sample.batch_size=1: fewer samples or trained weights, or a larger device",
-        "update does not fit even with train.micro_batch=1: fewer samples or trained weights, or a larger device",
+        "sampling and decode does not fit even with sample.batch_size=1: docs/distribution.md has what takes less memory",
+        "update does not fit even with train.micro_batch=1: docs/distribution.md has what takes less memory",
     ]
+    encoders = [dataclasses.replace(COUNTS, encoder_bytes=size) for size in (0, 2**30)]
+    assert ["model.encode_on_host=true helps" in " ".join(advise(counts, WORK, 1, 50.0)) for counts in encoders] == [False, True]
 
 
 def test_beyond_one_machine_the_network_is_the_slowest_link():

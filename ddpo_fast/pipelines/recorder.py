@@ -276,7 +276,7 @@ class Recorder:
         """Inside, tokenizers say which tokens of the prompt they cut; afterwards that is in `cut`."""
         tokenizers = {name: part for name, part in self.pipe.components.items() if isinstance(part, PreTrainedTokenizerBase)}
         start = getattr(self.pipe, "prompt_template_encode_start_idx", None)  # Qwen-Image cuts what its text encoder gives
-        limit = math.inf if start is None else start + self.arguments["max_sequence_length"]
+        limit = math.inf if start is None else start + self.arguments.get("max_sequence_length", math.inf)
         words, found = prompt.strip().lower(), {}
 
         def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, length: int, kept: int) -> None:

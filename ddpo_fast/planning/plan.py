@@ -172,7 +172,7 @@ def iteration_flop(counts: ModelCounts, work: Work, num_devices: int) -> dict[st
 def advise(counts: ModelCounts, work: Work, num_devices: int, budget_mib: float) -> list[str]:
     """One line for each option that has to be lowered for the run to fit, with the largest value that does; none if it fits."""
     lines, phases = [], phases_mib(memory_mib(counts, work, num_devices))
-    if phases["encoding"] > budget_mib:
+    if counts.encoder_bytes and phases["encoding"] > budget_mib:
         lines.append("encoding new prompts does not fit: text encoders are then beside the network; model.encode_on_host=true helps")
     for option, field, ours in (
         ("sample.batch_size", "batch_size", ("sampling", "decode")),
@@ -186,7 +186,7 @@ def advise(counts: ModelCounts, work: Work, num_devices: int, budget_mib: float)
                 lines.append(f"{option}={getattr(work, field)} does not fit; {value} does")
                 break
         else:
-            lines.append(f"{' and '.join(ours)} does not fit even with {option}=1: fewer samples or trained weights, or a larger device")
+            lines.append(f"{' and '.join(ours)} does not fit even with {option}=1: docs/distribution.md has what takes less memory")
     return lines
 
 
