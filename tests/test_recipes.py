@@ -70,7 +70,7 @@ def header(name: str) -> str:
 def test_there_is_one_for_each_model_and_reward():
     tasks = ("compressibility", "incompressibility", "aesthetic", "alignment")
     assert sorted(LORA) == sorted(f"{model}_{task}" for model in ("sd15", "sdxl") for task in tasks)
-    embedded = {f"embedded_{task}" for task in (*tasks[:2], tasks[3])} | {f"embedded_flow_{task}" for task in tasks[:2]}
+    embedded = {f"embedded_{kind}{task}" for kind in ("", "flow_") for task in (*tasks[:2], tasks[3])}
     assert set(RECIPES) - set(LORA) == embedded | {"sd14_paper_compressibility", *FLOW_RECIPES}
 
 
