@@ -67,7 +67,7 @@ class ModelConfig:
     """On a GPU, keep the text encoders there only while they encode new prompts. Each prompt is encoded once."""
     encode_on_host: bool = False
     """On a GPU, run the text encoders on the CPU. They never come to the GPU, where they may be too large beside the network. Each prompt
-    is encoded once, which takes seconds on a CPU."""
+    is encoded once, which takes a CPU between seconds and minutes: without 16-bit instructions it is slow in fp16 and bf16."""
     offload_vae: bool = False
     """On a GPU, keep the VAE there only while it decodes. On a CPU nothing moves."""
     vae_tiling: bool = False
