@@ -134,7 +134,9 @@ class Policy:
         """Inside, a fault of the pipeline's becomes a ValueError that names the model."""
         try:
             yield
-        except (AttributeError, TypeError, ValueError) as error:  # the pipeline's own faults are of any kind
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the pipeline's own faults are of any kind
             raise ValueError(f"{self.option}: {' '.join(str(error).split())}") from None
 
     def denoising(self, options) -> Denoising:

@@ -31,6 +31,7 @@ REDNESS = "def redness(images, prompts):\n    return images[:, 0].mean((1, 2)) -
 
 
 AS_EMBEDDED = {
+    "sample.num_samples": 48, "sample.batch_size": 48, "train.micro_batch": 48,
     "sample.guidance_scale": 3.0, "lora.alpha": 16.0, "lora.targets": '["attention", "feed_forward", "convolution", "projection"]',
     "train.clip_range": 3e-4,
 }  # fmt: skip

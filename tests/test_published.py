@@ -14,6 +14,7 @@ from ddpo_fast.config.published import EMBEDDED
 from ddpo_fast.pipelines import hub
 from ddpo_fast.pipelines.families import FAMILIES as KINDS
 from ddpo_fast.pipelines.template import Asked
+from ddpo_fast.planning.work import Calls, Work
 from ddpo_fast.schedule import Denoising
 
 KNOWN = {model: name for name, kind in KINDS.items() for model in kind.models}
@@ -44,6 +45,20 @@ def test_a_folders_class_decides(name, tmp_path):
     assert parse([]) == plain
 
 
+def test_eta_and_window_are_those_of_the_familys_sampler(tmp_path):
+    flow, embedded = f"--model.path={named(tmp_path, 'FluxPipeline')}", f"--model.path={EMBEDDED}/flow_model"
+    for asked, eta in (([], 0.9), (["--sample.sampler=flow_sde"], 0.9), (["--sample.sampler=cps"], 1.0)):
+        assert parse([flow, *asked]).sample.eta == eta
+    assert parse([embedded, "--sample.sampler=ode", "--train.algorithm=rwr"]).sample.window is None
+
+
+def test_a_published_model_fits_one_gpu_or_eight(tmp_path):
+    for name in KINDS:
+        config = parse([f"--model.path={named(tmp_path / name, name)}"])
+        assert (config.sample.batch_size, config.train.micro_batch) == ("auto", "auto")
+        assert all(Work.of(config, Calls(2, 2, 2, 10)).share(ranks) for ranks in (1, 2, 4, 8))
+
+
 def test_a_recipe_names_the_model_and_wins(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {{path: {named(tmp_path / 'model', 'FluxPipeline')}}}\nsample: {{eta: 0.5}}")
@@ -72,7 +87,7 @@ def test_embedded_models_have_the_demos(tmp_path):
     assert differs(parse([f"--model.path={EMBEDDED}/model"])) == {}
     flow = parse([f"--model.path={EMBEDDED}/flow_model"])
     assert (flow.sample.sampler, flow.sample.window, flow.eval.sampler, flow.train.learning_rate) == (
-        "cps", {"size": 6, "among": 6}, "ode", parse([]).train.learning_rate,
+        "cps", {"size": 6, "among": 6}, "ode", 2e-3,
     )  # fmt: skip
 
 

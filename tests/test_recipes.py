@@ -162,7 +162,7 @@ def test_numbers_of_flow_recipes_are_those_of_flow_grpo(name):
     assert (said, config.eval.num_steps, config.eval.sampler) == (expected, evaluated, "ode") and config.model.path in KNOWN
     assert (sample.sampler, sample.height, sample.width, train.learning_rate) == ("flow_sde", 512, 512, 3e-4)
     assert (train.num_minibatches, train.inner_epochs, config.baseline.name, config.baseline.std) == (2, 1, "group", "batch")
-    assert train.clip_range == pytest.approx(1e-4 * (131_072 if model == "flux2_klein" else 65_536) / 16_384)
+    assert train.clip_range == pytest.approx(1e-4 * (73_728 if model == "flux2_klein" else 65_536) / 16_384)
     if task == "pickscore":
         assert (config.reward.name, sample.num_samples, config.prompts.samples_per_prompt) == ("pickscore", prompts * each, each)
         assert train.kl_coefficient == kl

@@ -106,7 +106,7 @@ def _published(argv: list[str]) -> Mapping[str, object]:
     if not isinstance(path, str) or not isinstance(config, str | None):
         return {}  # the parser refuses that
     unlisted = str(_last(argv, "model.unlisted", False)).lower() == "true"
-    return published(path, config, _last(argv, "lora.scope", None) == "none", unlisted)
+    return published(path, config, _last(argv, "lora.scope", None) == "none", unlisted, _last(argv, "sample.sampler", None))
 
 
 def _last(argv: list[str], option: str, default: object) -> object:

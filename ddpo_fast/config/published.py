@@ -11,25 +11,31 @@ EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 """Of its models, the UNet's defaults are those of the options' classes."""
 _EMBEDDED_FLOW = {
     "sample.sampler": "cps", "sample.eta": 0.8, "sample.window": {"size": 6, "among": 6}, "sample.guidance_scale": 1.0,
-    "eval.sampler": "ode", "lora.targets": ["attention", "feed_forward"],
+    "eval.sampler": "ode", "lora.targets": ["attention", "feed_forward"], "train.learning_rate": 2e-3, "run.iterations": 5,
 }  # fmt: skip
 
 
-def published(path: str, config: str | None, whole: bool, unlisted: bool) -> Mapping[str, object]:
+def published(path: str, config: str | None, whole: bool, unlisted: bool, sampler: str | None) -> Mapping[str, object]:
     """The defaults of options for a model, by the class in its model_index.json; none for a model that is not there, or is none.
 
-    path, config: the options model.path and model.config. whole: whether the whole network is trained, which wants smaller steps. unlisted:
-    the option model.unlisted. Raises ValueError for a model that has to be on the hub and is not found there.
+    path, config, unlisted: options of model. whole: whether the whole network is trained, which wants smaller steps. sampler: the one that
+    is asked for; None: the family's. Raises ValueError for a model that has to be on the hub and is not found there.
     """
     option, place = ("model.path", path) if config is None else ("model.config", config)
+    found = _settings(option, place, unlisted)
+    if sampler not in (None, found.get("sample.sampler")):  # eta and window are those of the sampler beside them
+        found = {name: value for name, value in found.items() if name not in ("sample.eta", "sample.window")}
+    return {**found, "train.learning_rate": 1e-5} if whole and found else found
+
+
+def _settings(option: str, place: str, unlisted: bool) -> Mapping[str, object]:
     folder = Path(located(option, place))
     if folder.parent == EMBEDDED:
         return _EMBEDDED_FLOW if folder.name == "flow_model" else {}
     name = _class_of(option, place, folder)
-    if name not in FAMILIES and not (unlisted and name is not None):
-        return {}
-    found = FAMILIES[name].published if name in FAMILIES else UNLISTED
-    return {**found, "train.learning_rate": 1e-5} if whole else found
+    if name in FAMILIES:
+        return FAMILIES[name].published
+    return UNLISTED if unlisted and name is not None else {}
 
 
 def _class_of(option: str, place: str, folder: Path) -> str | None:

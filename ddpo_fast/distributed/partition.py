@@ -54,9 +54,11 @@ class Partition:
         taken = [parameter for parameter in network.parameters() if is_partitioned(parameter)]
         for parameter in taken:
             parameter.data = parameter.data.new_empty(()).expand(parameter.ds_shape)
-        yield
-        for parameter in taken:
-            parameter.data = parameter.data.new_empty(0)
+        try:
+            yield
+        finally:
+            for parameter in taken:
+                parameter.data = parameter.data.new_empty(0)
 
     def gather_for_calls(self, network: nn.Module) -> None:
         """Makes a module's own weights whole while it is called, until `leave`: an engine does so, and there is none yet."""

@@ -10,12 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+_SIZES = {"sample.num_samples": 64, "sample.batch_size": "auto", "train.micro_batch": "auto"}
+"""Not published: what one GPU or eight can begin with."""
 _DDPO = {
+    **_SIZES,
     "sample.sampler": "ddim", "sample.eta": 1.0, "sample.num_steps": 50, "sample.guidance_scale": 5.0,
     "lora.targets": ["attention"], "lora.rank": 4, "lora.alpha": 4.0, "train.learning_rate": 3e-4, "train.clip_range": 1e-4,
 }  # fmt: skip
 """DDPO (arXiv:2305.13301); LoRA's numbers are those of the PyTorch port of its code."""
 _FLOW_GRPO = {
+    **_SIZES,
     "sample.sampler": "flow_sde", "sample.eta": 0.7, "sample.num_steps": 10, "eval.sampler": "ode",
     "lora.targets": ["attention"], "lora.rank": 32, "lora.alpha": 64.0, "train.learning_rate": 3e-4, "train.clip_range": 4e-4,
 }  # fmt: skip
@@ -96,7 +100,9 @@ FAMILIES: dict[str, Family] = {
     "Flux2KleinPipeline": Family(
         "FLUX.2 klein (base)",
         models=("black-forest-labs/FLUX.2-klein-base-4B",),
-        published=_FLOW_GRPO | _LARGE | {"sample.num_steps": 8, "sample.guidance_scale": 4.0, "eval.num_steps": 28},
+        published=_FLOW_GRPO
+        | _LARGE
+        | {"sample.num_steps": 8, "sample.guidance_scale": 4.0, "eval.num_steps": 28, "train.clip_range": 4.5e-4},
     ),
     "ChromaPipeline": Family("Chroma", negative_prompt="", published=_FLOW_GRPO | {"sample.guidance_scale": 5.0, "eval.num_steps": 35}),
     "SanaPipeline": Family(

@@ -246,7 +246,8 @@ def make_plan(config) -> Plan:
     on_gpu = name != HERE or torch.cuda.is_available()
     Work.of(config).share(num_devices)
     model = planned_model(config.model)
-    family = FAMILIES["StableDiffusionPipeline"] if model is None else model.family  # those that are known without a network are UNets
+    source = config.model.config or config.model.path
+    family = next(known for known in FAMILIES.values() if source in known.models) if model is None else model.family
     check_guidance(config, family)
     dtype = dtypes.DTYPES[dtypes.chosen(config.model.dtype, on_gpu, family.dtype)]
     counts, calls = count_run(config, model, dtype, on_gpu), calls_on(model, config)
