@@ -22,7 +22,7 @@ from ddpo_fast.distributed.partition import Partition
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.kernels import Ops
 from ddpo_fast.memory import Room, free_mib, local_ranks
-from ddpo_fast.networks import attention_backends
+from ddpo_fast.networks import attention_backends, quantized
 from ddpo_fast.networks.fused_unet import fuse
 from ddpo_fast.networks.initial_lora import start_from
 from ddpo_fast.networks.scored_lora import score
@@ -126,6 +126,7 @@ def begin(config: Config, claim: Claim | None = None) -> Start:
         raise ValueError(fault)
     ops = kernels.select(config.kernels.backend, device)
     attention_backends.require(config.attention.backend, device)
+    quantized.require(config.model.quantize, device)
     lacking = _without_metadata(config, prompts, evaluations)
     Work.of(config).share(ranks.world_size)
     if config.eval.num_samples % ranks.world_size:

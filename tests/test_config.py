@@ -36,7 +36,7 @@ BAD = [  # arguments, what the line must say
     ("--train.max_grad_norm -1", "train.max_grad_norm=-1.0: valid is"),
     ("--train.num_minibatches 0", "train.num_minibatches=0: valid is a whole number >= 1"),
     ("--train.num_minibatches 1.5", "train.num_minibatches=1.5: expected int"),
-    ("--train.num_minibatches 7", "sample.num_samples=48: valid is a multiple of train.num_minibatches"),
+    ("--train.num_minibatches 7", "sample.num_samples=64: valid is a multiple of train.num_minibatches"),
     ("--train.inner_epochs 0", "train.inner_epochs=0: valid is"),
     ("--train.micro_batch 0", "train.micro_batch=0: valid is"),
     ("--train.timestep_fraction 0", "train.timestep_fraction=0.0: valid is 0 < fraction <= 1"),

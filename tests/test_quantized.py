@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from shared import CPU, random_lora, relative_error, run, weights
 from torch import nn
 
+from ddpo_fast import assemble as assembling
 from ddpo_fast import kernels
 from ddpo_fast import train as trainer
 from ddpo_fast.assemble import assemble, find, load_policy
@@ -19,7 +20,7 @@ from ddpo_fast.config.command_line import parse
 from ddpo_fast.distributed.ranks import Ranks
 from ddpo_fast.networks.lora import block_names
 from ddpo_fast.networks.merged_lora import lora_weights
-from ddpo_fast.networks.quantized import KINDS, QuantizedLinear
+from ddpo_fast.networks.quantized import KINDS, Nf4Linear, QuantizedLinear
 from ddpo_fast.networks.scored_lora import score, unscore
 from ddpo_fast.pipelines.folders import find_model, open_pipeline
 from ddpo_fast.planning import plan as planning
@@ -209,6 +210,17 @@ def test_a_weight_that_changes_changes_the_fingerprint(family, tmp_path):
 def test_what_does_not_go_together_is_one_line(options, changed, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         parse(options(model__quantize="nf4", **changed))
+
+
+def test_a_library_that_does_not_run_here_is_one_line(options, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no kernel\nfor this GPU")
+
+    monkeypatch.setattr(assembling, "load_policy", lambda *_: pytest.fail("the model was read"))
+    monkeypatch.setattr(Nf4Linear, "quantized", fails)
+    line = "^model.quantize=nf4: it does not run on this cpu: RuntimeError: no kernel for this GPU; valid is none$"
+    with pytest.raises(ValueError, match=line):
+        assemble(parse(options(model__quantize="nf4")))
 
 
 def test_what_is_missing_is_one_line(options, monkeypatch, tmp_path):

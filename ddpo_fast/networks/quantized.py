@@ -129,10 +129,29 @@ def quantize(network: nn.Module, kind: str) -> None:
 
     Whatever is outside of the blocks stays, as do convolutions, norms, embeddings and biases.
     """
-    if kind == "nf4":
-        import bitsandbytes  # noqa: F401  # its operations; here, so that only its users need a build that fits the GPU
+    _prepare(kind)
     for block in map(network.get_submodule, block_names(network)):
         for module in list(block.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Linear:
                     setattr(module, name, KINDS[kind](child))
+
+
+def require(kind: str, device: torch.device) -> None:
+    """Raises ValueError for a kind, one of KINDS or none, that does not run here: bitsandbytes may lack a build that fits the GPU."""
+    if kind == "none":
+        return
+    layer = nn.Linear(BLOCK_WEIGHTS, 1, bias=False, device=device)
+    try:
+        _prepare(kind)
+        made = KINDS[kind](layer)
+        made.take(layer.weight)
+        made.whole(torch.bfloat16)
+    except Exception as error:  # of any kind: a library that is missing, a kernel that is
+        what = f"model.quantize={kind}: it does not run on this {device.type}: {type(error).__name__}: {error}; valid is none"
+        raise ValueError(" ".join(what.split())) from None
+
+
+def _prepare(kind: str) -> None:
+    if kind == "nf4":
+        import bitsandbytes  # noqa: F401  # its operations; here, so that only its users need a build that fits the GPU
