@@ -193,9 +193,10 @@ def launch_options(tiny_model, tmp_path):
 
     def make(name, *extra: str) -> list[str]:
         return [
-            f"--model.path={tiny_model}", f"--run.dir={tmp_path / name}", "--sample.num_samples=8", "--sample.num_steps=5",
+            *(f"--{option}={value}" for option, value in AS_EMBEDDED.items()), f"--model.path={tiny_model}",
+            f"--run.dir={tmp_path / name}", "--sample.num_samples=8", "--sample.num_steps=5",
             "--eval.num_samples=4", "--run.iterations=2", "--train.num_minibatches=2", "--train.micro_batch=16", "--lora.rank=2",
-            "--prompts.limit=4", "--prompts.samples_per_prompt=1", *(f"--{name}={value}" for name, value in AS_EMBEDDED.items()), *extra,
+            "--prompts.limit=4", "--prompts.samples_per_prompt=1", *extra,
         ]  # fmt: skip
 
     return make

@@ -157,7 +157,7 @@ def test_a_wrong_result_is_not_used(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU they can run")
 def test_what_needs_a_gpu_is_an_error_before_the_model_is_loaded(options, backend, monkeypatch):
     """Whether its package is installed or not."""
-    config = parse(options(attention__backend=backend, model__path="hub/unread"))
+    config = parse(options(attention__backend=backend)).replace(model__path="hub/unread")
     family = FAMILIES["StableDiffusionPipeline"]
     unread = SimpleNamespace(
         family=family, scheduler=DDIMScheduler(**SD_BETAS), check_networks=lambda asked: None, check_call=lambda *args: None

@@ -7,6 +7,7 @@ from unittest.mock import create_autospec
 import bounds
 import pytest
 import torch
+from shared import AS_EMBEDDED
 from test_plan import COUNTS
 
 from bench import contenders, harness, models, peers, predict, throughput, waterfall
@@ -19,7 +20,8 @@ from ddpo_fast.kernels import reference
 @pytest.fixture
 def argv(tiny_model, tmp_path):
     return [
-        f"--model.path={tiny_model}", f"--run.dir={tmp_path / 'run'}", "--sample.num_samples=8", "--sample.batch_size=8",
+        f"--model.path={tiny_model}", *(f"--{name}={value}" for name, value in AS_EMBEDDED.items()),
+        f"--run.dir={tmp_path / 'run'}", "--sample.num_samples=8", "--sample.batch_size=8",
         "--sample.num_steps=3", "--train.num_minibatches=2", "--train.micro_batch=5", "--lora.rank=2", "--prompts.samples_per_prompt=1",
     ]  # fmt: skip
 

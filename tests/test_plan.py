@@ -306,8 +306,17 @@ def test_text_encoders_are_beside_all_else_while_they_encode(monkeypatch):
         assert (plan.memory["encoding"], resident) == ((9000, 100) if offload else (0, 9100))
         assert any(line.startswith("encoding new prompts does not fit: ") for line in plan.advice) != fits
         assert phases_mib(plan.memory)["encoding"] >= 9100
-    plan = make_plan(parse([f"--model.path={SD15}", "--plan=RTX-3080", "--model.encode_on_host=true"]))
+    plan = make_plan(parse([f"--model.path={SD15}", "--plan=RTX-3080", "--model.encode_on_host=true", "--sample.num_steps=5"]))
     assert plan.advice == [] and (plan.memory["encoding"], plan.memory["frozen weights"]) == (0, 100)
+
+
+def test_the_host_holds_what_a_rank_reads(monkeypatch):
+    """A network that is quantised or partitioned is never whole there."""
+    counts = dataclasses.replace(COUNTS, embed_bytes=1, weight_bytes={"unet": 100 * MIB, "text_encoder": 30 * MIB})
+    monkeypatch.setattr(plan_module, "count_model", lambda *args, **options: counts)
+    for changed, expected in (([], 130), (["--model.quantize=int8"], 30), (["--zero.stage=3"], 30), (["--zero.stage=2"], 130)):
+        text = plan_text(make_plan(parse([f"--model.path={SD15}", "--plan=H100", *changed])))
+        assert f"\n  at the start {expected} MiB of the host for each rank, which reads the model\n" in text
 
 
 def test_decoding_in_parts():

@@ -205,6 +205,8 @@ class ModelCounts:
     """Why the network has no prefix, although its first blocks are frozen."""
     encoder_bytes: int = 0
     """Weights of text encoders that are on the device only while they encode."""
+    read_bytes: int = 0
+    """Host memory that a rank needs to read the model: all weights but those that are quantised or partitioned as they are read."""
 
     @property
     def num_trainable(self) -> int:

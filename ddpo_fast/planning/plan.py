@@ -319,6 +319,8 @@ def count_run(config, model: Model | None, dtype: torch.dtype, on_gpu: bool) -> 
         arch = arch | {"unet": sized(arch, config.sample.height, config.sample.width)}
         check_steps(config, ddim_scheduler(arch["scheduler"]))
         counts = count_model(arch, dtype, config.lora, on_gpu=on_gpu, shared=shares_guidance(config), **computing)
+    is_streamed = options.quantize != "none" or config.zero.stage == 3
+    counts = replace(counts, read_bytes=sum(counts.weight_bytes.values()) - is_streamed * counts.weight_bytes[counts.network])
     if not on_gpu:
         return counts
     on_device, decode = counts.weight_bytes, counts.decode
@@ -437,6 +439,7 @@ def plan_text(plan: Plan) -> str:
     peak = max(phases, key=phases.get)
     lines += [
         f"  {'peak':<17}{phases[peak]:>10,.0f}  in {peak}, of {device.memory_mib:,.0f} (of which {USABLE:.0%} is planned for, an estimate)",
+        f"  at the start {counts.read_bytes / MIB:,.0f} MiB of the host for each rank, which reads the model",
         f"an iteration on {devices}",
         *(f"  {phase:<17}{plan.flop[phase] / 1e12:>12,.2f} TFLOP {plan.seconds[phase]:>10,.1f} s" for phase in plan.flop),
         f"  {work.num_samples} samples in {sum(plan.seconds.values()):,.1f} s: {plan.samples_per_hour:,.1f} samples an hour",
