@@ -83,8 +83,9 @@ def test_a_class_without_an_entry_has_flow_grpos_if_it_is_asked_for(tmp_path):
     assert (config.sample.sampler, config.sample.guidance_scale, config.eval.sampler, config.lora.rank) == ("flow_sde", 4.0, "ode", 32)
 
 
-def test_embedded_models_have_the_demos(tmp_path):
+def test_embedded_models_have_the_demos():
     assert differs(parse([f"--model.path={EMBEDDED}/model"])) == {}
+    assert parse([f"--model.path={EMBEDDED}/flow_model", "--lora.scope=none"]).train.learning_rate == 2e-3
     flow = parse([f"--model.path={EMBEDDED}/flow_model"])
     assert (flow.sample.sampler, flow.sample.window, flow.eval.sampler, flow.train.learning_rate) == (
         "cps", {"size": 6, "among": 6}, "ode", 2e-3,
@@ -98,9 +99,10 @@ def test_known_models_need_no_hub(model, monkeypatch):
 
 
 def test_other_models_of_the_hub_are_asked_for(monkeypatch, tmp_path):
-    folder, asked = named(tmp_path, "SanaPipeline"), []
+    named(tmp_path, "SanaPipeline")
+    asked = []
     monkeypatch.setattr(hub, "local_folder", lambda option, source: asked.append((option, source)) or tmp_path)
-    assert parse(["--model.path=org/model"]).sample.sampler == "flow_sde" and folder
+    assert parse(["--model.path=org/model"]).sample.sampler == "flow_sde"
     assert asked == [("model.path", "org/model")]
 
     def fails(option, source):

@@ -22,20 +22,21 @@ def published(path: str, config: str | None, whole: bool, unlisted: bool, sample
     is asked for; None: the family's. Raises ValueError for a model that has to be on the hub and is not found there.
     """
     option, place = ("model.path", path) if config is None else ("model.config", config)
-    found = _settings(option, place, unlisted)
+    found = _settings(option, place, whole, unlisted)
     if sampler not in (None, found.get("sample.sampler")):  # eta and window are those of the sampler beside them
         found = {name: value for name, value in found.items() if name not in ("sample.eta", "sample.window")}
-    return {**found, "train.learning_rate": 1e-5} if whole and found else found
+    return found
 
 
-def _settings(option: str, place: str, unlisted: bool) -> Mapping[str, object]:
+def _settings(option: str, place: str, whole: bool, unlisted: bool) -> Mapping[str, object]:
     folder = Path(located(option, place))
     if folder.parent == EMBEDDED:
         return _EMBEDDED_FLOW if folder.name == "flow_model" else {}
     name = _class_of(option, place, folder)
-    if name in FAMILIES:
-        return FAMILIES[name].published
-    return UNLISTED if unlisted and name is not None else {}
+    if name not in FAMILIES and not (unlisted and name is not None):
+        return {}
+    found = FAMILIES[name].published if name in FAMILIES else UNLISTED
+    return {**found, "train.learning_rate": 1e-5} if whole else found
 
 
 def _class_of(option: str, place: str, folder: Path) -> str | None:
